@@ -1,0 +1,51 @@
+"""Fused losses, reduction modes and metrics for reproducible predictions."""
+
+from churn_kernels import metrics
+from churn_kernels._backend import available_backends, backend, build_info
+from churn_kernels._checks import TargetError
+from churn_kernels.losses import (
+    LossTerms,
+    RowTerms,
+    codistillation_loss,
+    codistillation_terms,
+    distillation_loss,
+    regularized_cross_entropy,
+    softmax_entropy,
+    symmetric_kl,
+    uniform_skl,
+)
+from churn_kernels.modes import get_reduction_mode, reduction_mode, set_reduction_mode
+from churn_kernels.modules import (
+    CodistillationLoss,
+    DistillationLoss,
+    RegularizedCrossEntropy,
+    SoftmaxEntropy,
+    SymmetricKL,
+    UniformSKL,
+)
+
+__all__ = [
+    "CodistillationLoss",
+    "DistillationLoss",
+    "LossTerms",
+    "RegularizedCrossEntropy",
+    "RowTerms",
+    "SoftmaxEntropy",
+    "SymmetricKL",
+    "TargetError",
+    "UniformSKL",
+    "available_backends",
+    "backend",
+    "build_info",
+    "codistillation_loss",
+    "codistillation_terms",
+    "distillation_loss",
+    "get_reduction_mode",
+    "metrics",
+    "reduction_mode",
+    "regularized_cross_entropy",
+    "set_reduction_mode",
+    "softmax_entropy",
+    "symmetric_kl",
+    "uniform_skl",
+]

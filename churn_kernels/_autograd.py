@@ -1,0 +1,230 @@
+"""Save, call, return: the compiled ops as differentiable functions.
+
+Three ways, for three kinds of calls:
+
+- `_FusedLoss`, the usual one: the forward pass computes the gradients together with the loss, in
+  one read of the logits, and the backward pass scales them by its one upstream number.
+- `_Loss`, for per-row upstreams, for torch.func, and for float16, whose gradients would underflow
+  if they were rounded before a loss scaler's factor reaches them: the forward pass saves a few
+  numbers a row, and the backward pass computes the gradients from them.
+- the formula registered with the op, for torch.compile: the same as `_Loss`, in the form its tracer
+  takes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from churn_kernels import _ops
+from churn_kernels._options import (
+    REDUCTIONS,
+    WANT_GRADIENTS,
+    WANT_STATS,
+    WANT_TERMS,
+    LossOptions,
+)
+
+_SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
+
+# Both functions below take the logits last, behind this many arguments without a gradient.
+_BEFORE_LOGITS = (None, None, None, None)
+
+
+def evaluate(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss on the compiled ops, differentiable, and the terms (empty if not asked for)."""
+    want = WANT_TERMS if with_terms else 0
+    if torch.compiler.is_compiling():
+        want |= WANT_STATS
+        loss, _, terms, _ = _ops.loss(logits, target, class_weight, *options, want)
+        return loss, terms
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        pass  # whoever watches the tensors does not ask them for a gradient
+    elif not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in logits]):
+        loss, _, terms, _ = _call(logits, target, class_weight, options, want)
+        return loss, terms
+    elif options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16:
+        want |= WANT_GRADIENTS
+        return _FusedLoss.apply(target, class_weight, options, want, *logits)
+    want |= WANT_STATS
+    loss, _, terms = _Loss.apply(target, class_weight, options, want, *logits)
+    return loss, terms
+
+
+class _FusedLoss(Function):
+    """Loss and gradients in one pass; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: LossOptions,
+        want: int,
+        *logits: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        loss, _, terms, ctx.gradients = _call(logits, target, class_weight, options, want)
+        ctx.options = options
+        # The stored gradients need none of these. A second backward pass does, and autograd now
+        # notices logits that were changed in place, whichever pass it is.
+        ctx.save_for_backward(target, class_weight, *logits)
+        ctx.mark_non_differentiable(terms)
+        ctx.set_materialize_grads(False)
+        return loss, terms
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        target, class_weight, *logits = ctx.saved_tensors
+        gradients = ctx.gradients
+        if gradients is None or torch.is_grad_enabled():
+            options = ctx.options
+            stats = _call(logits, target, class_weight, options, WANT_STATS)[1]
+            gradients = _LossBackward.apply(target, class_weight, options, stats, upstream, *logits)
+        else:
+            ctx.gradients = None  # handed out below, to be changed by whoever holds them
+            _ops.scale_(gradients, upstream)
+        return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
+
+
+class _Loss(Function):
+    """Loss and row statistics; the backward pass computes the gradients from the statistics."""
+
+    @staticmethod
+    def forward(
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: LossOptions,
+        want: int,
+        *logits: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss, stats, terms, _ = _call(logits, target, class_weight, options, want)
+        return loss, stats, terms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        target, class_weight, options, _, *logits = inputs
+        _, stats, terms = output
+        ctx.options = options
+        ctx.save_for_backward(target, class_weight, stats, *logits)
+        ctx.mark_non_differentiable(stats, terms)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        target, class_weight, stats, *logits = ctx.saved_tensors
+        options = ctx.options
+        gradients = _LossBackward.apply(target, class_weight, options, stats, upstream, *logits)
+        return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise _not_implemented("forward-mode differentiation")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return _one_by_one(_Loss, info.batch_size, in_dims, inputs)
+
+
+class _LossBackward(Function):
+    """The gradients, as a function of their own, so that differentiating them raises instead of lying."""
+
+    @staticmethod
+    def forward(
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: LossOptions,
+        stats: Tensor,
+        upstream: Tensor,
+        *logits: Tensor,
+    ) -> tuple[Tensor, ...]:
+        upstream = upstream.contiguous()
+        return tuple(_ops.loss_backward(logits, target, class_weight, stats, upstream, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise _not_implemented("double backward")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise _not_implemented("forward-mode differentiation of the gradient")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return _one_by_one(_LossBackward, info.batch_size, in_dims, inputs)
+
+
+def _call(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    want: int,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The op without its formula, and its complaint about a target raised as the library's own class."""
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _ops.loss(logits, target, class_weight, *options, want)
+    except (IndexError, RuntimeError) as error:
+        _ops.raise_target_error(error)
+        raise
+
+
+def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """A gradient for each model that wants one; those held fixed come last, and have none."""
+    padded = (*gradients, *[None] * (len(needed) - len(gradients)))
+    return tuple([gradient if need else None for gradient, need in zip(padded, needed)])
+
+
+def _one_by_one(
+    function: Any, examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """torch.vmap's rule: one call for each example, stacked."""
+    results = []
+    for example in range(examples):
+        arguments = [
+            value.select(dim, example) if isinstance(value, Tensor) and dim is not None else value
+            for value, dim in zip(inputs, in_dims, strict=True)
+        ]
+        results.append(function.apply(*arguments))
+    outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
+def _not_implemented(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{what} is not implemented by the kernel; compute the loss inside "
+        f'`with churn_kernels.backend("reference")`, which has derivatives of every kind'
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    logits, target, class_weight, *options, _ = inputs
+    _, stats, terms, gradients = output
+    ctx.options = LossOptions(*options)
+    ctx.save_for_backward(target, class_weight, stats, *logits)
+    ctx.mark_non_differentiable(stats, terms, *gradients)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+    target, class_weight, stats, *logits = ctx.saved_tensors
+    upstream = upstream.contiguous()
+    gradients = _ops.loss_backward(logits, target, class_weight, stats, upstream, *ctx.options)
+    without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
+    return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
+
+
+if _ops.LOADED:
+    torch.library.register_autograd("churn_kernels::loss", _backward, setup_context=_save)

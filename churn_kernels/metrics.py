@@ -1,0 +1,398 @@
+"""Churn metrics, pairwise over the runs of one training recipe.
+
+`churn_report` compares R runs on the same N examples; `expected_calibration_error` and
+`prediction_confidence` are its per-run pieces. Everything is evaluated in float64, whatever the
+logits' dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from churn_kernels import _checks
+from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
+
+CALIBRATION_BINS = 15
+"""Equal-width bins of the expected calibration error."""
+
+_BLOCK_ELEMENTS = 1 << 21
+"""float64 numbers in a block's largest temporary: 16 MiB, small enough to stay near the cache."""
+
+
+@dataclass(frozen=True)
+class ChurnReport:
+    """What `churn_report` measures over R runs; float64 tensors on the runs' device.
+
+    Entry [i, j] of an (R, R) tensor compares run i (row) with run j (column). Shares are in [0, 1].
+    Fields that need labels are None without `target`.
+
+    Attributes:
+        accuracy: (R,) share of rows predicted right.
+        confidence: (R,) mean difference of the two largest probabilities (Bhojanapalli et al.
+            2021, Eq. 5).
+        entropy: (R,) mean entropy of the prediction in nats, over the `top_k` largest
+            probabilities where `top_k` is given.
+        ece: (R,) expected calibration error, see `expected_calibration_error`.
+        churn: (R, R) share of rows where the predicted classes differ (Eq. 3). Symmetric, 0 on the
+            diagonal, at most the sum of the two error rates (Lemma 1).
+        schurn: (R, R) 1/2 mean_n sum_c |(p_i / max p_i)^a - (p_j / max p_j)^a| (Eq. 4). Symmetric.
+        churn_correct: (R, R) churn among the rows that run i predicts right; NaN where it has none.
+        churn_incorrect: (R, R) churn among the rows that run i predicts wrong; NaN where it has
+            none.
+        negative_flips: (R, R) share of rows that run i predicts right and run j wrong.
+        certified_agreement: (R, R) share of rows where ||p_i - p_j||_1 < confidence_i +
+            confidence_j, which rules disagreement out (Lemma 2). Symmetric, at most 1 - churn.
+        rows: N.
+    """
+
+    accuracy: Tensor | None
+    confidence: Tensor
+    entropy: Tensor
+    ece: Tensor | None
+    churn: Tensor
+    schurn: Tensor
+    churn_correct: Tensor | None
+    churn_incorrect: Tensor | None
+    negative_flips: Tensor | None
+    certified_agreement: Tensor
+    rows: int
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The measured tensors by name, in the order of the attributes; None left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def summary(self, level: float = 0.95) -> dict[str, Estimate]:
+        """Each metric's mean over the runs, or over the ordered pairs i != j, with an interval.
+
+        Pairs share runs, so the spread over pairs is no standard error. The interval is a
+        delete-one-run jackknife: se^2 = (R - 1)/R sum_r (m_(r) - mean m_(.))^2, m_(r) the mean
+        without run r, times Student's t quantile with R - 1 degrees of freedom. Pairs without a
+        value (NaN) are left out. Two runs leave no pair to delete, so a pairwise metric then has
+        a mean and a NaN interval.
+
+        Args:
+            level: the interval's coverage, in (0, 1).
+        Returns: name -> Estimate, for every metric that is not None.
+        Raises: ValueError if `level` is out of range.
+        """
+        return {
+            name: jackknife_interval(run_mean(value), leave_one_run_out(value), level)
+            for name, value in self.metrics().items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested lists under the attributes' names, ready for `json.dumps`; NaN becomes None."""
+        values: dict[str, Any] = {
+            name: _plain(value.tolist()) for name, value in self.metrics().items()
+        }
+        return {field.name: values.get(field.name) for field in fields(self)} | {"rows": self.rows}
+
+
+@torch.no_grad()
+def churn_report(
+    runs: Iterable[Tensor] | Tensor,
+    target: Tensor | None = None,
+    *,
+    schurn_alpha: float = 1.0,
+    top_k: int | None = None,
+    block_rows: int | None = None,
+) -> ChurnReport:
+    """Churn and its companions for every pair of R runs (Bhojanapalli et al. 2021, Sections 2, 4).
+
+    Reads each run once, in blocks of rows: besides the logits only one block of the R softmaxes is
+    in memory. A class at -inf has probability 0. The predicted class is the largest logit's, the
+    lowest index among equals.
+
+    Args:
+        runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
+            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1.
+        target: (N,) int64 labels in [0, C) on the runs' device, or None: accuracy, ece,
+            churn_correct, churn_incorrect and negative_flips are then None.
+        schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
+        top_k: entropy of each row's `top_k` largest probabilities, renormalised to sum to 1
+            (1 <= top_k <= C); None: of the whole softmax. Equal probabilities make the choice
+            among them immaterial.
+        block_rows: rows per block; None: as many as keep a block near 16 MiB. Affects memory and
+            the last bits of the floating-point means, no count.
+    Returns: a `ChurnReport`.
+    Gradient: none; the metrics are detached.
+    Raises: TypeError for arguments of the wrong kind or dtype; ValueError for shapes, devices or
+        ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
+        a label out of range.
+    """
+    logits = _checked_runs(runs)
+    rows, classes = logits[0].shape
+    if target is not None:
+        _check_target(target, logits[0])
+    alpha = _checks.number("schurn_alpha", schurn_alpha)
+    if alpha <= 0:
+        raise ValueError(
+            f"schurn_alpha must be > 0, got {alpha}; 1 is the value of the paper's tables"
+        )
+    k = _checks.top_k(top_k)
+    _checks.top_k_fits(k, classes)
+    block = _block_rows(block_rows, len(logits), classes)
+
+    totals = _Totals(len(logits), alpha, k, logits[0].device)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        stacked = torch.stack([run[start:stop].to(torch.float64) for run in logits])  # (R, B, C)
+        _check_rows("runs[{run}]", stacked, start)
+        totals.add(stacked, None if target is None else target[start:stop])
+    return totals.report(rows, labelled=target is not None)
+
+
+@torch.no_grad()
+def prediction_confidence(logits: Tensor) -> Tensor:
+    """Difference of the two largest softmax probabilities (Bhojanapalli et al. 2021, Eq. 5).
+
+    Args:
+        logits: (..., C), C >= 1, floating dtype.
+    Returns: float64 (...) in [0, 1]; a missing second class counts as probability 0.
+    Gradient: none.
+    Raises: ValueError if there is no class.
+    """
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(
+            f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}; "
+            "pass one logit per class in the last dimension"
+        )
+    return _confidence(torch.softmax(logits.to(torch.float64), dim=-1))
+
+
+@torch.no_grad()
+def expected_calibration_error(
+    logits: Tensor, target: Tensor, *, bins: int = CALIBRATION_BINS
+) -> Tensor:
+    """Expected calibration error: sum over bins of (rows / N) |accuracy - mean probability|.
+
+    Rows fall into `bins` equal-width bins [b/bins, (b+1)/bins) of the predicted class's
+    probability, the last one closed (Guo et al. 2017).
+
+    Args:
+        logits: (N, C) of one run, N >= 1, floating dtype.
+        target: (N,) int64 labels in [0, C), on the logits' device.
+        bins: number of bins, at least 1.
+    Returns: float64 scalar in [0, 1].
+    Gradient: none.
+    Raises: TypeError, ValueError and IndexError as `churn_report`.
+    """
+    if _checks.integer("bins", bins) < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
+    _check_run("logits", logits, logits)
+    _check_target(target, logits)
+    _check_rows("logits", logits[None], 0)
+    probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
+    sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
+    return _calibration_error(*sums)[0]
+
+
+class _Totals:
+    """Sums over the rows seen so far: int64 counts and float64 sums, per run and per pair."""
+
+    def __init__(self, runs: int, schurn_alpha: float, top_k: int, device: torch.device):
+        def counts(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        def sums(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.schurn_alpha = schurn_alpha
+        self.top_k = top_k
+        self.right = counts(runs)
+        self.differ = counts(runs, runs)
+        self.right_differ = counts(runs, runs)
+        self.flips = counts(runs, runs)
+        self.certified = counts(runs, runs)
+        self.confidence = sums(runs)
+        self.entropy = sums(runs)
+        self.scaled_distance = sums(runs, runs)
+        self.bin_rows = counts(runs, CALIBRATION_BINS)
+        self.bin_right = counts(runs, CALIBRATION_BINS)
+        self.bin_mass = sums(runs, CALIBRATION_BINS)
+
+    def add(self, logits: Tensor, target: Tensor | None) -> None:
+        """Adds a block: logits (R, B, C) float64, target (B,) or None."""
+        largest, predicted = logits.max(dim=-1, keepdim=True)  # (R, B, 1)
+        predicted = predicted.squeeze(-1)
+        probabilities = torch.softmax(logits, dim=-1)  # (R, B, C)
+        confidence = _confidence(probabilities)  # (R, B)
+        self.confidence += confidence.sum(dim=1)
+        self.entropy += _entropy(probabilities, self.top_k).sum(dim=1)
+
+        differ = predicted[:, None] != predicted[None, :]  # (R, R, B)
+        self.differ += differ.sum(dim=-1)
+        # Exactly at the bound Lemma 2 is silent, and with two classes every disagreement sits
+        # there: rounding must not certify one.
+        close = _pairwise_l1(probabilities) < confidence[:, None] + confidence[None, :]
+        self.certified += (close & ~differ).sum(dim=-1)
+        scaled = torch.exp(self.schurn_alpha * (logits - largest))
+        self.scaled_distance += _pairwise_l1(scaled).sum(dim=-1)
+
+        if target is None:
+            return
+        right = predicted == target  # (R, B)
+        self.right += right.sum(dim=1)
+        self.right_differ += (differ & right[:, None]).sum(dim=-1)
+        self.flips += (right[:, None] & ~right[None, :]).sum(dim=-1)
+        rows, hits, mass = _calibration_sums(probabilities.amax(-1), right, CALIBRATION_BINS)
+        self.bin_rows += rows
+        self.bin_right += hits
+        self.bin_mass += mass
+
+    def report(self, rows: int, *, labelled: bool) -> ChurnReport:
+        wrong = rows - self.right
+        # The two halves were summed over different strides; their mean is symmetric to the bit.
+        scaled_distance = (self.scaled_distance + self.scaled_distance.T) / 2
+        return ChurnReport(
+            accuracy=self.right.double() / rows if labelled else None,
+            confidence=self.confidence / rows,
+            entropy=self.entropy / rows,
+            ece=_calibration_error(self.bin_rows, self.bin_right, self.bin_mass)
+            if labelled
+            else None,
+            churn=self.differ.double() / rows,
+            schurn=scaled_distance / (2 * rows),
+            churn_correct=self.right_differ.double() / self.right[:, None] if labelled else None,
+            churn_incorrect=(self.differ - self.right_differ).double() / wrong[:, None]
+            if labelled
+            else None,
+            negative_flips=self.flips.double() / rows if labelled else None,
+            certified_agreement=self.certified.double() / rows,
+            rows=rows,
+        )
+
+
+def _confidence(probabilities: Tensor) -> Tensor:
+    if probabilities.shape[-1] == 1:
+        return probabilities[..., 0]
+    two = probabilities.topk(2, dim=-1).values
+    return two[..., 0] - two[..., 1]
+
+
+def _entropy(probabilities: Tensor, top_k: int) -> Tensor:
+    if top_k:
+        probabilities = probabilities.topk(top_k, dim=-1).values
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def _pairwise_l1(values: Tensor) -> Tensor:
+    """(R, B, C) -> (R, R, B): sum over classes of |values_i - values_j|, never (R, R, B, C)."""
+    rows_first = values.transpose(0, 1).contiguous()
+    return torch.cdist(rows_first, rows_first, p=1.0).permute(1, 2, 0)
+
+
+def _calibration_sums(
+    probability: Tensor, right: Tensor, bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(R, B) -> (R, bins): rows, rows predicted right (int64), summed probability (float64)."""
+    index = (probability * bins).long().clamp_(max=bins - 1)
+    inside = index[..., None] == torch.arange(bins, device=probability.device)  # (R, B, bins)
+    mass = torch.where(inside, probability[..., None], 0.0).sum(dim=1)
+    return inside.sum(dim=1), (inside & right[..., None]).sum(dim=1), mass
+
+
+def _calibration_error(rows: Tensor, right: Tensor, mass: Tensor) -> Tensor:
+    return (right - mass).abs().sum(dim=-1) / rows.sum(dim=-1)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if math.isnan(value) else value
+
+
+def _block_rows(asked: int | None, runs: int, classes: int) -> int:
+    if asked is None:
+        return max(1, _BLOCK_ELEMENTS // (runs * max(runs, classes)))
+    if _checks.integer("block_rows", asked) < 1:
+        raise ValueError(f"block_rows must be at least 1, got {asked}; pass None to have it chosen")
+    return asked
+
+
+def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    wanted = "runs must be a sequence of logit tensors (N, C) or one tensor (R, N, C)"
+    if isinstance(runs, Tensor):
+        if runs.ndim != 3:
+            raise ValueError(
+                f"{wanted}, got a tensor of shape {tuple(runs.shape)}; "
+                "stack the runs' logits with torch.stack"
+            )
+        logits = list(runs.unbind(0))
+    elif isinstance(runs, Iterable) and not isinstance(runs, str | bytes | dict):
+        logits = list(runs)
+    else:
+        raise TypeError(f"{wanted}, got {type(runs).__name__}; pass a list of the runs' logits")
+    if len(logits) < 2:
+        raise ValueError(
+            f"runs must hold at least 2 runs, got {len(logits)}; "
+            "churn compares runs, so add the logits of another one"
+        )
+    for index, run in enumerate(logits):
+        _check_run(f"runs[{index}]", run, logits[0])
+    return logits
+
+
+def _check_run(name: str, run: Any, first: Any) -> None:
+    _checks.matrix(name, run)
+    if run.shape[0] == 0:
+        raise ValueError(
+            f"{name} must have at least one row, got shape {tuple(run.shape)}; "
+            "a share of no rows has no value"
+        )
+    if run.shape != first.shape:
+        raise ValueError(
+            f"{name} must have the shape of the first run, {tuple(first.shape)}, got "
+            f"{tuple(run.shape)}; evaluate every run on the same examples"
+        )
+    if run.device != first.device:
+        raise ValueError(
+            f"{name} must be on the first run's device, {first.device}, got {run.device}; "
+            f"pass {name}.to({first.device!s})"
+        )
+
+
+def _check_target(target: Any, run: Tensor) -> None:
+    rows, classes = run.shape
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(
+            f"target must be an int64 tensor of class indices or None, got {got}; "
+            "convert it with .long()"
+        )
+    if target.shape != (rows,):
+        raise ValueError(
+            f"target must have shape (N,) = ({rows},), got {tuple(target.shape)}; "
+            "pass one label per row"
+        )
+    if target.device != run.device:
+        raise ValueError(
+            f"target must be on the runs' device, {run.device}, got {target.device}; "
+            "pass target.to(runs[0].device)"
+        )
+    outside = (target < 0) | (target >= classes)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise IndexError(
+            f"target must hold class indices in [0, {classes}), got {int(target[row])} at row "
+            f"{row}; leave rows without a label out of target and of every run"
+        )
+
+
+def _check_rows(name: str, block: Tensor, start: int) -> None:
+    """Raises for the first row of a block (R, B, C) without a softmax; `name` holds {run}."""
+    bad = ~block.amax(dim=-1).isfinite()  # NaN and +inf win the maximum; -inf only when alone
+    if bool(bad.any()):
+        run, row = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name.format(run=run)} must have probabilities in every row, got NaN, +inf or only "
+            f"-inf at row {start + row}; leave the row out of every run, or drop a diverged run"
+        )

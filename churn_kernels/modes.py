@@ -1,0 +1,91 @@
+"""Reduction modes: how far a result may depend on anything but its inputs.
+
+| mode | guarantee |
+|---|---|
+| `"fast"` | none: on a GPU the last bits may move from run to run |
+| `"run_to_run"` | same machine, same call: same bits |
+| `"invariant"` | as above, and a row's loss and gradient do not depend on the batch around it |
+| `"exact"` | as above, and the same bits on every backend; not implemented yet |
+
+A stronger mode may stand in for a weaker one, never the other way round: a mode that a backend
+cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the three is asked for.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+# From the weakest to the strongest.
+MODES = ("fast", "run_to_run", "invariant", "exact")
+
+
+def check(mode: object, keeps: str = "invariant", backend: str = "") -> str:
+    """`mode`, if it is one, it is implemented, and it is no stronger than what the backend keeps."""
+    if not isinstance(mode, str) or mode not in MODES:
+        names = ", ".join(repr(name) for name in MODES)
+        raise ValueError(f"mode must be one of {names}, got {mode!r}; pass one of these names")
+    if mode == "exact":
+        raise NotImplementedError(
+            "mode 'exact' is not implemented yet; 'invariant' is the strongest mode available now"
+        )
+    if MODES.index(mode) > MODES.index(keeps):
+        raise NotImplementedError(
+            f"the {backend} backend cannot keep mode {mode!r}; {keeps!r} is the strongest it keeps"
+        )
+    return mode
+
+
+def _from_environment() -> str | None:
+    mode = os.environ.get("CHURN_REDUCTION_MODE")
+    if not mode:
+        return None
+    try:
+        return check(mode)
+    except (ValueError, NotImplementedError) as error:
+        raise type(error)(f"CHURN_REDUCTION_MODE={mode}: {error}") from None
+
+
+# The default that was set for the process; None: PyTorch's own determinism switch decides.
+default: str | None = _from_environment()
+
+
+def get_reduction_mode() -> str:
+    """The reduction mode of calls that pass none.
+
+    Returns: what `set_reduction_mode`, `reduction_mode` or the environment variable
+    CHURN_REDUCTION_MODE set last; else `"run_to_run"` where
+    `torch.are_deterministic_algorithms_enabled()`, and `"fast"` everywhere else.
+    """
+    if default is not None:
+        return default
+    return "run_to_run" if torch.are_deterministic_algorithms_enabled() else "fast"
+
+
+def set_reduction_mode(mode: str | None) -> None:
+    """Set the process's default reduction mode.
+
+    Args:
+        mode: `"fast"`, `"run_to_run"` or `"invariant"`; None returns the decision to PyTorch's switch.
+    Raises: ValueError for another name; NotImplementedError for `"exact"`, until it is there.
+    """
+    global default
+    default = None if mode is None else check(mode)
+
+
+@contextmanager
+def reduction_mode(mode: str) -> Iterator[None]:
+    """A block in which `mode` is the process's default reduction mode; the one before comes back after it.
+
+    Args:
+        mode: as in `set_reduction_mode`.
+    Raises: as `set_reduction_mode`, before the block begins.
+    """
+    global default
+    before = default
+    set_reduction_mode(mode)
+    try:
+        yield
+    finally:
+        default = before

@@ -1,0 +1,247 @@
+"""The specification of every loss: float64 PyTorch, slow and obvious, differentiable twice.
+
+The kernels are tested against this file. Nothing here is fused, and nothing is clever: each formula
+stands as it is written in the papers, on whole (N, C) tensors in float64.
+
+A class whose logit is -inf in a model is outside that model's classes and contributes nothing to
+it.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from churn_kernels import _checks
+from churn_kernels._options import (
+    DISTILLATION,
+    DIVERGENCES,
+    NO_DIVERGENCE,
+    NO_REGULARIZER,
+    REDUCTIONS,
+    REGULARIZERS,
+    ROW_TERMS,
+    LossOptions,
+)
+
+
+def loss(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor]:
+    """The loss of `options`, and the detached means of its terms, as the op `churn_kernels::loss` returns them.
+
+    Args:
+        logits: K tensors (N, C), or one (K, N, C) tensor in a sequence of one; the last
+            `options.teachers` models are held fixed.
+        target: (N,) int64 class indices, or None for no cross entropy.
+        class_weight: (C,) weights of the cross entropy, or None.
+        options: what to compute.
+    Returns:
+        The loss, () or (N,), or (N, 2K+P) for the reduction `ROW_TERMS`; and the terms, (5K+P+1,):
+        cross entropy, regulariser, accuracy, confidence and entropy of each student, the divergence
+        of each pair, the agreement. float32, or float64 for float64 logits.
+    Gradient: flows to the students, through both as often as asked.
+    Raises: TargetError if a target of a CPU batch is neither a class nor `ignore_index`.
+    """
+    result_dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
+    models = logits[0] if logits[0].dim() == 3 else torch.stack(list(logits))
+    z = models.to(torch.float64)  # (M, N, C)
+    students = z.shape[0] - options.teachers
+    keep = torch.ones_like(z[0, :, 0], dtype=torch.bool)  # (N,) rows that are not ignored
+    label = None
+    if target is not None:
+        _checks.target_range(target, z.shape[2], options.ignore_index)
+        keep = target != options.ignore_index
+        in_range = (target >= 0) & (target < z.shape[2])
+        label = torch.where(in_range, target, 0)
+        # A wrong target on a device where raising would cost a synchronisation poisons its row.
+        z = torch.where((keep & ~in_range)[:, None], torch.nan, z)
+    # An ignored row is replaced by zeros before anything is computed, so that not even a NaN in it
+    # reaches a loss or a gradient.
+    z = torch.where(keep[:, None], z, 0.0)
+    z = torch.cat([z[:students], z[students:].detach()])
+
+    weight = None if class_weight is None else class_weight.to(torch.float64)
+    cross_entropy = [
+        _cross_entropy(row, label, weight, options.label_smoothing) for row in z[:students]
+    ]
+    regularizer = [_regularizer(row, options) for row in z[:students]]
+    divergence = _divergences(z / options.temperature, students, options)
+    # Columns (N, K), (N, K), (N, P); an ignored row holds 0 in each.
+    columns = [
+        torch.stack(terms, dim=1) if terms else z.new_zeros(z.shape[1], 0)
+        for terms in (cross_entropy, regularizer, divergence)
+    ]
+    ce, r, d = (torch.where(keep[:, None], column, 0.0) for column in columns)
+
+    rows = keep.sum().to(torch.float64)
+    ce_rows = rows  # what the cross entropy's mean divides by
+    if weight is not None and label is not None:
+        ce_rows = torch.where(keep, weight[label], 0.0).sum()
+
+    terms = _term_means(
+        z, label, keep, students, ce.sum(0) / ce_rows, r.sum(0) / rows, d.sum(0) / rows
+    )
+    result = _reduce(ce, r, d, ce_rows, rows, label is not None, options)
+    return result.to(result_dtype), terms.detach().to(result_dtype)
+
+
+def _reduce(
+    ce: Tensor,  # (N, K)
+    r: Tensor,  # (N, K)
+    d: Tensor,  # (N, P)
+    ce_rows: Tensor,
+    rows: Tensor,
+    has_target: bool,
+    options: LossOptions,
+) -> Tensor:
+    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 times infinity."""
+    if options.reduction == ROW_TERMS:
+        return torch.cat([ce, r, d], dim=1)
+    ce_part = ce.new_zeros(ce.shape[0])
+    other_part = torch.zeros_like(ce_part)
+    if has_target and options.ce_weight != 0:
+        ce_part = options.ce_weight * ce.sum(1)
+    if options.regularizer != NO_REGULARIZER and options.regularizer_weight != 0:
+        other_part = other_part + options.regularizer_weight * r.sum(1)
+    if d.shape[1] > 0 and options.divergence_weight != 0:
+        other_part = other_part + options.divergence_weight * d.mean(1)
+    if options.reduction == REDUCTIONS["none"]:
+        return ce_part + other_part
+    if options.reduction == REDUCTIONS["sum"]:
+        return ce_part.sum() + other_part.sum()
+    if not has_target or options.ce_weight == 0:
+        return other_part.sum() / rows
+    return ce_part.sum() / ce_rows + other_part.sum() / rows
+
+
+def _cross_entropy(
+    z: Tensor,  # (N, C)
+    label: Tensor | None,
+    weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """Cross entropy of each row, (N,), exactly as `torch.nn.functional.cross_entropy` defines it."""
+    if label is None:
+        return torch.zeros_like(z[:, 0])
+    surprise = -torch.log_softmax(z, dim=1)
+    if weight is not None:
+        surprise = surprise * weight
+    ce = surprise.gather(1, label[:, None]).squeeze(1)
+    if label_smoothing == 0:
+        return ce
+    return (1 - label_smoothing) * ce + label_smoothing * surprise.mean(1)
+
+
+def _inside(z: Tensor) -> Tensor:
+    """Where a class belongs to the model: its logit is not -inf."""
+    return z != -torch.inf
+
+
+def _finite_log_softmax(z: Tensor) -> Tensor:
+    """log softmax with 0 in place of -inf, where its product with a probability of 0 has to be 0."""
+    return torch.where(_inside(z), torch.log_softmax(z, dim=-1), 0.0)
+
+
+def _regularizer(z: Tensor, options: LossOptions) -> Tensor:
+    """Entropy of each row, or minus its symmetric KL to uniform, (N,); over the k largest classes if asked."""
+    if options.regularizer == NO_REGULARIZER:
+        return torch.zeros_like(z[:, 0])
+    inside = _inside(z)
+    chosen = inside.to(z.dtype)
+    classes = chosen.sum(1, keepdim=True)  # (N, 1) how many classes the uniform distribution covers
+    p, log_p = torch.softmax(z, dim=1), _finite_log_softmax(z)
+    if options.top_k:
+        order = torch.sort(
+            z, dim=1, descending=True, stable=True
+        ).indices  # ties: the lowest index first
+        rank = torch.argsort(order, dim=1)
+        chosen = chosen * (rank < options.top_k)
+        p = p * chosen
+        if options.renormalize_top_k:
+            mass = p.sum(1, keepdim=True)
+            classes = chosen.sum(1, keepdim=True)
+            p, log_p = p / mass, log_p - torch.log(mass)
+    if options.regularizer == REGULARIZERS["entropy"]:
+        return -(p * log_p).sum(1)
+    return -((p - 1 / classes) * (log_p + torch.log(classes)) * chosen).sum(1)
+
+
+def _divergences(z: Tensor, students: int, options: LossOptions) -> list[Tensor]:
+    """The divergence of each pair, a list of (N,); z (M, N, C) is already divided by the temperature."""
+    if options.divergence == DISTILLATION:
+        return [_kl_to_fixed(torch.softmax(z[1:], dim=2).mean(0), _inside(z[1:]).any(0), z[0])]
+    value = {
+        NO_DIVERGENCE: lambda a, b: torch.zeros_like(a[:, 0]),
+        DIVERGENCES["skl"]: _symmetric_kl,
+        DIVERGENCES["ce"]: _mutual_cross_entropy,
+        DIVERGENCES["l1"]: _l1,
+    }[options.divergence]
+    return [value(z[i], z[j]) for i, j in combinations(range(students), 2)]
+
+
+def _symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL(p || q) + KL(q || p) of two softmaxes, (N,); infinite where a class belongs to one of them only."""
+    p, q = torch.softmax(a, dim=1), torch.softmax(b, dim=1)
+    both = _inside(a) & _inside(b)
+    gap = torch.where(both, _finite_log_softmax(a) - _finite_log_softmax(b), 0.0)
+    infinite = torch.where((_inside(a) != _inside(b)).any(1), torch.inf, 0.0)
+    # The factor is the constant 2, but it lets the gradient of an infinite row be NaN, as it is.
+    return ((p - q) * gap).sum(1) + infinite * (p + q).sum(1)
+
+
+def _mutual_cross_entropy(a: Tensor, b: Tensor) -> Tensor:
+    """The value of the symmetric KL, with the gradient that holds each side's partner fixed, (N,)."""
+    p, q = torch.softmax(a, dim=1).detach(), torch.softmax(b, dim=1).detach()
+    return _kl_to_fixed(q, _inside(b), a) + _kl_to_fixed(p, _inside(a), b)
+
+
+def _l1(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the classes of |p - q|, (N,)."""
+    return (torch.softmax(a, dim=1) - torch.softmax(b, dim=1)).abs().sum(1)
+
+
+def _kl_to_fixed(p: Tensor, p_inside: Tensor, z: Tensor) -> Tensor:
+    """KL(p || softmax(z)) with p held fixed, (N,); its gradient is softmax(z) - p, where infinite too."""
+    log_q = torch.log_softmax(z, dim=1)
+    kl = (torch.xlogy(p, p) - torch.where(p == 0, 0.0, p * log_q)).sum(1)
+    infinite = torch.where((p_inside & ~_inside(z)).any(1), torch.inf, 0.0)
+    return kl + infinite
+
+
+def _term_means(
+    z: Tensor,  # (M, N, C)
+    label: Tensor | None,
+    keep: Tensor,
+    students: int,
+    ce: Tensor,  # (K,)
+    r: Tensor,  # (K,)
+    d: Tensor,  # (P,)
+) -> Tensor:
+    """Every term and free metric as a mean over the rows that are not ignored, (5K+P+1,)."""
+    z = z.detach()
+    p = torch.softmax(z, dim=2)
+    broken = p.isnan().any(2)  # (M, N) a row that holds NaN predicts nothing: its metrics are NaN
+    ordered = torch.sort(z, dim=2, descending=True, stable=True)
+    prediction = ordered.indices[:, :, 0]  # ties: the lowest index
+    largest = p.gather(2, ordered.indices)
+    confidence = largest[:, :, 0] - (largest[:, :, 1] if z.shape[2] > 1 else 0.0)
+    entropy = -(p * _finite_log_softmax(z)).sum(2)
+    agrees = (prediction == prediction[:1]).all(0)
+    agreement = torch.where(broken.any(0), torch.nan, agrees.to(z.dtype))
+
+    def mean(values: Tensor) -> Tensor:  # over the last dimension
+        return torch.where(keep, values, 0.0).sum(-1) / keep.sum()
+
+    if label is None:
+        ce = accuracy = torch.full_like(ce, torch.nan)
+    else:
+        accuracy = mean(torch.where(broken, torch.nan, (prediction == label).to(z.dtype)))[
+            :students
+        ]
+    confidence, entropy = mean(confidence)[:students], mean(entropy)[:students]
+    return torch.cat([ce, r, accuracy, confidence, entropy, d, mean(agreement)[None]])

@@ -1,0 +1,75 @@
+// The sweeps over one row that each instruction set provides, and what they read and write.
+#pragma once
+
+#include <cstdint>
+
+#include "../rows/options.h"
+#include "isa.h"
+
+namespace ck {
+
+enum class DType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+inline constexpr int kDTypes = 4;
+
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// One row of the problem, as the sweeps see it. Arrays are per model (students first) or per pair.
+// Sums and coefficients are plain float64 arrays in the order of rows/row.h's structs, so that
+// chunks add up in one loop.
+struct RowView {
+  const LossOptions* options;
+  int64_t classes;
+  int models, students;
+  const void* const* logits;
+  const int64_t* column_strides;
+  void* const* gradients;        // students; contiguous
+  const void* class_weight;      // (C,) in the compute dtype; null: all ones
+  int64_t target;                // -1: no target
+  bool stream;                   // write gradients past the caches
+  const double* maxima;          // per model
+  const double* thresholds;      // per model; of the k largest
+  const int64_t* last_ties;      // per model
+  const double* inverse_masses;  // per model: 1 / tempered mass, for the second sweep
+  const double* log_masses;      // per model: log of it
+  const double* gradient;        // students x kGradientScalars
+  const double* slopes;          // students x models
+  const double* others;          // students x models
+};
+
+// Layout of a row's sums: models x kModelSums, then pairs x kPairSums (rows/row.h).
+inline constexpr int kModelSums = 9;
+inline constexpr int kPairSums = 3;
+inline constexpr int kGradientScalars = 9;
+
+// Largest and second largest logit, and the lowest index of the largest.
+struct TopTwo {
+  double first, second;
+  int64_t index;
+};
+
+struct Kernels {
+  // maxima[k] of model k over classes [begin, end).
+  void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
+  // Adds one chunk's sums to `sums`.
+  void (*sums)(const RowView&, int64_t begin, int64_t end, double* sums);
+  void (*second_sums)(const RowView&, int64_t begin, int64_t end, double* sums);
+  void (*gradient)(const RowView&, int64_t begin, int64_t end);
+  // The k-th largest logit of one model and its last tie; `heap` has room for k float64.
+  void (*top_k)(const RowView&, int model, int64_t k, void* heap, double* threshold,
+                int64_t* last_tie);
+  void (*top_two)(const RowView&, int model, TopTwo*);
+  double (*logit)(const RowView&, int model, int64_t index);
+};
+
+// `fused` handles one or two models whose options fold into one sweep; `general` everything.
+struct KernelSet {
+  Kernels fused[2], general;
+  // In place times a factor.
+  void (*scale)(void* data, int64_t begin, int64_t end, double factor);
+};
+
+const KernelSet& kernel_set(Isa isa, DType dtype);
+
+}  // namespace ck

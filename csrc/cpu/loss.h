@@ -1,0 +1,67 @@
+// The CPU loss: rows in, loss, terms and gradients out. Raw pointers, no torch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace ck {
+
+// One model's (N, C) logits; strides in elements.
+struct Matrix {
+  const void* data;
+  int64_t row_stride, column_stride;
+};
+
+struct LossInputs {
+  DType dtype;
+  int64_t rows, classes;
+  std::vector<Matrix> logits;  // students first, then teachers
+  const int64_t* target;       // (N,), null for none
+  const void* class_weight;    // (C,) in the compute dtype (float, or double for float64), or null
+  LossOptions options;
+
+  int models() const { return static_cast<int>(logits.size()); }
+  int students() const { return models() - options.teachers; }
+  int pairs() const {
+    return options.divergence == Divergence::kNone ? 0 : pair_count(models(), options.teachers);
+  }
+  // Terms of one row: cross entropy and regulariser per student, divergence per pair.
+  int row_terms() const { return 2 * students() + pair_count(models(), options.teachers); }
+  // float64 numbers a row that backward() needs.
+  int stats_width() const;
+  // What the forward pass reports: five figures a student, one a pair, and the agreement.
+  int reported_terms() const { return 5 * students() + pair_count(models(), options.teachers) + 1; }
+};
+
+// Where results go; null: not wanted. loss has one value, N, or N x row_terms() by reduction, in
+// float64; so have the reported terms. gradients: (N, C) contiguous per student, in the logits'
+// dtype.
+struct LossOutputs {
+  double* loss;
+  double* stats;
+  double* terms;
+  const std::vector<void*>* gradients;
+};
+
+// Runs body(begin, end) over parts of [0, tasks), at least `grain` tasks each, on `threads`
+// threads.
+struct Parallel {
+  int threads;
+  void (*run)(int64_t tasks, int64_t grain,
+              const std::function<void(int64_t begin, int64_t end)>& body);
+};
+
+// Throws std::out_of_range for a target outside [0, classes), before anything is written.
+void loss_forward(const LossInputs& inputs, const LossOutputs& outputs, const Parallel& parallel);
+
+// Gradients from the row statistics of loss_forward. upstream: one value, N, or N x row_terms().
+void loss_backward(const LossInputs& inputs, const double* stats, const double* upstream,
+                   const std::vector<void*>& gradients, const Parallel& parallel);
+
+// In place times a factor; returns at once when it is 1.
+void scale(DType dtype, void* data, int64_t size, double factor, const Parallel& parallel);
+
+}  // namespace ck

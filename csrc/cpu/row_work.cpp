@@ -1,0 +1,290 @@
+#include "row_work.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace ck {
+namespace {
+
+double weight_at(const LossInputs& in, int64_t c) {
+  if (!in.class_weight) return 1.0;
+  return in.dtype == DType::kFloat64 ? static_cast<const double*>(in.class_weight)[c]
+                                     : static_cast<const float*>(in.class_weight)[c];
+}
+
+bool folds_into_one_sweep(const LossInputs& in) {
+  const LossOptions& o = in.options;
+  const auto side_by_side = [](const Matrix& m) { return m.column_stride == 1; };
+  return in.models() <= 2 && o.teachers == 0 && o.temperature == 1.0 && !o.regularizes_top_k() &&
+         o.label_smoothing == 0.0 && !o.needs_second_sweep() &&
+         std::all_of(in.logits.begin(), in.logits.end(), side_by_side);
+}
+
+}  // namespace
+
+RowWork::RowWork(const LossInputs& in)
+    : in_(in),
+      set_(kernel_set(active_isa(), in.dtype)),
+      preferred_(folds_into_one_sweep(in) ? &set_.fused[in.models() - 1] : &set_.general),
+      kernels_(preferred_),
+      total_weight_(static_cast<double>(in.classes)),
+      maxima_(in.models()),
+      sums_(in.models() * kModelSums + pair_count(in.models(), in.options.teachers) * kPairSums),
+      thresholds_(in.models()),
+      inverse_masses_(in.models()),
+      log_masses_(in.models()),
+      slopes_(in.students() * in.models()),
+      others_(in.students() * in.models()),
+      last_ties_(in.models()),
+      gradient_(in.students()),
+      logits_(in.models()),
+      gradients_(in.students()),
+      heap_(in.options.regularizes_top_k() ? in.options.top_k : 0) {
+  for (const Matrix& m : in.logits) column_strides_.push_back(m.column_stride);
+  if (in.class_weight && in.options.label_smoothing != 0.0) {
+    total_weight_ = 0.0;
+    for (int64_t c = 0; c < in.classes; ++c) total_weight_ += weight_at(in, c);
+  }
+  view_ = {&in.options,
+           in.classes,
+           in.models(),
+           in.students(),
+           logits_.data(),
+           column_strides_.data(),
+           gradients_.data(),
+           in.class_weight,
+           -1,
+           false,
+           maxima_.data(),
+           thresholds_.data(),
+           last_ties_.data(),
+           inverse_masses_.data(),
+           log_masses_.data(),
+           reinterpret_cast<const double*>(gradient_.data()),
+           slopes_.data(),
+           others_.data()};
+}
+
+bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool stream) {
+  const int64_t size = element_size(in_.dtype);
+  for (int k = 0; k < view_.models; ++k) {
+    logits_[k] =
+        static_cast<const char*>(in_.logits[k].data) + row * in_.logits[k].row_stride * size;
+  }
+  const bool ignored = in_.target && in_.target[row] == in_.options.ignore_index;
+  if (gradients) {
+    for (int k = 0; k < view_.students; ++k) {
+      gradients_[k] = static_cast<char*>((*gradients)[k]) + row * view_.classes * size;
+      if (ignored) std::fill_n(static_cast<char*>(gradients_[k]), view_.classes * size, 0);
+    }
+  }
+  view_.target = in_.target && !ignored ? in_.target[row] : -1;
+  view_.stream = stream;
+  kernels_ = preferred_;
+  return !ignored;
+}
+
+void RowWork::use_general() { kernels_ = &set_.general; }
+
+void RowWork::clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
+
+void RowWork::select_top_k() {
+  if (heap_.empty()) return;
+  for (int k = 0; k < view_.students; ++k) {
+    kernels_->top_k(view_, k, in_.options.top_k, heap_.data(), &thresholds_[k], &last_ties_[k]);
+  }
+}
+
+bool RowWork::falls_back() {
+  if (kernels_ == &set_.general) return false;
+  for (int k = 0; k < view_.models; ++k) {
+    if (std::isnan(model(k).moment)) {
+      use_general();
+      clear_sums();
+      return true;
+    }
+  }
+  return false;
+}
+
+void RowWork::finish_sums() {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (int k = 0; k < view_.models; ++k) {
+    rows::ModelSums& s = model(k);
+    // Every class at -inf, or a NaN that the maximum passed over: nothing of the row has a meaning.
+    if (!(maxima_[k] > -std::numeric_limits<double>::infinity()) || std::isnan(s.mass)) {
+      s.mass = s.moment = s.top_mass = s.tempered_mass = nan;
+    }
+    if (in_.options.temperature == 1.0) s.tempered_mass = s.mass;
+  }
+}
+
+void RowWork::prepare_second_sweep() {
+  for (int k = 0; k < view_.models; ++k) {
+    inverse_masses_[k] = 1.0 / model(k).tempered_mass;
+    log_masses_[k] = rows::log_or_nan(model(k).tempered_mass);
+  }
+}
+
+double RowWork::target_weight() const {
+  return view_.target < 0 ? 0.0 : weight_at(in_, view_.target);
+}
+
+void RowWork::terms(double* out) const {
+  const LossOptions& o = in_.options;
+  const int students = view_.students;
+  for (int k = 0; k < students; ++k) {
+    const rows::ModelSums& s = model(k);
+    out[k] = 0.0;
+    if (view_.target >= 0) {
+      const double d = kernels_->logit(view_, k, view_.target) - maxima_[k];
+      out[k] = rows::cross_entropy(s, d, target_weight(), total_weight_, o.label_smoothing,
+                                   static_cast<double>(view_.classes));
+    }
+    out[students + k] = o.regularizer == Regularizer::kNone ? 0.0 : rows::regularizer(s, o);
+  }
+  double* divergences = out + 2 * students;
+  const int pairs = in_.pairs();
+  if (pairs == 0) {
+    std::fill(divergences, out + in_.row_terms(), 0.0);
+  } else if (o.teachers > 0) {
+    divergences[0] = rows::divergence(pair(0), model(0), model(0), o);
+  } else {
+    for (int i = 0, p = 0; i < view_.models; ++i) {
+      for (int j = i + 1; j < view_.models; ++j, ++p) {
+        divergences[p] = rows::divergence(pair(p), model(i), model(j), o);
+      }
+    }
+  }
+}
+
+void RowWork::add_report(const double* terms, double* out) const {
+  const int students = view_.students;
+  double *accuracy = out + 2 * students, *confidence = out + 3 * students,
+         *entropy = out + 4 * students, *divergence = out + 5 * students;
+  const int pairs = in_.row_terms() - 2 * students;
+  for (int i = 0; i < 2 * students; ++i) out[i] += terms[i];
+  for (int p = 0; p < pairs; ++p) divergence[p] += terms[2 * students + p];
+  // A row that holds a NaN predicts nothing.
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  int64_t winner = -1;
+  double agree = 1.0;
+  for (int k = 0; k < view_.models; ++k) {
+    TopTwo top;
+    kernels_->top_two(view_, k, &top);
+    const bool broken = std::isnan(model(k).mass);
+    if (broken) agree = nan;
+    if (k > 0 && top.index != winner) agree *= 0.0;
+    winner = top.index;
+    if (k >= students) continue;
+    accuracy[k] += broken ? nan : top.index == view_.target;
+    confidence[k] += (1.0 - std::exp(top.second - top.first)) / model(k).mass;
+    entropy[k] += rows::entropy(model(k));
+  }
+  divergence[pairs] += agree;
+}
+
+void RowWork::set_gradient(const double* weights) {
+  const LossOptions& o = in_.options;
+  const int students = view_.students, models = view_.models;
+  std::fill(slopes_.begin(), slopes_.end(), 0.0);
+  std::fill(others_.begin(), others_.end(), 0.0);
+  for (int k = 0; k < students; ++k) {
+    rows::ModelGradient& g = gradient_[k] = {};
+    if (view_.target >= 0 && weights[k] != 0.0) {
+      rows::add_cross_entropy_gradient(g, model(k), weights[k], target_weight(), total_weight_,
+                                       o.label_smoothing, static_cast<double>(view_.classes));
+    }
+    if (o.regularizer != Regularizer::kNone && weights[students + k] != 0.0) {
+      rows::add_regularizer_gradient(g, model(k), o, weights[students + k]);
+    }
+  }
+  if (in_.pairs() == 0) return;
+  const double* divergence_weights = weights + 2 * students;
+  const auto couple = [&](int i, int j, double mean, double weight) {
+    rows::add_divergence_gradient(gradient_[i], &slopes_[i * models], &others_[i * models], i, j,
+                                  model(i).tempered_mass, model(j).tempered_mass, mean, weight, o);
+  };
+  if (o.teachers > 0) {
+    if (divergence_weights[0] == 0.0) return;
+    for (int t = students; t < models; ++t) couple(0, t, 0.0, divergence_weights[0] / o.teachers);
+    return;
+  }
+  for (int i = 0, p = 0; i < models; ++i) {
+    for (int j = i + 1; j < models; ++j, ++p) {
+      if (divergence_weights[p] == 0.0) continue;
+      // L1 sums are means already; those of symmetric KL still carry mass and temperature. Where
+      // the divergence is infinite its gradient has no value.
+      double scale_i = 1.0, scale_j = 1.0;
+      if (o.divergence == Divergence::kSkl) {
+        const double poison =
+            pair(p).mismatch > 0.0 ? std::numeric_limits<double>::quiet_NaN() : 1.0;
+        scale_i = poison / (model(i).tempered_mass * o.temperature);
+        scale_j = poison / (model(j).tempered_mass * o.temperature);
+      }
+      couple(i, j, pair(p).first * scale_i, divergence_weights[p]);
+      couple(j, i, -pair(p).second * scale_j, divergence_weights[p]);
+    }
+  }
+}
+
+void RowWork::save(double* stats) const {
+  const bool top = in_.options.regularizes_top_k();
+  for (int k = 0; k < view_.models; ++k) {
+    const rows::ModelSums& s = model(k);
+    *stats++ = maxima_[k];
+    *stats++ = s.mass;
+    *stats++ = top ? s.top_moment : s.moment;
+    *stats++ = s.live;
+    if (in_.options.temperature != 1.0) *stats++ = s.tempered_mass;
+    if (top) {
+      *stats++ = thresholds_[k];
+      *stats++ = static_cast<double>(last_ties_[k]);
+      *stats++ = s.top_mass;
+    }
+  }
+  if (in_.options.divergence != Divergence::kSkl && in_.options.divergence != Divergence::kL1) {
+    return;
+  }
+  for (int p = 0; p < in_.pairs(); ++p) {
+    const bool infinite = pair(p).mismatch > 0.0 && in_.options.divergence == Divergence::kSkl;
+    *stats++ = infinite ? std::numeric_limits<double>::quiet_NaN() : pair(p).first;
+    *stats++ = pair(p).second;
+  }
+}
+
+void RowWork::restore(const double* stats) {
+  clear_sums();
+  const bool top = in_.options.regularizes_top_k();
+  for (int k = 0; k < view_.models; ++k) {
+    rows::ModelSums& s = model(k);
+    maxima_[k] = *stats++;
+    s.mass = *stats++;
+    (top ? s.top_moment : s.moment) = *stats++;
+    s.live = *stats++;
+    s.tempered_mass = in_.options.temperature != 1.0 ? *stats++ : s.mass;
+    if (top) {
+      thresholds_[k] = *stats++;
+      last_ties_[k] = static_cast<int64_t>(*stats++);
+      s.top_mass = *stats++;
+    }
+    if (s.live < static_cast<double>(view_.classes)) use_general();
+  }
+  if (in_.options.divergence == Divergence::kSkl || in_.options.divergence == Divergence::kL1) {
+    for (int p = 0; p < in_.pairs(); ++p) {
+      pair(p).first = *stats++;
+      pair(p).second = *stats++;
+      pair(p).mismatch = std::isnan(pair(p).first) ? 1.0 : 0.0;
+    }
+  }
+  prepare_second_sweep();
+}
+
+int LossInputs::stats_width() const {
+  const bool saves_pairs =
+      options.divergence == Divergence::kSkl || options.divergence == Divergence::kL1;
+  return models() * (4 + (options.temperature != 1.0) + 3 * options.regularizes_top_k()) +
+         (saves_pairs ? 2 * pairs() : 0);
+}
+
+}  // namespace ck

@@ -1,0 +1,75 @@
+// One row on its way through the sweeps: its scalars, and the arithmetic between two sweeps.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../rows/row.h"
+#include "kernels.h"
+#include "loss.h"
+
+namespace ck {
+
+static_assert(sizeof(rows::ModelSums) == kModelSums * sizeof(double));
+static_assert(sizeof(rows::PairSums64) == kPairSums * sizeof(double));
+static_assert(sizeof(rows::ModelGradient) == kGradientScalars * sizeof(double));
+
+class RowWork {
+ public:
+  explicit RowWork(const LossInputs& inputs);
+
+  // Points the work at one row; false if the row is ignored.
+  bool start(int64_t row, const std::vector<void*>* gradients, bool stream);
+
+  const RowView& view() const { return view_; }
+  const Kernels& kernels() const { return *kernels_; }
+  int sums_size() const { return static_cast<int>(sums_.size()); }
+  double* maxima() { return maxima_.data(); }
+  double* sums() { return sums_.data(); }
+
+  void clear_sums();
+  void select_top_k();
+  // After the first sums; true if the row must be summed again by the general kernel, because it
+  // holds a class at -inf (or a NaN).
+  bool falls_back();
+  void prepare_second_sweep();
+  void finish_sums();
+
+  // [CE per student | R per student | D per pair], unweighted.
+  void terms(double* out) const;
+  // Adds this row's reported terms; see LossInputs::reported_terms.
+  void add_report(const double* terms, double* out) const;
+  double target_weight() const;
+
+  // weights: upstream gradient of each of terms().
+  void set_gradient(const double* weights);
+
+  void save(double* stats) const;
+  void restore(const double* stats);
+
+ private:
+  rows::ModelSums& model(int k) { return reinterpret_cast<rows::ModelSums*>(sums_.data())[k]; }
+  const rows::ModelSums& model(int k) const {
+    return reinterpret_cast<const rows::ModelSums*>(sums_.data())[k];
+  }
+  rows::PairSums64& pair(int p) {
+    return reinterpret_cast<rows::PairSums64*>(sums_.data() + view_.models * kModelSums)[p];
+  }
+  const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
+  void use_general();
+
+  const LossInputs& in_;
+  const KernelSet& set_;
+  const Kernels* preferred_;  // fused where the options allow it
+  const Kernels* kernels_;    // this row's
+  double total_weight_;       // sum of class weights, for label smoothing
+  RowView view_;
+  std::vector<double> maxima_, sums_, thresholds_, inverse_masses_, log_masses_, slopes_, others_;
+  std::vector<int64_t> last_ties_, column_strides_;
+  std::vector<rows::ModelGradient> gradient_;
+  std::vector<const void*> logits_;
+  std::vector<void*> gradients_;
+  std::vector<double> heap_;
+};
+
+}  // namespace ck

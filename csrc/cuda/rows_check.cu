@@ -1,0 +1,90 @@
+// Instantiates csrc/rows for a GPU, one thread a row, so that the headers stay device-clean. The
+// build compiles it and looks at registers and spills; nothing links it.
+#include <cstdint>
+
+#include "../rows/divergence.h"
+#include "../rows/row.h"
+#include "../rows/softmax.h"
+#include "../rows/topk.h"
+
+namespace {
+
+using namespace ck;
+using namespace ck::rows;
+
+template <class S>
+struct Sums {
+  SoftmaxSums<S> model[2];
+  rows::PairSums<S> skl, l1;
+  S kl, top;
+};
+
+template <class S>
+__device__ S row_max(const S* z, int64_t classes) {
+  S best = z[0];
+  for (int64_t c = 1; c < classes; ++c) best = rows::max(best, z[c]);
+  return best;
+}
+
+template <class S>
+__device__ Sums<S> row_sums(const S* a, const S* b, S max_a, S max_b, int64_t classes, TopK top) {
+  Sums<S> s{};
+  for (int64_t c = 0; c < classes; ++c) {
+    const S d_a = a[c] - max_a, d_b = b[c] - max_b;
+    const S e_a = exp_nonpos(d_a), e_b = exp_nonpos(d_b);
+    add(s.model[0], e_a, d_a);
+    add(s.model[1], e_b, d_b);
+    add_spread(s.model[0], d_a);
+    add_skl(s.skl, e_a, e_b, d_a - d_b);
+    add_l1(s.l1, e_a, e_b, S(e_a > e_b) - S(e_a < e_b));
+    s.kl += kl_term(e_a, d_b, S(1e-30));
+    s.top += in_top_k(a[c], c, S(top.threshold), top.last_tie) ? e_a : S(0);
+  }
+  return s;
+}
+
+template <class S>
+__global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* loss,
+                         int64_t classes, int64_t target, LossOptions options) {
+  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  a += row * classes, b += row * classes, grad_a += row * classes, grad_b += row * classes;
+  const S max_a = row_max(a, classes), max_b = row_max(b, classes);
+  const Sums<S> s = row_sums(a, b, max_a, max_b, classes, TopK{double(max_a), 0});
+  const double n = double(classes);
+  const ModelSums m_a{s.model[0].mass,
+                      s.model[0].moment,
+                      s.model[0].spread,
+                      n,
+                      s.model[0].mass,
+                      s.top,
+                      s.top,
+                      s.top,
+                      0.0};
+  const ModelSums m_b{
+      s.model[1].mass, s.model[1].moment, 0.0, n, s.model[1].mass, 0.0, 0.0, 0.0, 0.0};
+  const PairSums64 pair{s.skl.first, s.skl.second, 0.0};
+  loss[row] = cross_entropy(m_a, double(a[target] - max_a), 1.0, n, options.label_smoothing, n) +
+              regularizer(m_a, options) + divergence(pair, m_a, m_b, options) + s.kl +
+              (s.l1.first - s.l1.second);
+
+  ModelGradient g{};
+  double slopes[2] = {}, others[2] = {};
+  add_cross_entropy_gradient(g, m_a, 1.0, 1.0, n, options.label_smoothing, n);
+  add_regularizer_gradient(g, m_a, options, 1.0);
+  add_divergence_gradient(g, slopes, others, 0, 1, m_a.mass, m_b.mass, pair.first / m_a.mass, 1.0,
+                          options);
+  for (int64_t c = 0; c < classes; ++c) {
+    const S d_a = a[c] - max_a, d_b = b[c] - max_b;
+    const S e_a = exp_nonpos(d_a), e_b = exp_nonpos(d_b);
+    grad_a[c] = pair_gradient(e_a, e_b, d_a, d_b, S(g.constant), S(slopes[0]), S(slopes[1]),
+                              S(g.uniform), S(-others[1]));
+    grad_b[c] = softmax_gradient(e_b, d_b, S(g.top_constant), S(g.top_slope), S(g.top_uniform));
+  }
+}
+
+template __global__ void row_pair<float>(const float*, const float*, float*, float*, double*,
+                                         int64_t, int64_t, LossOptions);
+template __global__ void row_pair<double>(const double*, const double*, double*, double*, double*,
+                                          int64_t, int64_t, LossOptions);
+
+}  // namespace

@@ -1,0 +1,54 @@
+// Python module _C: what is not a tensor op. Build facts, and the constants that Python code must
+// share with csrc/rows.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "rows/constants.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<std::string> built_isa_names() {
+  std::vector<std::string> names;
+  for (const ck::Isa isa : ck::built_isas()) names.emplace_back(ck::isa_name(isa));
+  return names;
+}
+
+py::dict build_info() {
+  constexpr std::string_view commit = CK_GIT_COMMIT;
+  py::dict info;
+  info["compiler"] = CK_COMPILER;
+  info["flags"] = CK_FLAGS;
+  info["instruction_sets"] = built_isa_names();
+  info["cpu_isa"] = ck::isa_name(ck::detected_isa());
+  info["cuda_architectures"] = py::list();
+  info["torch_version"] = CK_TORCH_VERSION;
+  info["torch_target_version"] = CK_TORCH_TARGET;
+  info["git_commit"] = commit.empty() ? py::object(py::none()) : py::object(py::str(commit));
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Facts about the build, and the constants of the row arithmetic.";
+  module.def(
+      "build_info", &build_info,
+      "How the library was built: compiler, floating-point flags, instruction sets built and "
+      "the best of them here, CUDA architectures, torch built with and oldest torch "
+      "supported, git commit (None outside a repository).");
+
+  py::module_ constants =
+      module.def_submodule("constants", "Constants that fix the order of every sum over a row.");
+  constants.attr("kVectorBytes") = ck::kVectorBytes;
+  constants.attr("kLanesFloat") = ck::kLanes<float>;
+  constants.attr("kLanesDouble") = ck::kLanes<double>;
+  constants.attr("kChunk") = ck::kChunk;
+  constants.attr("kBlock") = ck::kBlock;
+}

@@ -1,0 +1,24 @@
+// Constants that fix the order of every sum over a row. A change here changes low bits of results,
+// so it goes with an entry in CHANGELOG.md.
+#pragma once
+
+#include <cstdint>
+
+namespace ck {
+
+// A sum over classes runs in kLanes interleaved partial sums: class c belongs to lane c % kLanes.
+// 64 bytes of lanes at every instruction set: AVX-512 holds them in one register, AVX2 in two.
+inline constexpr int kVectorBytes = 64;
+template <class S>
+inline constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(S));
+
+// Lanes are folded by halves (lane i + lane i + n/2, and so on) once per chunk of this many
+// classes, and the chunks are added up in float64, first to last. Threads that share one row take
+// whole chunks, so the bits depend on the number of classes alone.
+inline constexpr int64_t kChunk = 2048;
+
+// The general kernel works through a chunk in blocks that stay in the first-level cache.
+inline constexpr int64_t kBlock = 256;
+static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
+
+}  // namespace ck

@@ -1,0 +1,180 @@
+// exp and log of the softmax, for any value type V: float or double on a GPU and in scalar code, a
+// vector of lanes on the CPU. V supplies mul_add, zero_below, add_to_exponent and split_exponent;
+// the scalar versions stand here, the vector ones in cpu/vec.h.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "macros.h"
+
+namespace ck {
+inline namespace CK_ISA {
+namespace rows {
+
+// a * b + c: one rounding where the target has fma, two where it has not (the x86 baseline). Every
+// lane of a vector and the scalar twin agree, because both follow the same rule.
+CK_HD float mul_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+CK_HD double mul_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class S>
+CK_HD S max(S a, S b) {
+  return a > b ? a : b;
+}
+
+template <class To, class From>
+CK_HD To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// `value`, or 0 where x < limit. NaN in x keeps `value`.
+template <class S>
+CK_HD S zero_below(S x, S limit, S value) {
+  return x < limit ? S(0) : value;
+}
+
+// The bit-level format of S, and the numbers that exp and log need in it.
+template <class S>
+struct Format;
+
+template <>
+struct Format<float> {
+  using Int = int32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr float kShift =
+      0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kExpLowest = -87.0f;  // exp below this is 0: no subnormal ever appears
+  static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr Int kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2), where log splits its argument
+};
+
+template <>
+struct Format<double> {
+  using Int = int64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr double kShift = 0x1.8p52;
+  static constexpr double kExpLowest = -708.0;
+  static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr Int kSqrtHalf = 0x3fe6a09e667f3bcd;
+};
+
+// p * 2^n for n = the integer that Format::kShift left in the low bits of `shifted`.
+template <class S>
+CK_HD S add_to_exponent(S p, S shifted) {
+  using U = std::make_unsigned_t<typename Format<S>::Int>;
+  return bits_as<S>(
+      static_cast<U>(bits_as<U>(p) + (bits_as<U>(shifted) << Format<S>::kMantissaBits)));
+}
+
+// x = m * 2^k with m in [sqrt(1/2), sqrt(2)); returns m, sets k.
+template <class S>
+CK_HD S split_exponent(S x, S& k) {
+  using Int = typename Format<S>::Int;
+  const Int offset = bits_as<Int>(x) - Format<S>::kSqrtHalf;
+  const Int power = offset >> Format<S>::kMantissaBits;
+  k = static_cast<S>(power);
+  return bits_as<S>(static_cast<Int>(bits_as<Int>(x) - (power << Format<S>::kMantissaBits)));
+}
+
+template <class V>
+struct ScalarOf {
+  using type = typename V::Scalar;
+};
+template <>
+struct ScalarOf<float> {
+  using type = float;
+};
+template <>
+struct ScalarOf<double> {
+  using type = double;
+};
+
+// Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9 and 3e-18.
+template <class V>
+CK_HD V exp_tail(V r, float) {
+  V q = mul_add(V(0x1.6db4eap-10f), r, V(0x1.123bdep-7f));
+  q = mul_add(q, r, V(0x1.55545ep-5f));
+  q = mul_add(q, r, V(0x1.55548ep-3f));
+  return mul_add(q, r, V(0.5f));
+}
+template <class V>
+CK_HD V exp_tail(V r, double) {
+  V q = mul_add(V(0x1.af85ffba526a0p-26), r, V(0x1.28b0a6ca4c38ap-22));
+  q = mul_add(q, r, V(0x1.71dddf8016519p-19));
+  q = mul_add(q, r, V(0x1.a0199631010abp-16));
+  q = mul_add(q, r, V(0x1.a01a01bb043c5p-13));
+  q = mul_add(q, r, V(0x1.6c16c185cabbfp-10));
+  q = mul_add(q, r, V(0x1.111111110d5d5p-7));
+  q = mul_add(q, r, V(0x1.555555554ff92p-5));
+  q = mul_add(q, r, V(0x1.5555555555561p-3));
+  return mul_add(q, r, V(0x1.000000000000cp-1));
+}
+
+// exp(d) for d <= 0; 0 below Format::kExpLowest; NaN stays NaN.
+template <class V>
+CK_HD V exp_nonpos(V d) {
+  using S = typename ScalarOf<V>::type;
+  using F = Format<S>;
+  const V shifted = mul_add(d, V(S(1.4426950408889634)), V(F::kShift));
+  const V n = shifted - V(F::kShift);
+  V r = mul_add(n, V(-F::kLn2High), d);
+  r = mul_add(n, V(-F::kLn2Low), r);
+  const V p = mul_add(mul_add(exp_tail(r, S()), r, V(S(1))), r, V(S(1)));
+  return zero_below(d, V(F::kExpLowest), add_to_exponent(p, shifted));
+}
+
+// Minimax of (2 atanh(s) - 2 s) / s^3 in s^2, for log(m) with s = (m - 1) / (m + 1).
+template <class V>
+CK_HD V log_tail(V z, float) {
+  V q = mul_add(V(0x1.e2fdd2p-3f), z, V(0x1.2438a8p-2f));
+  q = mul_add(q, z, V(0x1.999a7cp-2f));
+  return mul_add(q, z, V(0x1.555554p-1f));
+}
+template <class V>
+CK_HD V log_tail(V z, double) {
+  V q = mul_add(V(0x1.2f0d8ef234f70p-3), z, V(0x1.39a0f4f5f828fp-3));
+  q = mul_add(q, z, V(0x1.7466462d33713p-3));
+  q = mul_add(q, z, V(0x1.c71c51e7f3125p-3));
+  q = mul_add(q, z, V(0x1.2492494217a8bp-2));
+  q = mul_add(q, z, V(0x1.999999997fb31p-2));
+  return mul_add(q, z, V(0x1.5555555555593p-1));
+}
+
+// log(x) for normal x > 0.
+template <class V>
+CK_HD V log_pos(V x) {
+  using S = typename ScalarOf<V>::type;
+  using F = Format<S>;
+  V k;
+  const V f = split_exponent(x, k) - V(S(1));
+  const V s = f / (f + V(S(2)));
+  const V z = s * s;
+  const V half_square = V(S(0.5)) * f * f;
+  // log(1 + f) = f - (f^2/2 - s (f^2/2 + z tail(z))): the small terms first, then the large ones.
+  const V correction = mul_add(s, mul_add(z, log_tail(z, S()), half_square), k * V(F::kLn2Low));
+  return mul_add(k, V(F::kLn2High), f - (half_square - correction));
+}
+
+}  // namespace rows
+}  // namespace CK_ISA
+}  // namespace ck

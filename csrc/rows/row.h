@@ -1,0 +1,174 @@
+// The scalars of one row, in float64: the loss terms out of the row's sums, and the coefficients
+// that the gradient sweep multiplies into each class. A few dozen operations, paid once a row.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "math.h"
+#include "options.h"
+
+namespace ck {
+inline namespace CK_ISA {
+namespace rows {
+
+// Sums of one model over a row. d = logit - max over the classes whose logit is not -inf.
+struct ModelSums {
+  double mass;           // sum exp(d)
+  double moment;         // sum exp(d) d
+  double spread;         // sum d
+  double live;           // classes not at -inf
+  double tempered_mass;  // sum exp(d / T)
+  double top_mass;       // mass, moment and spread over the k largest
+  double top_moment;
+  double top_spread;
+  double weighted_spread;  // sum class_weight d
+};
+
+// Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
+struct PairSums64 {
+  double first, second, mismatch;
+};
+
+struct ModelRow {
+  double max;
+  ModelSums sums;
+  double threshold;  // of the k largest logits
+  int64_t last_tie;
+};
+
+// One model's gradient at a class, before the divergence:
+//   e (constant + slope d) + uniform [+ e (top_constant + top_slope d) + top_uniform in the top k]
+//   - smoothing class_weight - target [at the target]
+// and its divergence, f = exp(d / T): f tempered_constant + sum over models j of
+//   f slope_j d_j - other_j f_j                 (symmetric KL, cross entropy, distillation)
+//   f slope_j sign(p - p_j)                     (L1)
+struct ModelGradient {
+  double constant, slope, uniform;
+  double top_constant, top_slope, top_uniform;
+  double smoothing, target;
+  double tempered_constant;
+};
+
+// Upstream gradient of one row's terms.
+struct TermWeights {
+  double cross_entropy, regularizer;
+};
+
+CK_HD double log_or_nan(double x) { return x != x ? x : log_pos(x); }
+CK_HD double log_mass(const ModelSums& s) { return log_or_nan(s.mass); }
+CK_HD double entropy(const ModelSums& s) { return log_mass(s) - s.moment / s.mass; }
+
+CK_HD double top_count(const ModelSums& s, int64_t top_k) {
+  return s.live < static_cast<double>(top_k) ? s.live : static_cast<double>(top_k);
+}
+
+// (1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy.
+CK_HD double cross_entropy(const ModelSums& s, double d_target, double target_weight,
+                           double total_weight, double smoothing, double classes) {
+  const double hard = target_weight * (log_mass(s) - d_target);
+  if (smoothing == 0.0 || s.mass != s.mass) return hard;
+  if (s.live < classes) return std::numeric_limits<double>::infinity();
+  const double soft = (total_weight * log_mass(s) - s.weighted_spread) / classes;
+  return (1.0 - smoothing) * hard + smoothing * soft;
+}
+
+// H(p), or minus SKL(p, U): over all classes, or over the k largest.
+CK_HD double regularizer(const ModelSums& s, const LossOptions& o) {
+  const bool entropic = o.regularizer == Regularizer::kEntropy;
+  if (!o.regularizes_top_k()) {
+    return entropic ? entropy(s) : s.spread / s.live - s.moment / s.mass;
+  }
+  const double k = top_count(s, o.top_k);
+  if (o.renormalize_top_k) {
+    const double mean = s.top_moment / s.top_mass;
+    return entropic ? log_or_nan(s.top_mass) - mean : s.top_spread / k - mean;
+  }
+  const double log_s = log_mass(s);
+  if (entropic) return (log_s * s.top_mass - s.top_moment) / s.mass;
+  const double shift = log_pos(s.live) - log_s;
+  return (s.top_spread + k * shift) / s.live - (s.top_moment + shift * s.top_mass) / s.mass;
+}
+
+// Adds the gradient of `weight` times the regulariser.
+CK_HD void add_regularizer_gradient(ModelGradient& g, const ModelSums& s, const LossOptions& o,
+                                    double weight) {
+  const bool entropic = o.regularizer == Regularizer::kEntropy;
+  if (!o.regularizes_top_k() || o.renormalize_top_k) {
+    // dH/dz = -p (d - E_p d); d(-SKL)/dz = -p (d - E_p d) - p + 1/n, over the n classes in play.
+    const bool top = o.regularizes_top_k();
+    const double mass = top ? s.top_mass : s.mass;
+    const double mean = (top ? s.top_moment : s.moment) / mass;
+    const double constant = weight * (mean - (entropic ? 0.0 : 1.0)) / mass;
+    const double slope = -weight / mass;
+    const double uniform = entropic ? 0.0 : weight / (top ? top_count(s, o.top_k) : s.live);
+    (top ? g.top_constant : g.constant) += constant;
+    (top ? g.top_slope : g.slope) += slope;
+    (top ? g.top_uniform : g.uniform) += uniform;
+    return;
+  }
+  // R = sum over the top k of r(log p), so dR/dz = r' [in the top k] - p sum r'.
+  //   entropy: r' = -p (log p + 1);  minus SKL: r' = -p (log p + log n + 1) + 1/n.
+  const double shift = (entropic ? 0.0 : log_pos(s.live)) - log_mass(s) + 1.0;
+  const double uniform = entropic ? 0.0 : 1.0 / s.live;
+  const double total =
+      uniform * top_count(s, o.top_k) - (s.top_moment + shift * s.top_mass) / s.mass;
+  g.top_slope -= weight / s.mass;
+  g.top_constant -= weight * shift / s.mass;
+  g.top_uniform += weight * uniform;
+  g.constant -= weight * total / s.mass;
+}
+
+CK_HD void add_cross_entropy_gradient(ModelGradient& g, const ModelSums& s, double weight,
+                                      double target_weight, double total_weight, double smoothing,
+                                      double classes) {
+  const double hard = weight * (1.0 - smoothing) * target_weight;
+  const double soft = weight * smoothing / classes;
+  g.constant += (hard + soft * total_weight) / s.mass;
+  g.smoothing += soft;
+  g.target += hard;
+}
+
+// Value of one pair's divergence. KL to the teachers comes ready-made in `first`.
+CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelSums& j,
+                        const LossOptions& o) {
+  double value;
+  if (o.divergence == Divergence::kL1) {
+    value = pair.first - pair.second;
+  } else if (o.divergence == Divergence::kDistill) {
+    value = pair.first;
+  } else {
+    value = (pair.first / i.tempered_mass - pair.second / j.tempered_mass) / o.temperature;
+  }
+  const bool broken = i.mass != i.mass || j.mass != j.mass;
+  if (pair.mismatch > 0.0 && o.divergence != Divergence::kL1 && !broken) {
+    return std::numeric_limits<double>::infinity();
+  }
+  return value < 0.0 ? 0.0 : value;  // rounding only: a divergence is never negative; NaN stays
+}
+
+// The gradient of weight * D_ij with respect to model i: adds to its constant and to row i of the
+// `slopes` and `others` matrices. `mean` = E_i[D] (E_i[sign] for L1), seen from i.
+CK_HD void add_divergence_gradient(ModelGradient& g, double* slopes, double* others, int i, int j,
+                                   double mass_i, double mass_j, double mean, double weight,
+                                   const LossOptions& o) {
+  const double w = weight / o.temperature;
+  if (o.divergence == Divergence::kL1) {
+    slopes[j] += w / mass_i;
+    g.tempered_constant -= w * mean / mass_i;
+    return;
+  }
+  others[j] += w / mass_j;
+  g.tempered_constant += w / mass_i;
+  if (o.divergence == Divergence::kSkl) {
+    const double slope = w / (o.temperature * mass_i);
+    slopes[i] += slope;
+    slopes[j] -= slope;
+    g.tempered_constant -= w * mean / mass_i;
+  }
+}
+
+}  // namespace rows
+}  // namespace CK_ISA
+}  // namespace ck

@@ -1,0 +1,25 @@
+// Membership in a row's k largest logits, ties going to the lowest index.
+#pragma once
+
+#include <cstdint>
+
+#include "macros.h"
+
+namespace ck {
+inline namespace CK_ISA {
+namespace rows {
+
+// The k-th largest logit, and the index of the last class equal to it that still belongs.
+struct TopK {
+  double threshold;
+  int64_t last_tie;
+};
+
+template <class S>
+CK_HD bool in_top_k(S logit, int64_t index, S threshold, int64_t last_tie) {
+  return logit > threshold || (logit == threshold && index <= last_tie);
+}
+
+}  // namespace rows
+}  // namespace CK_ISA
+}  // namespace ck

@@ -1,0 +1,1 @@
+"""A thin trainer: the papers' methods, measured with churn_kernels."""

@@ -1,0 +1,139 @@
+"""What the build promises: its facts, its constants, and a package that works without it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import churn_kernels as ck
+from churn_kernels import _backend, _ops
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(ck.__file__).parent
+
+needs_library = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+
+
+def tool(name):
+    """Path of a build tool, the one beside this Python first; skips where there is none."""
+    places = [sysconfig.get_path("scripts"), os.environ["PATH"]]
+    found = shutil.which(name, path=os.pathsep.join(places))
+    return found or pytest.skip(f"{name} is not installed")
+
+
+def run(*command, folder=ROOT, **environment):
+    """Run a command in a folder with the environment changed; None takes a variable away."""
+    merged = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run(
+        list(map(str, command)), env=merged, cwd=folder, capture_output=True, text=True, timeout=300
+    )
+
+
+@needs_library
+class TestFacts:
+    def test_build_info(self):
+        info = ck.build_info()
+        assert info["built"] is True
+        assert re.fullmatch(r"\w+ \d+(\.\d+)+", info["compiler"])
+        assert info["torch_target_version"] == "2.11"
+        assert re.match(r"\d+\.\d+", info["torch_version"])
+        assert info["cuda_architectures"] == []
+        commit = info["git_commit"]
+        assert commit is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", commit)
+
+    def test_instruction_sets(self):
+        info = ck.build_info()
+        assert info["instruction_sets"] in (["baseline", "avx2", "avx512"], ["neon"], ["baseline"])
+        assert info["cpu_isa"] in info["instruction_sets"]
+
+    def test_floating_point_flags(self):
+        flags = ck.build_info()["flags"].split()
+        assert "-ffp-contract=off" in flags
+        assert not {"-ffast-math", "-Ofast", "-funsafe-math-optimizations"} & set(flags)
+
+    def test_constants(self):
+        from churn_kernels._C import constants
+
+        assert constants.kLanesFloat * 4 == constants.kLanesDouble * 8 == constants.kVectorBytes
+        assert constants.kChunk % constants.kBlock == 0
+        assert constants.kBlock % constants.kLanesFloat == 0
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="ELF")
+    def test_offers_no_symbols(self):
+        # An exported inline function of the AVX-512 variant could be bound by other libraries.
+        symbols = run(tool("nm"), "--dynamic", "--defined-only", _ops.LIBRARY)
+        assert symbols.returncode == 0, symbols.stderr
+        assert symbols.stdout.strip() == ""
+
+
+class TestWithoutLibrary:
+    PROGRAM = """
+import json, sys, warnings
+# An editable install would still offer the compiled module of its own tree.
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import churn_kernels as ck, torch
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    target = torch.arange(5)
+    for _ in range(2):
+        loss = ck.codistillation_loss(logits, target, alpha=0.0, beta=0.0)
+        loss.backward()
+expected = sum(torch.nn.functional.cross_entropy(model, target) for model in logits)
+print(json.dumps({
+    "file": ck.__file__, "backends": ck.available_backends(), "info": ck.build_info(),
+    "error": abs(loss.item() - expected.item()), "gradient": logits.grad.abs().sum().item(),
+    "warnings": [str(w.message) for w in caught if "churn_kernels" in str(w.message)],
+}))
+"""
+
+    @pytest.fixture
+    def package(self, tmp_path):
+        """Folder of a copy of the package without its libraries."""
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(PACKAGE, tmp_path / "churn_kernels", ignore=ignored)
+        return tmp_path
+
+    def import_and_compute(self, package, backend):
+        done = run(sys.executable, "-c", self.PROGRAM, folder=package, CHURN_BACKEND=backend)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert Path(report["file"]).is_relative_to(package)
+        return report
+
+    def test_falls_back_with_one_warning(self, package):
+        report = self.import_and_compute(package, backend=None)
+        assert len(report["warnings"]) == 1
+        assert _backend.BUILD_COMMAND in report["warnings"][0]
+        assert report["backends"] == ["reference"]
+        assert report["info"] == {"built": False, "build_command": _backend.BUILD_COMMAND}
+        assert report["error"] < 1e-6
+        assert report["gradient"] > 0
+
+    def test_a_chosen_reference_is_silent(self, package):
+        assert self.import_and_compute(package, backend="reference")["warnings"] == []
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
+class TestBuild:
+    def test_without_compiler_installs_without_library(self, tmp_path):
+        build = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", tmp_path]
+        done = run(*build, PATH=str(tmp_path), CXX=None)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in done.stderr.splitlines() if line.startswith("churn_kernels:")]
+        assert len(said) == 1
+        assert "no C++ compiler found" in said[0]
+        assert list(tmp_path.iterdir()) == []
+
+    def test_refuses_relaxed_floating_point(self, tmp_path):
+        configure = [tool("cmake"), "-S", ROOT, "-B", tmp_path, "-G", "Ninja"]
+        configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+        done = run(*configure, CXXFLAGS="-ffast-math")
+        assert done.returncode != 0
+        assert "relaxed floating point" in " ".join(done.stderr.split())
