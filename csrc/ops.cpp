@@ -255,6 +255,11 @@ std::vector<Tensor> loss_backward(std::vector<Tensor> logits, std::optional<Tens
   return gradients;
 }
 
+std::string plan(std::vector<Tensor> logits, CK_LOSS_OPTIONS) {
+  return ck::plan(read_inputs(logits, std::nullopt, std::nullopt, CK_PACK_OPTIONS).loss,
+                  parallel());
+}
+
 void scale_(std::vector<Tensor> gradients, Tensor upstream) {
   STD_TORCH_CHECK(upstream.is_cpu() && upstream.numel() == 1, "upstream must be a scalar");
   const double factor = read(upstream)[0];
@@ -278,12 +283,14 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
       "loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
       "Tensor upstream, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
   m.def("scale_(Tensor(a!)[] gradients, Tensor upstream) -> ()");
+  m.def("plan(Tensor[] logits, " CK_OPTIONS_SCHEMA ") -> str");
   m.def("cpu_isa(str request) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
+  m.impl("plan", TORCH_BOX(&plan));
   m.impl("scale_", TORCH_BOX(&scale_));
 }
 

@@ -303,6 +303,12 @@ void loss_backward(const LossInputs& in, const double* stats, const double* upst
   });
 }
 
+std::string plan(const LossInputs& in, const Parallel& parallel) {
+  return std::string(folds_into_one_sweep(in) ? "fused " : "general ") + isa_name(active_isa()) +
+         (Schedule(in, parallel).splits_rows() ? " chunks" : " rows") +
+         (streams(in) && folds_into_one_sweep(in) ? " streamed" : " cached");
+}
+
 void scale(DType dtype, void* data, int64_t size, double factor, const Parallel& parallel) {
   if (factor == 1.0) return;
   const KernelSet& set = kernel_set(active_isa(), dtype);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "kernels.h"
@@ -60,6 +61,11 @@ void loss_forward(const LossInputs& inputs, const LossOutputs& outputs, const Pa
 // Gradients from the row statistics of loss_forward. upstream: one value, N, or N x row_terms().
 void loss_backward(const LossInputs& inputs, const double* stats, const double* upstream,
                    const std::vector<void*>& gradients, const Parallel& parallel);
+
+// How a call would run, for tests and bug reports: "fused avx512 rows cached" says which sweeps,
+// which instruction set, whether threads share out rows or the chunks of one row, and whether
+// gradients are written through the caches or past them.
+std::string plan(const LossInputs& inputs, const Parallel& parallel);
 
 // In place times a factor; returns at once when it is 1.
 void scale(DType dtype, void* data, int64_t size, double factor, const Parallel& parallel);

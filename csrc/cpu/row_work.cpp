@@ -12,6 +12,8 @@ double weight_at(const LossInputs& in, int64_t c) {
                                      : static_cast<const float*>(in.class_weight)[c];
 }
 
+}  // namespace
+
 bool folds_into_one_sweep(const LossInputs& in) {
   const LossOptions& o = in.options;
   const auto side_by_side = [](const Matrix& m) { return m.column_stride == 1; };
@@ -19,8 +21,6 @@ bool folds_into_one_sweep(const LossInputs& in) {
          o.label_smoothing == 0.0 && !o.needs_second_sweep() &&
          std::all_of(in.logits.begin(), in.logits.end(), side_by_side);
 }
-
-}  // namespace
 
 RowWork::RowWork(const LossInputs& in)
     : in_(in),

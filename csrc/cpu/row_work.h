@@ -14,6 +14,9 @@ static_assert(sizeof(rows::ModelSums) == kModelSums * sizeof(double));
 static_assert(sizeof(rows::PairSums64) == kPairSums * sizeof(double));
 static_assert(sizeof(rows::ModelGradient) == kGradientScalars * sizeof(double));
 
+// Whether a call's options and strides allow the fused sweeps (cpu/fused.h).
+bool folds_into_one_sweep(const LossInputs& inputs);
+
 class RowWork {
  public:
   explicit RowWork(const LossInputs& inputs);

@@ -1,0 +1,447 @@
+"""The CPU kernel against the float64 reference: every option, dtype, class count and instruction set."""
+
+import itertools
+import zlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import gradient_error_bound, loss_error_bound
+
+import churn_kernels as ck
+from churn_kernels import _autograd, _ops, reference
+from churn_kernels._options import LossOptions
+
+pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library was not built")
+
+INF = float("inf")
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INSTRUCTION_SETS = ck.build_info()["instruction_sets"] if _ops.LOADED else []
+
+PLAIN = LossOptions(0.9, 0.1, 1.5, regularizer=1, divergence=1)
+# Every option at least once, by the name of what it adds to the plain loss.
+OPTIONS = {
+    "plain": PLAIN,
+    "sum": PLAIN._replace(reduction=2),
+    "per_row": PLAIN._replace(reduction=0),
+    "terms": PLAIN._replace(reduction=3),
+    "uniform_skl": PLAIN._replace(regularizer=2, regularizer_weight=-0.2),
+    "no_regularizer": PLAIN._replace(regularizer=0),
+    "no_divergence": PLAIN._replace(divergence=0),
+    "divergence_weight_0": PLAIN._replace(divergence_weight=0.0),
+    "ce_divergence": PLAIN._replace(divergence=2),
+    "l1_divergence": PLAIN._replace(divergence=3),
+    "temperature": PLAIN._replace(temperature=2.5),
+    "temperature_ce": PLAIN._replace(temperature=0.7, divergence=2),
+    "temperature_l1": PLAIN._replace(temperature=3.0, divergence=3, reduction=0),
+    "label_smoothing": PLAIN._replace(label_smoothing=0.1),
+    "ignore_index": PLAIN._replace(ignore_index=0),
+    "top_k": PLAIN._replace(top_k=3),
+    "top_k_unnormalised": PLAIN._replace(top_k=3, renormalize_top_k=False),
+    "top_k_uniform": PLAIN._replace(top_k=2, regularizer=2),
+    "top_k_uniform_unnormalised": PLAIN._replace(
+        top_k=2, regularizer=2, renormalize_top_k=False, reduction=0
+    ),
+    "everything": LossOptions(
+        0.7, 0.3, 2.0, 2, 4, False, 3, 0, label_smoothing=0.2, ignore_index=1, temperature=1.5
+    ),
+}
+
+
+def seeded(*name: object) -> torch.Generator:
+    """A generator of its own for each named case, the same on every run."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(name).encode()))
+
+
+def random_logits(generator, models, rows, classes, dtype=torch.float32, scale=3.0):
+    return [
+        (torch.randn(rows, classes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        for _ in range(models)
+    ]
+
+
+def random_target(generator, rows, classes):
+    return torch.randint(classes, (rows,), generator=generator)
+
+
+def kernel(logits, target, class_weight, options, upstream=None):
+    """Loss, terms and gradients of the students from the compiled ops."""
+    leaves = [z.detach().requires_grad_() for z in logits]  # the very strides and bytes
+    loss, terms = _autograd.evaluate(leaves, target, class_weight, options, True)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    students = leaves[: len(leaves) - options.teachers]
+    gradients = torch.autograd.grad(loss, students, upstream)
+    return loss.detach(), terms, gradients
+
+
+def expected(logits, target, class_weight, options, upstream=None):
+    """The same from the reference, in float64 from the very values the kernel sees."""
+    leaves = [z.detach().double().requires_grad_() for z in logits]
+    weight = None if class_weight is None else class_weight.double()
+    loss, terms = reference.loss(leaves, target, weight, options)
+    students = leaves[: len(leaves) - options.teachers]
+    upstream = torch.ones_like(loss) if upstream is None else upstream.double()
+    gradients = torch.autograd.grad(loss, students, upstream, materialize_grads=True)
+    return loss.detach(), terms, gradients
+
+
+def assert_close(got, want, bound):
+    """Equal where not finite, and within `bound` of `want` elsewhere."""
+    got, want = got.double(), want.double()
+    finite = want.isfinite()
+    torch.testing.assert_close(got[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
+    error = (got - want)[finite].abs()
+    assert bool((error <= bound[finite]).all()), f"error {error.max():.3g} is above the bound"
+
+
+def check(logits, target, options, class_weight=None, upstream=None):
+    before = [z.clone() for z in logits]
+    dtype = logits[0].dtype
+    loss, terms, gradients = kernel(logits, target, class_weight, options, upstream)
+    want_loss, want_terms, want_gradients = expected(
+        logits, target, class_weight, options, upstream
+    )
+    heaviest = max(options[:3]) * len(logits)
+    if class_weight is not None:
+        heaviest *= max(1.0, class_weight.max().item())
+    largest = 1.0 if upstream is None or upstream.numel() == 0 else upstream.abs().max().item()
+    rows = len(target) if options.reduction == 2 and target is not None else 1
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_close(loss, want_loss, loss_error_bound(want_loss, dtype, logits, 1 + heaviest * rows))
+    assert_close(terms, want_terms, loss_error_bound(want_terms, dtype, logits))
+    weight = largest * (1 + heaviest)
+    for gradient, want in zip(gradients, want_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert gradient.is_contiguous()
+        assert_close(gradient, want, gradient_error_bound(want, dtype, logits, weight))
+    for z, copy in zip(logits, before, strict=True):
+        assert bytes_of(z) == bytes_of(copy), "an input was modified"
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    if tensor.numel() == 0:
+        return b""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def plan(logits, options) -> str:
+    return torch.ops.churn_kernels.plan(logits, *options)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def isa(request):
+    """Each instruction set that was built and that this machine has."""
+    best = torch.ops.churn_kernels.cpu_isa("")
+    try:
+        torch.ops.churn_kernels.cpu_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    torch.ops.churn_kernels.cpu_isa(best)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads, and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("models", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, models, dtype):
+    generator = seeded(name, models, dtype)
+    options = OPTIONS[name]
+    logits = random_logits(generator, models, 6, 37, dtype)
+    target = random_target(generator, 6, 37)
+    target[1] = options.ignore_index if options.ignore_index >= 0 else target[1]
+    loss, *_ = expected(logits, target, None, options)
+    upstream = torch.randn(loss.shape, generator=generator, dtype=torch.float64)
+    check(logits, target, options, upstream=upstream)
+
+
+@pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k", "everything"])
+def test_instruction_sets(isa, name):
+    for classes, dtype in itertools.product([5, 16, 1031], DTYPES):
+        generator = seeded(isa, name, classes, dtype)
+        logits = random_logits(generator, 2, 3, classes, dtype)
+        assert plan(logits, OPTIONS[name]).split()[1] == isa
+        check(logits, random_target(generator, 3, classes), OPTIONS[name])
+
+
+# Every tail of a vector, the ImageNet and iNaturalist counts, chunk borders, and far above.
+CLASS_COUNTS = [1, 2, 3, *range(7, 19), 31, 33, 63, 65, 255, 257, 1000, 1031, 2047, 2048, 2049]
+LARGE_CLASS_COUNTS = [8142, 21841, 50257, 131072, 131073]
+
+
+@pytest.mark.parametrize("classes", CLASS_COUNTS + LARGE_CLASS_COUNTS)
+@pytest.mark.parametrize("name", ["plain", "temperature", "l1_divergence", "top_k", "uniform_skl"])
+def test_class_counts(name, classes):
+    generator = seeded(name, classes)
+    options = OPTIONS[name]
+    options = options._replace(top_k=min(options.top_k, classes))
+    for models in (1, 2, 3):
+        logits = random_logits(generator, models, 2, classes)
+        check(logits, random_target(generator, 2, classes), options)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 300])
+def test_row_counts(rows):
+    generator = seeded(rows)
+    logits = random_logits(generator, 2, rows, 19)
+    target = random_target(generator, rows, 19)
+    for name in ("plain", "sum", "per_row", "terms", "temperature"):
+        check(logits, target, OPTIONS[name])
+
+
+def test_plans():
+    """The tests below rely on these shapes to take these paths."""
+    wide = [torch.zeros(2, 131072)] * 2
+    assert plan(wide, PLAIN).split()[0] == "fused"
+    assert plan(wide, PLAIN._replace(temperature=2.0)).split()[0] == "general"
+    assert plan([z.t().contiguous().t() for z in wide], PLAIN).split()[0] == "general"
+    assert plan([torch.zeros(2, 5)] * 3, PLAIN).split()[0] == "general"
+    assert plan([torch.zeros(500, 21841)] * 2, PLAIN).split()[3] == "streamed"
+    assert plan(wide, PLAIN).split()[3] == "cached"
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "per_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads(threads, name, dtype):
+    """Whether threads share out rows or the chunks of one row, and however many there are."""
+    generator = seeded(name, dtype)
+    logits = random_logits(generator, 2, 2, 21841, dtype)
+    target = random_target(generator, 2, 21841)
+    results, plans = set(), set()
+    for count in (1, 2, 3, 8):
+        threads(count)
+        plans.add(plan(logits, OPTIONS[name]).split()[2])
+        loss, terms, gradients = kernel(logits, target, None, OPTIONS[name])
+        results.add(b"".join(map(bytes_of, (loss, terms, *gradients))))
+    assert plans == {"rows", "chunks"}
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("name", ["per_row", "top_k_uniform_unnormalised", "temperature_l1"])
+@pytest.mark.parametrize("classes", [10, 1031, 8142])
+def test_bits_of_a_row_do_not_depend_on_its_batch(name, classes):
+    generator = seeded(name, classes)
+    logits = random_logits(generator, 2, 70, classes)
+    target = random_target(generator, 70, classes)
+    loss, _, gradients = kernel(logits, target, None, OPTIONS[name])
+    for rows in (slice(0, 1), slice(5, 9), slice(33, 70)):
+        part, _, part_gradients = kernel([z[rows] for z in logits], target[rows], None, OPTIONS[name])
+        assert bytes_of(part) == bytes_of(loss[rows])
+        for whole, cut in zip(gradients, part_gradients, strict=True):
+            assert bytes_of(cut) == bytes_of(whole[rows])
+
+
+def test_bits_do_not_depend_on_how_gradients_are_written():
+    """Past the caches for a large batch, row offsets aligned or not; through them for a small one."""
+    generator = seeded("streamed")
+    logits = random_logits(generator, 2, 420, 10501)
+    target = random_target(generator, 420, 10501)
+    options = PLAIN._replace(reduction=2)
+    assert plan(logits, options).split()[3] == "streamed"
+    assert plan([z[:9] for z in logits], options).split()[3] == "cached"
+    _, _, gradients = kernel(logits, target, None, options)
+    for start in range(0, 420, 70):
+        rows = slice(start, start + 9)
+        _, _, cut = kernel([z[rows] for z in logits], target[rows], None, options)
+        for whole, part in zip(gradients, cut, strict=True):
+            assert bytes_of(part) == bytes_of(whole[rows])
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_avx2_and_avx512_agree_bit_for_bit(name):
+    if not {"avx2", "avx512"} <= set(INSTRUCTION_SETS):
+        pytest.skip("built for one of the two at most")
+    best = torch.ops.churn_kernels.cpu_isa("")
+    if best != "avx512":
+        pytest.skip("this machine has no avx512")
+    generator = seeded(name)
+    logits = random_logits(generator, 2, 5, 3001)
+    target = random_target(generator, 5, 3001)
+    results = set()
+    for request in ("avx2", "avx512"):
+        torch.ops.churn_kernels.cpu_isa(request)
+        loss, _, gradients = kernel(logits, target, None, OPTIONS[name])
+        results.add(b"".join(map(bytes_of, (loss, *gradients))))
+    assert len(results) == 1
+
+
+def special_logits(kind, generator, models, dtype):
+    logits = random_logits(generator, models, 4, 41, dtype)
+    for k, z in enumerate(logits):
+        if kind == "shifted":
+            z += 1e4 if dtype in (torch.float32, torch.float64) else 128.0
+        elif kind == "masked":
+            z[:, 5:20] = -INF
+        elif kind == "masked_in_one":
+            z[2, 7 + k] = -INF
+        elif kind == "one_hot":
+            z[:] = -200.0
+            z[:, 3 + k] = 200.0
+        elif kind == "equal":
+            z[:] = 0.5
+        elif kind == "tied":
+            z[:] = torch.randint(3, z.shape, generator=generator).to(dtype)
+        elif kind == "huge":
+            z *= 1e4 if dtype in (torch.float32, torch.float64) else 64.0
+    return logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["shifted", "masked", "masked_in_one", "one_hot", "equal", "tied", "huge"]
+)
+@pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k", "l1_divergence", "temperature_ce"])
+def test_special_rows(name, kind, dtype):
+    generator = seeded(name, kind, dtype)
+    if (name, kind) == ("l1_divergence", "tied"):
+        pytest.skip("equal probabilities: any subgradient is right, and rounding picks one")
+    for models in (1, 2, 3):
+        logits = special_logits(kind, generator, models, dtype)
+        target = torch.tensor([1, 2, 3, 40])
+        check(logits, target, OPTIONS[name]._replace(reduction=0))
+
+
+@pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k_uniform", "temperature"])
+@pytest.mark.parametrize("models", [1, 2, 3])
+def test_a_class_masked_everywhere_contributes_nothing(name, models):
+    generator = seeded(name, models)
+    options = OPTIONS[name]._replace(reduction=0)
+    kept = random_logits(generator, models, 5, 16)
+    masked = [torch.cat([z, torch.full((5, 16), -INF)], 1) for z in kept]
+    target = random_target(generator, 5, 16)
+    loss, _, gradients = kernel(masked, target, None, options)
+    small_loss, _, small_gradients = kernel(kept, target, None, options)
+    torch.testing.assert_close(loss, small_loss, rtol=1e-6, atol=1e-6)
+    for gradient, small in zip(gradients, small_gradients, strict=True):
+        assert torch.count_nonzero(gradient[:, 16:]) == 0
+        torch.testing.assert_close(gradient[:, :16], small, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), INF, "all_masked"])
+@pytest.mark.parametrize("name", ["per_row", "temperature_l1", "top_k_uniform_unnormalised"])
+def test_a_broken_row_poisons_itself_alone(name, poison):
+    generator = seeded(name, poison)
+    options = OPTIONS[name]
+    logits = random_logits(generator, 2, 5, 40)
+    target = random_target(generator, 5, 40)
+    clean, _, clean_gradients = kernel(logits, target, None, options)
+    if poison == "all_masked":
+        logits[0][2] = -INF
+    else:
+        logits[0][2, 11] = poison
+    loss, _, gradients = kernel(logits, target, None, options)
+    others = [0, 1, 3, 4]
+    assert bool(loss[2].isnan())
+    assert bool(gradients[0][2].isnan().all())
+    assert bytes_of(loss[others]) == bytes_of(clean[others])
+    for gradient, before in zip(gradients, clean_gradients, strict=True):
+        assert bytes_of(gradient[others]) == bytes_of(before[others])
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("layout", ["transposed", "every_second", "expanded", "stacked_view"])
+def test_layouts(name, layout):
+    generator = seeded(name, layout)
+    wide = random_logits(generator, 2, 12, 130)
+    if layout == "transposed":
+        logits = [z[:6, :65].t().contiguous().t() for z in wide]
+    elif layout == "every_second":
+        logits = [z[::2, ::2] for z in wide]
+    elif layout == "expanded":
+        logits = [z[:1, :65].expand(6, 65) for z in wide]
+    else:
+        logits = list(torch.stack(wide, dim=1)[:6, :, 1:66].unbind(1))
+    target = random_target(generator, 6, 65)
+    check(logits, target, OPTIONS[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_class_weights(dtype):
+    generator = seeded("weights", dtype)
+    weight = torch.rand(37, generator=generator).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    for name in ("plain", "sum", "per_row", "label_smoothing", "ignore_index", "everything"):
+        logits = random_logits(generator, 2, 9, 37, dtype)
+        check(logits, random_target(generator, 9, 37), OPTIONS[name], class_weight=weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("teachers", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation(teachers, temperature, dtype):
+    generator = seeded(teachers, temperature, dtype)
+    options = LossOptions(
+        0.5, 0.0, 0.5 * temperature**2, divergence=4, teachers=teachers, temperature=temperature
+    )
+    for classes, reduction in itertools.product([1, 10, 1031], [0, 1]):
+        logits = random_logits(generator, 1 + teachers, 4, classes, dtype)
+        target = random_target(generator, 4, classes)
+        check(logits, target, options._replace(reduction=reduction))
+
+
+def test_all_rows_ignored():
+    logits = random_logits(seeded("ignored"), 2, 3, 10)
+    target = torch.full((3,), -100)
+    loss, _, gradients = kernel(logits, target, None, PLAIN._replace(reduction=2))
+    assert loss.item() == 0.0
+    assert all(torch.count_nonzero(g) == 0 for g in gradients)
+    assert bool(kernel(logits, target, None, PLAIN)[0].isnan())
+
+
+def test_offsets_are_64_bits_wide():
+    """Row 2 begins 2^31 elements into the storage, of which only the rows themselves are touched."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    storage = torch.empty(2**31 + 10, dtype=torch.float16)
+    logits = storage.as_strided((3, 10), (2**30, 1))
+    logits.copy_(random_logits(seeded("offsets"), 1, 3, 10, torch.float16)[0])
+    check([logits], torch.tensor([1, 2, 3]), OPTIONS["per_row"])
+
+
+def test_too_many_models():
+    with pytest.raises(RuntimeError, match="1 to 64 models, got 65"):
+        torch.ops.churn_kernels.loss([torch.zeros(1, 2)] * 65, None, None, *PLAIN, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_options(data):
+    """Whatever the options, the kernel does what the reference does."""
+    models = data.draw(st.integers(1, 4))
+    rows, classes = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 70))
+    divergence = data.draw(st.sampled_from([0, 1, 2, 3] if models == 1 else [0, 1, 2, 3, 4]))
+    regularizer = data.draw(st.sampled_from([0, 1, 2]))
+    weights = st.sampled_from([0.0, 0.3, 1.0, 2.0])
+    options = LossOptions(
+        data.draw(weights),
+        data.draw(weights),
+        data.draw(weights),
+        regularizer,
+        data.draw(st.integers(0, classes)) if regularizer else 0,
+        data.draw(st.booleans()),
+        divergence,
+        models - 1 if divergence == 4 else 0,
+        data.draw(st.sampled_from([0.0, 0.1, 1.0])),
+        data.draw(st.sampled_from([-100, 0])),
+        data.draw(st.sampled_from([1.0, 0.5, 4.0])),
+        data.draw(st.integers(0, 3)),
+    )
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    logits = random_logits(generator, models, rows, classes, dtype)
+    target = data.draw(st.sampled_from([None, random_target(generator, rows, classes)]))
+    if data.draw(st.booleans()) and classes > 1:
+        for z in logits:
+            z[:, data.draw(st.integers(0, classes - 1))] = -INF
+    loss, _ = reference.loss([z.double().requires_grad_() for z in logits], target, None, options)
+    if not loss.requires_grad:  # every weight is 0
+        return
+    check(logits, target, options)
