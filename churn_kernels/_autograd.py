@@ -12,6 +12,7 @@ Three ways, for three kinds of calls:
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from churn_kernels._options import (
     WANT_TERMS,
     LossOptions,
 )
+
+_requires_grad = attrgetter("requires_grad")
 
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
@@ -48,7 +51,7 @@ def evaluate(
         return loss, terms
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         pass  # whoever watches the tensors does not ask them for a gradient
-    elif not torch.is_grad_enabled() or not any([tensor.requires_grad for tensor in logits]):
+    elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
         loss, _, terms, _ = _call(logits, target, class_weight, options, want)
         return loss, terms
     elif options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16:
@@ -134,7 +137,7 @@ class _Loss(Function):
 
 
 class _LossBackward(Function):
-    """The gradients, as a function of their own, so that differentiating them raises instead of lying."""
+    """The gradients, as a function of their own: differentiating them raises instead of lying."""
 
     @staticmethod
     def forward(
@@ -172,7 +175,7 @@ def _call(
     options: LossOptions,
     want: int,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The op without its formula, and its complaint about a target raised as the library's own class."""
+    """The op, without its registered formula; a target out of range raises a TargetError."""
     try:
         with torch._C._AutoDispatchBelowAutograd():
             return _ops.loss(logits, target, class_weight, *options, want)
@@ -184,7 +187,7 @@ def _call(
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """A gradient for each model that wants one; those held fixed come last, and have none."""
     padded = (*gradients, *[None] * (len(needed) - len(gradients)))
-    return tuple([gradient if need else None for gradient, need in zip(padded, needed)])
+    return tuple([g if need else None for g, need in zip(padded, needed, strict=True)])
 
 
 def _one_by_one(

@@ -7,9 +7,9 @@
 
 `"cuda"` and `"triton"` are names of the GPU backends; they are not part of this version.
 
-Without a choice a CPU tensor goes to `"cpu"`, or to `"reference"` where the library was not built, and a tensor
-on another device to `"reference"`; each fallback warns once. The environment variable CHURN_BACKEND makes the
-choice for a process, and is read when the package is imported.
+Without a choice a CPU tensor goes to `"cpu"`, or to `"reference"` where the library was not built,
+and a tensor on another device to `"reference"`; each fallback warns once. The environment variable
+CHURN_BACKEND makes the choice for a process, and is read when the package is imported.
 """
 
 import os
@@ -28,8 +28,7 @@ from churn_kernels._options import LossOptions
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 BUILD_COMMAND = "pip install --no-build-isolation ."
 
-# The strongest reduction mode a backend keeps: PyTorch's own reductions may depend on the batch's
-# shape.
+# The strongest mode a backend keeps: PyTorch's own reductions may depend on the batch's shape.
 _KEEPS = {"cpu": "invariant", "reference": "run_to_run"}
 
 
@@ -106,7 +105,8 @@ def _pick(logits: Tensor) -> str:
     if _chosen is None and device not in _warned_devices:
         _warned_devices.add(device)
         warnings.warn(
-            f"churn_kernels has no kernel for {device} tensors yet, their losses run on the slow reference; "
+            f"churn_kernels has no kernel for {device} tensors yet, their losses run on the slow "
+            f"reference; "
             f'choose it with `with churn_kernels.backend("reference")` to silence this',
             RuntimeWarning,
             stacklevel=4,
@@ -122,14 +122,13 @@ def evaluate(
     mode: str | None,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Check what depends on the tensors, and compute the loss (and the terms, if asked) on a backend.
+    """Check what depends on the tensors, pick a backend, and compute the loss and the terms.
 
     Args:
         logits: checked, K tensors (N, C) or one (K, N, C).
         target, class_weight: as the user passed them.
         options: checked, but for what depends on the tensors' shapes.
-    Returns: the loss as `options.reduction` says, and the terms, which are empty or not if not
-    asked for.
+    Returns: the loss as `options.reduction` says, and the terms, if they were asked for.
     """
     first = logits[0]
     if target is not None:

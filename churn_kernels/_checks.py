@@ -1,9 +1,10 @@
-"""Every check of an argument, and every message a wrong one gets: what is wanted, what came, what to do."""
+"""Every check of an argument; each message says what is wanted, what came and what to do."""
 
 import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,10 @@ def number(name: str, value: object) -> float:
         raise TypeError(f"{name} must be a number, got a tensor; pass {name}.item()")
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
-    if not -math.inf < value < math.inf:  # rather than isfinite, which torch.compile cannot trace
-        raise ValueError(f"{name} must be finite, got {float(value)}; check how it was computed")
-    return float(value)
+    checked = float(value)
+    if not -math.inf < checked < math.inf:  # torch.compile cannot trace math.isfinite
+        raise ValueError(f"{name} must be finite, got {checked}; check how it was computed")
+    return checked
 
 
 def share(name: str, value: object, *, below_one: bool = False) -> float:
@@ -38,8 +40,8 @@ def share(name: str, value: object, *, below_one: bool = False) -> float:
     checked = number(name, value)
     if below_one and not 0 <= checked < 1:
         raise ValueError(
-            f"{name} must be in [0, 1), got {checked}; it moves weight from the cross entropy to the "
-            f"regulariser, and 1 would leave nothing to learn from"
+            f"{name} must be in [0, 1), got {checked}; it moves weight from the cross entropy "
+            f"to the regulariser, and 1 would leave nothing to learn from"
         )
     if not 0 <= checked <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {checked}; it is a share")
@@ -109,12 +111,12 @@ def top_k_fits(k: int, classes: int) -> None:
 
 
 def models(name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The logits of K models as the ops take them: K tensors (N, C), or a list of one (K, N, C) tensor."""
+    """The logits of K models as the ops take them: K tensors (N, C), or one (K, N, C) in a list."""
     if isinstance(logits, Tensor):
         if logits.dim() != 3:
             raise ValueError(
-                f"{name} must be a sequence of (N, C) tensors or one (K, N, C) tensor, got one tensor of "
-                f"shape {tuple(logits.shape)}; pass [{name}] for a single model"
+                f"{name} must be a sequence of (N, C) tensors or one (K, N, C) tensor, got "
+                f"one tensor of shape {tuple(logits.shape)}; pass [{name}] for a single model"
             )
         if logits.shape[0] == 0:
             raise ValueError(
@@ -174,7 +176,7 @@ def _supported(name: str, logits: Tensor) -> None:
         )
 
 
-def _differs(name: str, logits: Sequence[object]) -> None:
+def _differs(name: str, logits: Sequence[Any]) -> None:
     """Raise for the first model whose tensor does not match the first one's."""
     first = logits[0]
     for k, other in enumerate(logits):
@@ -182,7 +184,7 @@ def _differs(name: str, logits: Sequence[object]) -> None:
         same(f"{name}[{k}]", other, f"{name}[0]", first)
 
 
-def same(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
+def same(name: str, value: Any, reference_name: str, reference: Any) -> None:
     """`value` has the reference's shape, dtype and device."""
     if value.shape != reference.shape:
         raise ValueError(
@@ -202,7 +204,7 @@ def same(name: str, value: Tensor, reference_name: str, reference: Tensor) -> No
 
 
 def target(value: object, rows: int, device: torch.device) -> None:
-    """Class indices: an int64 tensor (N,) on the logits' device. Their range is the kernel's to check."""
+    """Class indices: an int64 tensor (N,) on the logits' device, of any values."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"target must be an int64 tensor of shape ({rows},), got {type(value).__name__}; "
@@ -246,7 +248,8 @@ def class_weight(value: object, logits: Tensor) -> Tensor:
         )
     if not value.is_floating_point():
         raise TypeError(
-            f"class_weight must be floating point, got {_short(value.dtype)}; pass class_weight.float()"
+            f"class_weight must be floating point, got {_short(value.dtype)}; "
+            f"pass class_weight.float()"
         )
     if value.dim() != 1 or value.shape[0] != classes:
         raise ValueError(
@@ -267,7 +270,7 @@ def class_weight(value: object, logits: Tensor) -> Tensor:
 
 
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
-    """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1, for it synchronises."""
+    """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # the values are not there to look at
     if not value.is_cpu and not _DEBUG:
@@ -276,8 +279,8 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise TargetError(
-            f"target must hold class indices in [0, {classes}), got {int(value[row])} at row {row}; "
-            f"pass ignore_index for rows without a label"
+            f"target must hold class indices in [0, {classes}), got {int(value[row])} "
+            f"at row {row}; pass ignore_index for rows without a label"
         )
 
 

@@ -1,12 +1,12 @@
-"""The compiled ops: loading their library, and what they return without running them (for torch.compile).
+"""The compiled ops: loading their library, and the shapes they return, for torch.compile.
 
-The ops are declared in csrc/ops.cpp. They take `LossOptions` field by field, do no checks of their
-arguments
-beyond the range of the targets, and have no autograd formula: `_autograd` is their only caller.
+The ops are declared in csrc/ops.cpp. They take `LossOptions` field by field; `_autograd` is their
+only caller.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def stats_width(options: LossOptions, models: int) -> int:
 
 
 def raise_target_error(error: Exception) -> None:
-    """Raise the op's complaint about a target as the library's own class of it; leave any other alone."""
+    """Raise the op's complaint about a target as a TargetError; leave any other alone."""
     message = str(error).partition("\n")[0]
     start = message.find("target must hold class indices")
     if start >= 0:
@@ -75,7 +75,7 @@ def _gradient_like(logits: Sequence[Tensor], options: LossOptions) -> list[Tenso
 
 
 def _fake_loss(
-    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *arguments: float
+    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     options, want = LossOptions(*arguments[:-1]), arguments[-1]
     models, rows, _ = _shape(logits)
@@ -104,7 +104,7 @@ def _fake_loss_backward(
     class_weight: Tensor | None,
     stats: Tensor,
     upstream: Tensor,
-    *options: float,
+    *options: Any,
 ) -> list[Tensor]:
     return _gradient_like(logits, LossOptions(*options))
 

@@ -21,8 +21,8 @@ class LossOptions(NamedTuple):
     """The ops' scalar arguments, in the ops' order: `op(logits, target, class_weight, *options)`.
 
     Row loss = sum over models of (ce_weight CE + regularizer_weight R) + divergence_weight times
-    the mean of D over the pairs. A term whose weight is 0 is left out, so that it cannot make a
-    NaN.
+    the mean of D over the pairs. A term whose weight is 0 is left out, so that it cannot make
+    a NaN.
     """
 
     ce_weight: float = 1.0
@@ -40,5 +40,5 @@ class LossOptions(NamedTuple):
 
 
 def pair_count(students: int, teachers: int) -> int:
-    """Number of divergence terms a row has: one for each pair of students, or one to the teachers."""
+    """Divergence terms of a row: one for each pair of students, or one to the teachers."""
     return 1 if teachers else students * (students - 1) // 2

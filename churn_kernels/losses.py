@@ -28,7 +28,7 @@ _CACHED_OPTIONS = 256
 
 
 class LossTerms(NamedTuple):
-    """Detached means of every term over the rows that are not ignored, out of the pass that made the loss.
+    """Detached means of every term over the rows that are not ignored, from the loss's own pass.
 
     K students and P pairs, (0, 1), (0, 2), .., (1, 2), ..; float32 (float64 for float64 logits).
     """
@@ -46,7 +46,7 @@ class LossTerms(NamedTuple):
     entropy: Tensor
     """(K,) entropy of the whole softmax, in nats."""
     agreement: Tensor
-    """() share of rows on which all models (teachers too) predict the same class: 1 - churn of the batch."""
+    """() share of rows whose predicted class all models (teachers too) share: 1 - churn."""
 
 
 class RowTerms(NamedTuple):
@@ -87,39 +87,38 @@ def codistillation_loss(
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
             device, contiguous or not; or one (K, N, C) tensor. A class at -inf is outside its
             model's classes.
-        target: (N,) int64 class indices; None: no cross entropy, and (1 - alpha) has nothing to
-        weigh.
+        target: (N,) int64 class indices; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.
         regularizer: "entropy", R = H(p) = -sum p log p (Eq. 6); or "uniform_skl",
             R = -(KL(p || U) + KL(U || p)) with U uniform over the row's classes (Eq. 7). Eq. 7 is
             unbounded below in the logits.
         top_k: regularise only the k largest probabilities of each row, 1 <= k <= C, ties by lowest
-            index;
-            None: all.
+            index; None: all.
         renormalize_top_k: True: those k as a distribution of their own (U uniform over the k);
             False: their terms of the full softmax.
-        divergence: D between softmax(z_i / T) and softmax(z_j / T). "skl": KL(p||q) + KL(q||p) (Eq. 9);
-            "l1": sum |p - q| (Eq. 8); "ce": the value of "skl", but each model's gradient holds the other
-            fixed, (p_i - p_j) / T (Anil et al. 2018, Eq. 17).
+        divergence: D between softmax(z_i / T) and softmax(z_j / T). "skl": KL(p||q) + KL(q||p)
+            (Eq. 9); "l1": sum |p - q| (Eq. 8); "ce": the value of "skl", but each model's gradient
+            holds the other fixed, (p_i - p_j) / T (Eq. 17, Anil et al. 2018).
         label_smoothing: in [0, 1], on the cross entropy, as in `torch.nn.functional.cross_entropy`.
         class_weight: (C,) floating-point weights of the cross entropy, as there; no gradient flows
-        to it.
+            to it.
         ignore_index: a row with this target takes no part in any term.
         temperature: T > 0, divides the logits in the divergence only; there is no T^2 factor.
-        reduction: "mean" divides by the number of rows that are not ignored, and the cross entropy by the
-            sum of their class weights; "sum" does not divide; "none" returns each row's loss.
+        reduction: "mean" divides by the number of rows that are not ignored, and the cross entropy
+            by the sum of their class weights; "sum" does not divide; "none" keeps the rows.
         mode: reduction mode (see `ck.reduction_mode`); None: the current default.
         return_terms: also return `LossTerms`.
     Returns:
-        The loss, () or (N,) with reduction="none"; or (loss, LossTerms) with return_terms=True. No rows, or
-        none that is not ignored, make the mean NaN.
+        The loss, () or (N,) with reduction="none"; or (loss, LossTerms) with return_terms=True. The
+        mean over no rows is NaN.
     Gradient: flows to every tensor of `logits`, for any upstream gradient; once (differentiate
         twice inside `with ck.backend("reference")`). A NaN or an all -inf row poisons its own loss
         and gradient only.
     Raises:
         TypeError, ValueError: naming the argument, what it must be, what it was, and what to do.
-        TargetError: a target out of range, on the CPU (an IndexError and a ValueError).
+        TargetError: a target out of range (an IndexError and a ValueError); on a GPU only with
+            CHURN_DEBUG=1 in the environment, since looking synchronises: without, the row is NaN.
         NotImplementedError: a mode that cannot be kept.
     """
     options = _cached(
@@ -156,12 +155,12 @@ def codistillation_terms(
 ) -> RowTerms:
     """The terms of `codistillation_loss` row by row and unweighted, to be weighed by the caller.
 
-    For weights that differ by row, model or pair: any function of the terms can be differentiated,
-    at the cost of one more pass over the logits.
+    For weights that differ by row, model or pair, or that are tensors: any function of the terms
+    can be differentiated, at the cost of one more pass over the logits. Under torch.compile it is
+    the form for weights that ramp: `codistillation_loss` is compiled anew for each alpha and beta.
 
     Args: as in `codistillation_loss`.
-    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P) with P = K (K -
-    1) / 2.
+    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2.
     Gradient: flows to every tensor of `logits` from every entry; once.
     Raises: as `codistillation_loss`.
     """
@@ -236,14 +235,16 @@ def symmetric_kl(
     reduction: str = "mean",
     mode: str | None = None,
 ) -> Tensor:
-    """Symmetric KL divergence KL(p||q) + KL(q||p) of two softmaxes (Bhojanapalli et al. 2021, Eq. 9).
+    """Symmetric KL divergence KL(p||q) + KL(q||p) of two softmaxes.
+
+    Bhojanapalli et al. 2021, Eq. 9.
 
     Args:
         p_logits, q_logits: (N, C) logits of the same shape, dtype and device.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the divergence in nats, () or (N,) with reduction="none". A class at -inf in both contributes
-        nothing; at -inf in one only, the divergence is +inf.
+    Returns: the divergence in nats, () or (N,) with reduction="none". A class at -inf in both
+        contributes nothing; at -inf in one only, the divergence is +inf.
     Gradient: flows to both arguments, once; detach one to hold it fixed.
     Raises: TypeError, ValueError if the two do not match, or for an unknown reduction.
     """
@@ -284,8 +285,9 @@ def uniform_skl(
     reduction: str = "mean",
     mode: str | None = None,
 ) -> Tensor:
-    """Symmetric KL of the softmax to uniform, KL(p||U) + KL(U||p) (Bhojanapalli et al. 2021, Eq. 7).
+    """Symmetric KL of the softmax to uniform, KL(p||U) + KL(U||p).
 
+    Bhojanapalli et al. 2021, Eq. 7.
     The regulariser "uniform_skl" of `codistillation_loss` is minus this.
 
     Args:
@@ -316,8 +318,7 @@ def distillation_loss(
 ) -> Any:
     """Distillation from one teacher or an ensemble, held fixed (Hinton et al. 2015).
 
-    Mean over rows of (1 - alpha) CE(student) + alpha T^2 KL(mean_m softmax(t_m / T) || softmax(s /
-    T)).
+    Mean over rows of (1 - alpha) CE(s) + alpha T^2 KL(mean_m softmax(t_m / T) || softmax(s / T)).
 
     Args:
         student_logits: (N, C).

@@ -29,8 +29,8 @@ _BLOCK_ELEMENTS = 1 << 21
 class ChurnReport:
     """What `churn_report` measures over R runs; float64 tensors on the runs' device.
 
-    Entry [i, j] of an (R, R) tensor compares run i (row) with run j (column). Shares are in [0, 1].
-    Fields that need labels are None without `target`.
+    Entry [i, j] of an (R, R) tensor compares run i (row) with run j (column). Shares are in
+    [0, 1]; SChurn may exceed 1. Fields that need labels are None without `target`.
 
     Attributes:
         accuracy: (R,) share of rows predicted right.

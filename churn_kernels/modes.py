@@ -22,7 +22,7 @@ MODES = ("fast", "run_to_run", "invariant", "exact")
 
 
 def check(mode: object, keeps: str = "invariant", backend: str = "") -> str:
-    """`mode`, if it is one, it is implemented, and it is no stronger than what the backend keeps."""
+    """`mode`, if it exists, is implemented, and is no stronger than what the backend keeps."""
     if not isinstance(mode, str) or mode not in MODES:
         names = ", ".join(repr(name) for name in MODES)
         raise ValueError(f"mode must be one of {names}, got {mode!r}; pass one of these names")
@@ -67,7 +67,7 @@ def set_reduction_mode(mode: str | None) -> None:
     """Set the process's default reduction mode.
 
     Args:
-        mode: `"fast"`, `"run_to_run"` or `"invariant"`; None returns the decision to PyTorch's switch.
+        mode: `"fast"`, `"run_to_run"` or `"invariant"`; None leaves it to PyTorch's switch again.
     Raises: ValueError for another name; NotImplementedError for `"exact"`, until it is there.
     """
     global default
@@ -76,7 +76,7 @@ def set_reduction_mode(mode: str | None) -> None:
 
 @contextmanager
 def reduction_mode(mode: str) -> Iterator[None]:
-    """A block in which `mode` is the process's default reduction mode; the one before comes back after it.
+    """A block in which `mode` is the process's default; the one before comes back after it.
 
     Args:
         mode: as in `set_reduction_mode`.

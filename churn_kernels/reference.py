@@ -3,8 +3,7 @@
 The kernels are tested against this file. Nothing here is fused, and nothing is clever: each formula
 stands as it is written in the papers, on whole (N, C) tensors in float64.
 
-A class whose logit is -inf in a model is outside that model's classes and contributes nothing to
-it.
+A class whose logit is -inf in a model is outside that model's classes and contributes nothing.
 """
 
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ def loss(
     class_weight: Tensor | None,
     options: LossOptions,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of `options`, and the detached means of its terms, as the op `churn_kernels::loss` returns them.
+    """The loss of `options` and the means of its terms, as `churn_kernels::loss` returns them.
 
     Args:
         logits: K tensors (N, C), or one (K, N, C) tensor in a sequence of one; the last
@@ -44,7 +43,7 @@ def loss(
         The loss, () or (N,), or (N, 2K+P) for the reduction `ROW_TERMS`; and the terms, (5K+P+1,):
         cross entropy, regulariser, accuracy, confidence and entropy of each student, the divergence
         of each pair, the agreement. float32, or float64 for float64 logits.
-    Gradient: flows to the students, through both as often as asked.
+    Gradient: flows to the students, to any order.
     Raises: TargetError if a target of a CPU batch is neither a class nor `ignore_index`.
     """
     result_dtype = torch.float64 if logits[0].dtype == torch.float64 else torch.float32
@@ -99,7 +98,7 @@ def _reduce(
     has_target: bool,
     options: LossOptions,
 ) -> Tensor:
-    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 times infinity."""
+    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 * inf."""
     if options.reduction == ROW_TERMS:
         return torch.cat([ce, r, d], dim=1)
     ce_part = ce.new_zeros(ce.shape[0])
@@ -125,7 +124,7 @@ def _cross_entropy(
     weight: Tensor | None,
     label_smoothing: float,
 ) -> Tensor:
-    """Cross entropy of each row, (N,), exactly as `torch.nn.functional.cross_entropy` defines it."""
+    """Cross entropy of each row, (N,), as `torch.nn.functional.cross_entropy` defines it."""
     if label is None:
         return torch.zeros_like(z[:, 0])
     surprise = -torch.log_softmax(z, dim=1)
@@ -143,12 +142,12 @@ def _inside(z: Tensor) -> Tensor:
 
 
 def _finite_log_softmax(z: Tensor) -> Tensor:
-    """log softmax with 0 in place of -inf, where its product with a probability of 0 has to be 0."""
+    """Log softmax, with 0 in place of -inf: its product with a probability of 0 has to be 0."""
     return torch.where(_inside(z), torch.log_softmax(z, dim=-1), 0.0)
 
 
 def _regularizer(z: Tensor, options: LossOptions) -> Tensor:
-    """Entropy of each row, or minus its symmetric KL to uniform, (N,); over the k largest classes if asked."""
+    """Entropy of each row, or minus its symmetric KL to uniform, (N,); over the top k if asked."""
     if options.regularizer == NO_REGULARIZER:
         return torch.zeros_like(z[:, 0])
     inside = _inside(z)
@@ -172,7 +171,7 @@ def _regularizer(z: Tensor, options: LossOptions) -> Tensor:
 
 
 def _divergences(z: Tensor, students: int, options: LossOptions) -> list[Tensor]:
-    """The divergence of each pair, a list of (N,); z (M, N, C) is already divided by the temperature."""
+    """The divergence of each pair, a list of (N,); z (M, N, C) is divided by the temperature."""
     if options.divergence == DISTILLATION:
         return [_kl_to_fixed(torch.softmax(z[1:], dim=2).mean(0), _inside(z[1:]).any(0), z[0])]
     value = {
@@ -185,7 +184,7 @@ def _divergences(z: Tensor, students: int, options: LossOptions) -> list[Tensor]
 
 
 def _symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(p || q) + KL(q || p) of two softmaxes, (N,); infinite where a class belongs to one of them only."""
+    """KL(p || q) + KL(q || p), (N,); infinite where a class belongs to one of the models only."""
     p, q = torch.softmax(a, dim=1), torch.softmax(b, dim=1)
     both = _inside(a) & _inside(b)
     gap = torch.where(both, _finite_log_softmax(a) - _finite_log_softmax(b), 0.0)
@@ -195,7 +194,7 @@ def _symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _mutual_cross_entropy(a: Tensor, b: Tensor) -> Tensor:
-    """The value of the symmetric KL, with the gradient that holds each side's partner fixed, (N,)."""
+    """The value of the symmetric KL, (N,); the gradient holds each model's partner fixed."""
     p, q = torch.softmax(a, dim=1).detach(), torch.softmax(b, dim=1).detach()
     return _kl_to_fixed(q, _inside(b), a) + _kl_to_fixed(p, _inside(a), b)
 
@@ -206,7 +205,7 @@ def _l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kl_to_fixed(p: Tensor, p_inside: Tensor, z: Tensor) -> Tensor:
-    """KL(p || softmax(z)) with p held fixed, (N,); its gradient is softmax(z) - p, where infinite too."""
+    """KL(p || softmax(z)) with p held fixed, (N,); its gradient softmax(z) - p is always finite."""
     log_q = torch.log_softmax(z, dim=1)
     kl = (torch.xlogy(p, p) - torch.where(p == 0, 0.0, p * log_q)).sum(1)
     infinite = torch.where((p_inside & ~_inside(z)).any(1), torch.inf, 0.0)

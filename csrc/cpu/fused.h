@@ -43,6 +43,23 @@ struct Fused {
     }
   }
 
+  static S* exponentials(const RowView& row, int k) {
+    return static_cast<S*>(row.exponentials) + k * row.exponential_stride;
+  }
+
+  static void sums(const RowView& row, int64_t begin, int64_t end, double* out) {
+    row.exponentials ? sums<true>(row, begin, end, out) : sums<false>(row, begin, end, out);
+  }
+
+  // This sweep computes and hardly waits for memory, so it fetches what comes after it: the next
+  // row's logits, and the lines that this row's gradient is going to overwrite.
+  template <bool kKeep>
+  CK_HD static void fetch_ahead(const RowView& row, int k, int64_t c) {
+    __builtin_prefetch(logits(row, k) + c + row.next_row, 0, 2);
+    if (kKeep && !row.stream) __builtin_prefetch(static_cast<T*>(row.gradients[k]) + c, 1, 3);
+  }
+
+  template <bool kKeep>
   static void sums(const RowView& row, int64_t begin, int64_t end, double* out) {
     rows::SoftmaxSums<V> model[K];
     rows::PairSums<V> pair{V(S(0)), V(S(0))};
@@ -54,19 +71,23 @@ struct Fused {
       z[k] = logits(row, k);
     }
     const bool spread = row.options->regularizer == Regularizer::kUniformSkl;
-    const auto step = [&](const V* d) {
+    const auto step = [&](const V* d, int64_t c) {
       V e[K];
       for (int k = 0; k < K; ++k) {
         e[k] = rows::exp_nonpos(d[k]);
         rows::add(model[k], e[k], d[k]);
+        if constexpr (kKeep) store<false>(exponentials(row, k) + c, e[k]);
       }
       if constexpr (K == 2) rows::add_skl(pair, e[0], e[1], d[0] - d[1]);
     };
     int64_t c = begin;
     for (; c + kWidth <= end; c += kWidth) {
       V d[K];
-      for (int k = 0; k < K; ++k) d[k] = load(z[k] + c) - maximum[k];
-      step(d);
+      for (int k = 0; k < K; ++k) {
+        fetch_ahead<kKeep>(row, k, c);
+        d[k] = load(z[k] + c) - maximum[k];
+      }
+      step(d, c);
       if (spread) {
         for (int k = 0; k < K; ++k) rows::add_spread(model[k], d[k]);
       }
@@ -77,7 +98,7 @@ struct Fused {
       for (int k = 0; k < K; ++k) {
         d[k] = keep_first(load_first(z[k] + c, n, S(0)) - maximum[k], n, kNowhere);
       }
-      step(d);
+      step(d, c);
       for (int k = 0; k < K; ++k) rows::add_spread(model[k], keep_first(d[k], n, S(0)));
     }
     for (int k = 0; k < K; ++k) {
@@ -112,12 +133,13 @@ struct Fused {
       }
     }
 
-    CK_HD void gradients(const X* z, X* g) const {
-      X d[K], e[K];
-      for (int k = 0; k < K; ++k) {
-        d[k] = z[k] - maximum[k];
-        e[k] = rows::exp_nonpos(d[k]);
-      }
+    CK_HD void exponentials(const X* z, X* e) const {
+      for (int k = 0; k < K; ++k) e[k] = rows::exp_nonpos(z[k] - maximum[k]);
+    }
+
+    CK_HD void gradients(const X* z, const X* e, X* g) const {
+      X d[K];
+      for (int k = 0; k < K; ++k) d[k] = z[k] - maximum[k];
       for (int k = 0; k < K; ++k) {
         if constexpr (K == 1) {
           g[k] = rows::softmax_gradient(e[k], d[k], constant[k], slope[k], uniform[k]);
@@ -130,58 +152,78 @@ struct Fused {
     }
   };
 
-  template <bool kStream>
-  static int64_t full_vectors(const Coefficients<V>& coefficients, const T* const* z, T* const* out,
-                              int64_t c, int64_t end) {
+  template <bool kStream, bool kKept>
+  static int64_t full_vectors(const RowView& row, const Coefficients<V>& coefficients, int64_t c,
+                              int64_t end) {
+    const T* z[K];
+    T* out[K];
+    const S* kept[K];
+    for (int k = 0; k < K; ++k) {
+      z[k] = logits(row, k);
+      out[k] = static_cast<T*>(row.gradients[k]);
+      kept[k] = kKept ? exponentials(row, k) : nullptr;
+    }
     for (; c + kWidth <= end; c += kWidth) {
-      V x[K], g[K];
+      V x[K], e[K], g[K];
       for (int k = 0; k < K; ++k) x[k] = load(z[k] + c);
-      coefficients.gradients(x, g);
+      if constexpr (kKept) {
+        for (int k = 0; k < K; ++k) e[k] = load(kept[k] + c);
+      } else {
+        coefficients.exponentials(x, e);
+      }
+      coefficients.gradients(x, e, g);
       for (int k = 0; k < K; ++k) store<kStream>(out[k] + c, g[k]);
     }
     return c;
   }
 
+  template <bool kStream>
+  static int64_t full_vectors(const RowView& row, const Coefficients<V>& coefficients, int64_t c,
+                              int64_t end) {
+    return row.exponentials ? full_vectors<kStream, true>(row, coefficients, c, end)
+                            : full_vectors<kStream, false>(row, coefficients, c, end);
+  }
+
+  // Fewer than kWidth classes: a tail, or the head before the first aligned address.
+  static void partial_vector(const RowView& row, const Coefficients<V>& coefficients, int64_t c,
+                             int n) {
+    V x[K], e[K], g[K];
+    for (int k = 0; k < K; ++k) x[k] = load_first(logits(row, k) + c, n, S(0));
+    coefficients.exponentials(x, e);
+    coefficients.gradients(x, e, g);
+    for (int k = 0; k < K; ++k) store_first(static_cast<T*>(row.gradients[k]) + c, n, g[k]);
+  }
+
   static void gradient(const RowView& row, int64_t begin, int64_t end) {
     const Coefficients<V> coefficients(row);
-    const T* z[K];
-    T* out[K];
-    for (int k = 0; k < K; ++k) {
-      z[k] = logits(row, k);
-      out[k] = static_cast<T*>(row.gradients[k]);
-    }
-    const auto partial = [&](int64_t c, int n) {
-      V x[K], g[K];
-      for (int k = 0; k < K; ++k) x[k] = load_first(z[k] + c, n, S(0));
-      coefficients.gradients(x, g);
-      for (int k = 0; k < K; ++k) store_first(out[k] + c, n, g[k]);
+    constexpr uintptr_t kBytes = kWidth * sizeof(T);
+    const auto misaligned = [&](int k, int64_t c) {
+      return reinterpret_cast<uintptr_t>(static_cast<T*>(row.gradients[k]) + c) % kBytes;
     };
     int64_t c = begin;
-    constexpr uintptr_t kBytes = kWidth * sizeof(T);
-    const uintptr_t misaligned = reinterpret_cast<uintptr_t>(out[0] + c) % kBytes;
-    const bool together = reinterpret_cast<uintptr_t>(out[K - 1] + c) % kBytes == misaligned;
-    if (row.stream && together) {
-      const int64_t head = (kBytes - misaligned) % kBytes / sizeof(T);
+    if (row.stream && misaligned(0, c) == misaligned(K - 1, c)) {
+      const auto head = static_cast<int>((kBytes - misaligned(0, c)) % kBytes / sizeof(T));
       if (head > 0 && c + head <= end) {
-        partial(c, static_cast<int>(head));
+        partial_vector(row, coefficients, c, head);
         c += head;
       }
-      if ((reinterpret_cast<uintptr_t>(out[0] + c)) % kBytes == 0) {
-        c = full_vectors<true>(coefficients, z, out, c, end);
-      }
+      if (misaligned(0, c) == 0) c = full_vectors<true>(row, coefficients, c, end);
     }
-    c = full_vectors<false>(coefficients, z, out, c, end);
-    if (c < end) partial(c, static_cast<int>(end - c));
+    c = full_vectors<false>(row, coefficients, c, end);
+    if (c < end) partial_vector(row, coefficients, c, static_cast<int>(end - c));
+    if (row.target >= begin && row.target < end) fix_target(row);
+  }
 
-    if (row.target >= begin && row.target < end) {  // fixed in the compute dtype, then rounded once
-      const Coefficients<S> scalars(row);
-      S x[K], g[K];
-      for (int k = 0; k < K; ++k) x[k] = to_compute(z[k][row.target]);
-      scalars.gradients(x, g);
-      for (int k = 0; k < K; ++k) {
-        const S one_hot = static_cast<S>(row.gradient[k * kGradientScalars + 7]);
-        out[k][row.target] = from_compute<T>(g[k] - one_hot);
-      }
+  // The target's element, fixed in the compute dtype and then rounded once.
+  static void fix_target(const RowView& row) {
+    const Coefficients<S> coefficients(row);
+    S x[K], e[K], g[K];
+    for (int k = 0; k < K; ++k) x[k] = to_compute(logits(row, k)[row.target]);
+    coefficients.exponentials(x, e);
+    coefficients.gradients(x, e, g);
+    for (int k = 0; k < K; ++k) {
+      const S one_hot = static_cast<S>(row.gradient[k * kGradientScalars + 7]);
+      static_cast<T*>(row.gradients[k])[row.target] = from_compute<T>(g[k] - one_hot);
     }
   }
 };

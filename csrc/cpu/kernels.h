@@ -24,10 +24,15 @@ struct RowView {
   int models, students;
   const void* const* logits;
   const int64_t* column_strides;
-  void* const* gradients;        // students; contiguous
-  const void* class_weight;      // (C,) in the compute dtype; null: all ones
-  int64_t target;                // -1: no target
-  bool stream;                   // write gradients past the caches
+  int64_t next_row;          // elements to the row that comes next; 0: none
+  void* const* gradients;    // students; contiguous
+  const void* class_weight;  // (C,) in the compute dtype; null: all ones
+  int64_t target;            // -1: no target
+  bool stream;               // write gradients past the caches
+  // Exponentials kept from the sums for the gradient, models x exponential_stride in the compute
+  // dtype; null: the gradient computes them again.
+  void* exponentials;
+  int64_t exponential_stride;
   const double* maxima;          // per model
   const double* thresholds;      // per model; of the k largest
   const int64_t* last_ties;      // per model

@@ -1,6 +1,7 @@
 #include "loss.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -154,13 +155,22 @@ class Schedule {
   int64_t chunks() const { return chunks_; }
 
  private:
-  int64_t part_height() const { return std::clamp<int64_t>(in_.rows / 256, 1, 32); }
+  int64_t part_height() const { return std::clamp<int64_t>(in_.rows / 64, 1, 32); }
 
   const LossInputs& in_;
   const Parallel& parallel_;
   int64_t chunks_;
   bool splits_rows_;
 };
+
+// Scratch of the calling thread, of one size whatever the problem.
+void* thread_memory() {
+  struct alignas(kVectorBytes) Memory {
+    char bytes[RowWork::kKeptBytes];
+  };
+  thread_local const std::unique_ptr<Memory> memory(new Memory);
+  return memory->bytes;
+}
 
 using SumSweep = void (*)(const RowView&, int64_t, int64_t, double*);
 
@@ -229,6 +239,7 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
 
   schedule.each_part([&](int64_t begin, int64_t end, int64_t part) {
     RowWork work(in);
+    if (out.gradients && !schedule.splits_rows()) work.keep_exponentials(thread_memory());
     std::vector<double> row_terms(width);
     double* part_terms = &partial[part * (width + reported)];
     for (int64_t row = begin; row < end; ++row) {

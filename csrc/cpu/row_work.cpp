@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../rows/constants.h"
+
 namespace ck {
 namespace {
 
@@ -51,10 +53,13 @@ RowWork::RowWork(const LossInputs& in)
            in.students(),
            logits_.data(),
            column_strides_.data(),
+           0,
            gradients_.data(),
            in.class_weight,
            -1,
            false,
+           nullptr,
+           0,
            maxima_.data(),
            thresholds_.data(),
            last_ties_.data(),
@@ -63,6 +68,15 @@ RowWork::RowWork(const LossInputs& in)
            reinterpret_cast<const double*>(gradient_.data()),
            slopes_.data(),
            others_.data()};
+}
+
+void RowWork::keep_exponentials(void* memory) {
+  const int64_t size = in_.dtype == DType::kFloat64 ? 8 : 4;
+  const int64_t lanes = kVectorBytes / size;
+  const int64_t stride = (view_.classes + lanes - 1) / lanes * lanes;
+  if (stride * size * view_.models > kKeptBytes) return;
+  view_.exponentials = memory;
+  view_.exponential_stride = stride;
 }
 
 bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool stream) {
@@ -80,6 +94,7 @@ bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool strea
   }
   view_.target = in_.target && !ignored ? in_.target[row] : -1;
   view_.stream = stream;
+  view_.next_row = row + 1 < in_.rows ? in_.logits[0].row_stride : 0;
   kernels_ = preferred_;
   return !ignored;
 }

@@ -1,10 +1,12 @@
-"""Methods against a baseline, paired by split and run: intervals, an exact test, Holm's correction."""
+"""Methods against a baseline, paired by split and run: intervals, and an exact test."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from churn_kernels.intervals import (
     Estimate,
     jackknife_interval,
@@ -12,7 +14,6 @@ from churn_kernels.intervals import (
     run_mean,
     t_interval,
 )
-from torch import Tensor
 
 
 def over_splits(values: Sequence[Tensor], level: float) -> Estimate:
@@ -27,7 +28,8 @@ def over_splits(values: Sequence[Tensor], level: float) -> Estimate:
     """
     if len(values) == 1:
         return jackknife_interval(run_mean(values[0]), leave_one_run_out(values[0]), level)
-    return t_interval(torch.tensor([run_mean(value) for value in values]), level)
+    means = torch.tensor([run_mean(value) for value in values], dtype=torch.float64)
+    return t_interval(means, level)
 
 
 def paired_change(values: Sequence[Tensor], baseline: Sequence[Tensor], level: float) -> Estimate:

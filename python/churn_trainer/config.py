@@ -73,12 +73,12 @@ class Study:
     dataset: str
     methods: tuple[str, ...]
     runs: int = 10
-    splits: int = 10
+    splits: int = 8
     train_rows: int = 300
     hidden: tuple[int, ...] = (64, 64)
     seed: int = 0
     level: float = 0.95
-    curve_points: int = 25
+    curve_points: int = 20
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Study:
             )
 
     def seed_for(self, draw: Draw, *where: int) -> int:
-        """A 63-bit seed for one draw, independent between all (draw, where) and equal for all methods.
+        """A 63-bit seed for one draw, the same for every method.
 
         Args:
             draw: what is drawn.

@@ -72,7 +72,8 @@ def make_splits(dataset: Dataset, study: Study) -> Splits:
         _split(dataset, study.train_rows, study.seed_for(Draw.SPLIT, split))
         for split in range(study.splits)
     ]
-    return Splits(*(torch.stack(tensors) for tensors in zip(*parts, strict=True)), dataset.classes)
+    stacked = [torch.stack(tensors) for tensors in zip(*parts, strict=True)]
+    return Splits(stacked[0], stacked[1], stacked[2], stacked[3], dataset.classes)
 
 
 def standardise(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from churn_kernels import codistillation_loss
-from torch import Tensor
 
-from churn_trainer.config import Draw, Study, Training
+from churn_kernels import codistillation_loss
+from churn_trainer.config import Draw, Study
 from churn_trainer.data import Splits
 from churn_trainer.methods import Method
 from churn_trainer.models import BatchedMLP
+from churn_trainer.optim import ClippedSGD
 
 
 class TrainingDiverged(ArithmeticError):
@@ -21,7 +21,7 @@ class TrainingDiverged(ArithmeticError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a callback sees after an epoch (counted from 1): the model and its mean training loss."""
+    """What a callback sees after epoch `number`, from 1: the model and its training loss."""
 
     number: int
     model: BatchedMLP
@@ -65,11 +65,12 @@ def fit(
 
     for epoch in range(training.epochs):
         order = torch.stack([torch.randperm(rows, generator=generator) for generator in orders])
-        features, labels = splits.train_features[split_of, order], splits.train_labels[split_of, order]
+        labels = splits.train_labels[split_of, order]  # (runs, n)
+        features = splits.train_features[split_of, order].repeat(method.members, 1, 1)
         cross_entropy = torch.zeros(())
         for step, start in enumerate(starts, start=epoch * len(starts)):
             batch = slice(start, start + training.batch_rows)
-            logits = model(features[:, batch].repeat(method.members, 1, 1))  # (members * runs, B, C)
+            logits = model(features[:, batch])  # (members * runs, B, C)
             target = labels[:, batch].flatten()  # (runs * B,)
             # Runs share no weights: summed over their rows, each gets the gradient it has alone.
             total, terms = codistillation_loss(
@@ -85,27 +86,3 @@ def fit(
             raise TrainingDiverged(f"the loss of {method.label} diverged in epoch {epoch + 1}")
         on_epoch(Epoch(epoch + 1, model, float(cross_entropy)))
     return model
-
-
-class ClippedSGD:
-    """SGD with momentum over stacked models, v = momentum v + c g, w = w - learning_rate v.
-
-    c scales each model's gradient, over all its parameters, to a norm of at most `clip_norm`.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], training: Training):
-        self.parameters = list(parameters)
-        self.velocities = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.training = training
-
-    def step(self, loss: Tensor) -> None:
-        """One step down the gradient of `loss`."""
-        gradients = torch.autograd.grad(loss, self.parameters)
-        squares = torch.stack([gradient.square().sum(dim=(1, 2)) for gradient in gradients])
-        scale = (self.training.clip_norm / squares.sum(dim=0).sqrt()).clamp(max=1)[:, None, None]
-        with torch.no_grad():
-            for parameter, velocity, gradient in zip(
-                self.parameters, self.velocities, gradients, strict=True
-            ):
-                velocity.mul_(self.training.momentum).addcmul_(gradient, scale)
-                parameter.add_(velocity, alpha=-self.training.learning_rate)

@@ -45,7 +45,7 @@ class Method:
     ramp: str = "none"
 
     def loss_options(self, progress: float) -> dict[str, Any]:
-        """Arguments of `codistillation_loss` when the ramp has come to `progress` (1: full weight)."""
+        """Arguments of `codistillation_loss` at `progress` t / t0 of the ramp."""
         share = RAMPS[self.ramp](progress)
         return {
             "alpha": self.alpha * share,

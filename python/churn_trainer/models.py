@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class BatchedMLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], seeds: Sequence[int]):
         super().__init__()
-        layers = list(zip(widths, widths[1:], strict=False))
+        layers = list(pairwise(widths))
         drawn = [_draw_weights(layers, seed) for seed in seeds]
         self.weights = nn.ParameterList(
             nn.Parameter(torch.stack(weights)) for weights in zip(*drawn, strict=True)

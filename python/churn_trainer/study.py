@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from churn_kernels.intervals import Estimate
-from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from torch import Tensor
 
+from churn_kernels.intervals import Estimate
+from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
 from churn_trainer.config import Study
 from churn_trainer.data import DATASETS, Dataset, Splits, make_splits
@@ -31,7 +31,7 @@ METRICS = {
     "confidence": "confidence",
     "ece": "ECE",
 }
-"""The metrics of the table, as `ChurnReport` and as the reader call them; all are shares."""
+"""The metrics of the table, as `ChurnReport` and as the reader call them."""
 
 
 class Interrupted(Exception):
@@ -166,9 +166,7 @@ def run_study(
     if isinstance(first, TrainingDiverged):
         raise first
     results = [
-        result
-        for method in methods
-        if isinstance(result := outcomes[method.name], MethodResult)
+        result for method in methods if isinstance(result := outcomes[method.name], MethodResult)
     ]
     return StudyResult(
         study=study,

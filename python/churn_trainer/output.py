@@ -1,0 +1,60 @@
+"""A folder that is either complete or not there: nobody reads a half-written report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MARKER = "settings.csv"
+"""The file by which an earlier report is told from somebody's own folder."""
+
+
+def check_replaceable(target: Path) -> None:
+    """Raises unless a report may be written to `target`: a new folder, an empty one, or a report.
+
+    Raises: ValueError if `target` holds anything else, or nothing can be written beside it.
+    """
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"out must be a folder, got the file {target}; name a new folder")
+    if target.is_dir() and not (target / MARKER).is_file() and any(target.iterdir()):
+        raise ValueError(
+            f"out must be a new folder or an earlier report, got {target}, which holds other "
+            "files; name a new folder"
+        )
+    parent = next(folder for folder in target.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"out must be where a folder can be made, got {target}, and {parent} lets nobody "
+            "write; name a folder of your own"
+        )
+
+
+@contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """Yields a new empty folder that takes `target`'s place when the block ends without an error.
+
+    Whatever ends the block early, Ctrl-C included, leaves `target` as it was. The folder lies
+    beside `target`, on one file system with it, so that taking its place is a rename.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
+    earlier = scratch.with_name(scratch.name + "-earlier")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            target.rename(earlier)
+        try:
+            scratch.rename(target)
+        except BaseException:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)

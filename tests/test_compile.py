@@ -1,0 +1,145 @@
+"""torch.compile and the ops' registrations: fakes, formula, schema."""
+
+import cases
+import pytest
+import torch
+from tolerances import assert_close
+
+import churn_kernels as ck
+from churn_kernels import _ops
+from churn_kernels._options import LossOptions
+
+pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+
+F32 = torch.float32
+TARGET = cases.batch()[1]
+
+LOSSES = {
+    "codistillation_loss": lambda a, b: ck.codistillation_loss([a, b], TARGET, alpha=0.1, top_k=3),
+    "rows": lambda a, b: ck.codistillation_loss([a, b], TARGET, divergence="l1", reduction="none"),
+    "stacked": lambda a, b: ck.codistillation_loss(torch.stack([a, b]), TARGET, temperature=2.0),
+    "return_terms": lambda a, b: ck.codistillation_loss([a, b], TARGET, return_terms=True),
+    "codistillation_terms": lambda a, b: ck.codistillation_terms([a, b], TARGET),
+    "regularized_cross_entropy": lambda a, b: ck.regularized_cross_entropy(
+        a * b, TARGET, alpha=0.2
+    ),
+    "symmetric_kl": lambda a, b: ck.symmetric_kl(a, b, mode="run_to_run"),
+    "softmax_entropy": lambda a, b: ck.softmax_entropy(a + b, reduction="sum"),
+    "uniform_skl": lambda a, b: ck.uniform_skl(a - b),
+    "distillation_loss": lambda a, b: ck.distillation_loss(a, [b, a], TARGET, alpha=0.5),
+}
+
+
+def total(result):
+    """One number out of what a loss returned."""
+    if isinstance(result, torch.Tensor):
+        return result.sum()
+    if isinstance(result, ck.RowTerms):
+        return sum(weight * column.sum() for weight, column in enumerate(result, start=1))
+    return result[0]
+
+
+def gradients(function, logits):
+    return torch.autograd.grad(total(function(*logits)), logits, materialize_grads=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_every_loss_compiles_in_one_graph(backend, name):
+    function = LOSSES[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    logits, _ = cases.batch()
+    torch.testing.assert_close(compiled(*logits), function(*logits))
+    for a, b in zip(gradients(compiled, logits), gradients(function, logits), strict=True):
+        assert_close(a, b, "gradient", F32)
+
+
+@pytest.mark.slow
+def test_the_default_compiler(backend):
+    function = LOSSES["return_terms"]
+    compiled = torch.compile(function, fullgraph=True)
+    logits, _ = cases.batch()
+    torch.testing.assert_close(compiled(*logits), function(*logits))
+    for a, b in zip(gradients(compiled, logits), gradients(function, logits), strict=True):
+        assert_close(a, b, "gradient", F32)
+
+
+def test_any_number_of_rows(backend):
+    def function(a, b, target):
+        return ck.codistillation_loss([a, b], target, alpha=0.1)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (2, 5, 9):
+        logits, target = cases.batch(rows=rows)
+        torch.testing.assert_close(compiled(*logits, target), function(*logits, target))
+
+
+def test_weights_that_ramp(backend):
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(a, b, beta):
+        rows = ck.codistillation_terms([a, b])
+        return beta * rows.divergence.mean()
+
+    logits, _ = cases.batch()
+    for step in range(12):  # more than the compiler would compile anew
+        beta = torch.tensor(step / 10)
+        wanted = ck.codistillation_loss(logits, beta=step / 10)
+        torch.testing.assert_close(loss(*logits, beta), wanted)
+
+
+def test_a_wrong_argument_raises(backend):
+    compiled = torch.compile(ck.symmetric_kl, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="q_logits must have the shape of p_logits"):
+        compiled(torch.zeros(4, 5), torch.zeros(3, 5))
+
+
+OPTIONS = {
+    "mean": LossOptions(0.9, 0.1, 1.0, 1, divergence=1),
+    "rows": LossOptions(0.9, 0.1, 1.0, 2, 3, False, 3, temperature=2.0, reduction=0),
+    "terms": LossOptions(1.0, 0.0, 1.0, 1, 3, True, 2, reduction=3),
+    "distillation": LossOptions(0.5, 0.0, 1.0, divergence=4, teachers=2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_op_registrations(name, dtype):
+    options = OPTIONS[name]
+    logits, target = cases.batch(models=3, dtype=dtype)
+    plain = [z.detach() for z in logits]
+    weight = torch.rand(7, dtype=torch.float64 if dtype == torch.float64 else F32)
+    opcheck = torch.library.opcheck
+    for want in (0, 1, 2, 4, 7):
+        if options.reduction in (1, 2) or not want & 1:
+            opcheck(_ops.loss, (plain, target, weight, *options, want))
+    opcheck(_ops.loss, (logits, target, None, *options, 6))
+    loss, stats, _, _ = _ops.loss(plain, target, None, *options, 2)
+    upstream = torch.ones_like(loss)
+    opcheck(_ops.loss_backward, (plain, target, None, stats, upstream, *options))
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_fakes_promise_what_the_ops_return(stacked):
+    logits, target = cases.batch(models=3)
+    plain = [torch.stack(logits).detach()] if stacked else [z.detach() for z in logits]
+    for options in OPTIONS.values():
+        if stacked and options.teachers:
+            continue
+        want = 7 if options.reduction == 1 else 6
+        real = _ops.loss(plain, target, None, *options, want)
+        fake = _ops._fake_loss(plain, target, None, *options, want)
+        for a, b in zip([*real[:3], *real[3]], [*fake[:3], *fake[3]], strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_scale_changes_its_gradients_only():
+    gradients = [torch.ones(3, 2), torch.ones(3, 2)]
+    torch.library.opcheck(_ops.scale_, (gradients, torch.tensor(3.0)))
+    _ops.scale_(gradients, torch.tensor(3.0))
+    assert all((g == 3).all() for g in gradients)

@@ -1,0 +1,83 @@
+"""Reduction modes: what each call gets, and what cannot be had."""
+
+import cases
+import pytest
+import torch
+
+import churn_kernels as ck
+from churn_kernels import _ops, modes
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.setattr(modes, "default", None)
+
+
+def test_the_default_follows_torch():
+    assert torch.are_deterministic_algorithms_enabled()
+    assert ck.get_reduction_mode() == "run_to_run"
+    torch.use_deterministic_algorithms(False)
+    assert ck.get_reduction_mode() == "fast"
+
+
+def test_set_and_unset():
+    ck.set_reduction_mode("invariant")
+    assert ck.get_reduction_mode() == "invariant"
+    ck.set_reduction_mode(None)
+    assert ck.get_reduction_mode() == "run_to_run"
+
+
+def test_a_block():
+    with ck.reduction_mode("invariant"):
+        assert ck.get_reduction_mode() == "invariant"
+        with ck.reduction_mode("fast"):
+            assert ck.get_reduction_mode() == "fast"
+        assert ck.get_reduction_mode() == "invariant"
+    with pytest.raises(KeyError), ck.reduction_mode("invariant"):
+        raise KeyError
+    assert ck.get_reduction_mode() == "run_to_run"
+
+
+def test_exact_is_not_there_yet():
+    message = "^mode 'exact' is not implemented yet; 'invariant' is the strongest mode available"
+    logits, _ = cases.batch()
+    with pytest.raises(NotImplementedError, match=message):
+        ck.codistillation_loss(logits, mode="exact")
+    with pytest.raises(NotImplementedError, match=message):
+        ck.set_reduction_mode("exact")
+    with pytest.raises(NotImplementedError, match=message), ck.reduction_mode("exact"):
+        pass
+    assert ck.get_reduction_mode() == "run_to_run"
+
+
+@pytest.mark.parametrize("mode", ["Fast", "", 1, None])
+def test_unknown_modes(mode):
+    message = "^mode must be one of 'fast', 'run_to_run', 'invariant', 'exact', got "
+    with pytest.raises(ValueError, match=message):
+        modes.check(mode)
+
+
+def test_the_reference_does_not_pretend():
+    logits, _ = cases.batch()
+    message = "^the reference backend cannot keep mode 'invariant'; 'run_to_run' is the strongest"
+    with ck.backend("reference"):
+        ck.codistillation_loss(logits, mode="run_to_run")
+        with pytest.raises(NotImplementedError, match=message):
+            ck.codistillation_loss(logits, mode="invariant")
+        with ck.reduction_mode("invariant"), pytest.raises(NotImplementedError, match=message):
+            ck.codistillation_loss(logits)
+
+
+@pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_mode_is_invariant_on_the_cpu(reduction):
+    def run(mode):
+        logits, target = cases.batch(rows=33, classes=1031)
+        loss = ck.codistillation_loss(logits, target, alpha=0.1, reduction=reduction, mode=mode)
+        return loss, *torch.autograd.grad(loss.sum(), logits)
+
+    with ck.backend("cpu"):
+        first, *others = [run(mode) for mode in ("fast", "run_to_run", "invariant")]
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert torch.equal(a.view(torch.int32), b.view(torch.int32))
