@@ -33,13 +33,13 @@ lint: build  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --quiet --check
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	@$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES) $(wildcard tests/cpp/*)
 	@echo "lint: clean"
 
 format: build  ## ruff and clang-format, in place
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
-	@$(BIN)/clang-format -i $(CPP_SOURCES)
+	@$(BIN)/clang-format -i $(CPP_SOURCES) $(wildcard tests/cpp/*)
 
 clean:  ## delete builds, outputs and caches; .venv stays
 	@rm -rf build dist out *.egg-info python/*.egg-info churn_kernels/*.so

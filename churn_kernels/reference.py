@@ -131,9 +131,10 @@ def _cross_entropy(
     if weight is not None:
         surprise = surprise * weight
     ce = surprise.gather(1, label[:, None]).squeeze(1)
-    if label_smoothing == 0:
-        return ce
-    return (1 - label_smoothing) * ce + label_smoothing * surprise.mean(1)
+    smooth = surprise.mean(1)
+    if label_smoothing in (0, 1):  # what has no weight is left out, never 0 * inf
+        return smooth if label_smoothing else ce
+    return (1 - label_smoothing) * ce + label_smoothing * smooth
 
 
 def _inside(z: Tensor) -> Tensor:

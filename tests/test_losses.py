@@ -1,4 +1,4 @@
-"""The CPU kernel against the float64 reference: every option, dtype, class count and instruction set."""
+"""The CPU kernel against the float64 reference: every option, dtype, shape, instruction set."""
 
 import itertools
 import zlib
@@ -233,14 +233,16 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(name, classes):
     target = random_target(generator, 70, classes)
     loss, _, gradients = kernel(logits, target, None, OPTIONS[name])
     for rows in (slice(0, 1), slice(5, 9), slice(33, 70)):
-        part, _, part_gradients = kernel([z[rows] for z in logits], target[rows], None, OPTIONS[name])
+        part, _, part_gradients = kernel(
+            [z[rows] for z in logits], target[rows], None, OPTIONS[name]
+        )
         assert bytes_of(part) == bytes_of(loss[rows])
         for whole, cut in zip(gradients, part_gradients, strict=True):
             assert bytes_of(cut) == bytes_of(whole[rows])
 
 
 def test_bits_do_not_depend_on_how_gradients_are_written():
-    """Past the caches for a large batch, row offsets aligned or not; through them for a small one."""
+    """Past the caches for a large batch, aligned or not; through them for a small one."""
     generator = seeded("streamed")
     logits = random_logits(generator, 2, 420, 10501)
     target = random_target(generator, 420, 10501)
@@ -298,7 +300,9 @@ def special_logits(kind, generator, models, dtype):
 @pytest.mark.parametrize(
     "kind", ["shifted", "masked", "masked_in_one", "one_hot", "equal", "tied", "huge"]
 )
-@pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k", "l1_divergence", "temperature_ce"])
+@pytest.mark.parametrize(
+    "name", ["plain", "uniform_skl", "top_k", "l1_divergence", "temperature_ce"]
+)
 def test_special_rows(name, kind, dtype):
     generator = seeded(name, kind, dtype)
     if (name, kind) == ("l1_divergence", "tied"):
@@ -398,7 +402,7 @@ def test_all_rows_ignored():
 
 
 def test_offsets_are_64_bits_wide():
-    """Row 2 begins 2^31 elements into the storage, of which only the rows themselves are touched."""
+    """Row 2 begins 2^31 elements into the storage, of which only the rows are touched."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty(2**31 + 10, dtype=torch.float16)
     logits = storage.as_strided((3, 10), (2**30, 1))

@@ -289,6 +289,11 @@ class TestEdges:
         assert ck.codistillation_loss([a, b], torch.tensor([0]), beta=0.0)[()] == self.inf
         close(ck.codistillation_loss([a, b], beta=0.0, alpha=0.5), 0.0)
 
+    def test_full_smoothing_has_no_target_left(self):
+        z = torch.tensor([[-self.inf, 0.3, 1.0]], dtype=F64)
+        for target in (torch.tensor([0]), torch.tensor([1])):
+            assert ck.regularized_cross_entropy(z, target, label_smoothing=1.0) == self.inf
+
     @pytest.mark.parametrize("poison", [float("nan"), -float("inf"), float("inf")])
     @pytest.mark.parametrize("name", sorted(cases.OPTIONS))
     def test_a_broken_row_stays_alone(self, name, poison):

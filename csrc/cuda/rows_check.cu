@@ -1,5 +1,5 @@
 // Instantiates csrc/rows for a GPU, one thread a row, so that the headers stay device-clean. The
-// build compiles it and looks at registers and spills; nothing links it.
+// tests compile it and look at registers and spills; nothing links it.
 #include <cstdint>
 
 #include "../rows/divergence.h"
