@@ -22,11 +22,14 @@ from torch.autograd import Function, forward_ad
 from churn_kernels import _ops
 from churn_kernels._options import (
     REDUCTIONS,
+    ROW_TERMS,
     WANT_GRADIENTS,
     WANT_STATS,
     WANT_TERMS,
     LossOptions,
+    pair_count,
 )
+from churn_kernels._reduction import reduce_terms, row_counts
 
 _requires_grad = attrgetter("requires_grad")
 
@@ -46,9 +49,7 @@ def evaluate(
     """The loss on the compiled ops, differentiable, and the terms (empty if not asked for)."""
     want = WANT_TERMS if with_terms else 0
     if torch.compiler.is_compiling():
-        want |= WANT_STATS
-        loss, _, terms, _ = _ops.loss(logits, target, class_weight, *options, want)
-        return loss, terms
+        return _traced(logits, target, class_weight, options, want | WANT_STATS)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         pass  # whoever watches the tensors does not ask them for a gradient
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
@@ -60,6 +61,33 @@ def evaluate(
     want |= WANT_STATS
     loss, _, terms = _Loss.apply(target, class_weight, options, want, *logits)
     return loss, terms
+
+
+def _traced(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    want: int,
+) -> tuple[Tensor, Tensor]:
+    """The loss as torch.compile is to see it: the op's row terms, weighed by PyTorch.
+
+    The op takes its weights as numbers, and the compiler would compile anew for each new number;
+    outside of it they become inputs of the graph, and alpha and beta may ramp.
+    """
+    unweighted = options._replace(
+        ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
+    )
+    by_row, _, terms, _ = _ops.loss(logits, target, class_weight, *unweighted, want)
+    models = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
+    students = models - options.teachers
+    pairs = pair_count(students, options.teachers)
+    ce, r, d = by_row.to(torch.float64).split([students, students, pairs], dim=1)
+    rows, ce_rows = row_counts(
+        target, class_weight, by_row.shape[0], options.ignore_index, by_row.device
+    )
+    loss = reduce_terms(ce, r, d, rows, ce_rows, target is not None, options)
+    return loss.to(by_row.dtype), terms
 
 
 class _FusedLoss(Function):

@@ -156,8 +156,7 @@ def codistillation_terms(
     """The terms of `codistillation_loss` row by row and unweighted, to be weighed by the caller.
 
     For weights that differ by row, model or pair, or that are tensors: any function of the terms
-    can be differentiated, at the cost of one more pass over the logits. Under torch.compile it is
-    the form for weights that ramp: `codistillation_loss` is compiled anew for each alpha and beta.
+    can be differentiated, at the cost of one more pass over the logits.
 
     Args: as in `codistillation_loss`.
     Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2.

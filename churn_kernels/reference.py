@@ -18,11 +18,10 @@ from churn_kernels._options import (
     DIVERGENCES,
     NO_DIVERGENCE,
     NO_REGULARIZER,
-    REDUCTIONS,
     REGULARIZERS,
-    ROW_TERMS,
     LossOptions,
 )
+from churn_kernels._reduction import reduce_terms, row_counts
 
 
 def loss(
@@ -77,45 +76,12 @@ def loss(
     ]
     ce, r, d = (torch.where(keep[:, None], column, 0.0) for column in columns)
 
-    rows = keep.sum().to(torch.float64)
-    ce_rows = rows  # what the cross entropy's mean divides by
-    if weight is not None and label is not None:
-        ce_rows = torch.where(keep, weight[label], 0.0).sum()
-
+    rows, ce_rows = row_counts(target, weight, z.shape[1], options.ignore_index, z.device)
     terms = _term_means(
         z, label, keep, students, ce.sum(0) / ce_rows, r.sum(0) / rows, d.sum(0) / rows
     )
-    result = _reduce(ce, r, d, ce_rows, rows, label is not None, options)
+    result = reduce_terms(ce, r, d, rows, ce_rows, label is not None, options)
     return result.to(result_dtype), terms.detach().to(result_dtype)
-
-
-def _reduce(
-    ce: Tensor,  # (N, K)
-    r: Tensor,  # (N, K)
-    d: Tensor,  # (N, P)
-    ce_rows: Tensor,
-    rows: Tensor,
-    has_target: bool,
-    options: LossOptions,
-) -> Tensor:
-    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 * inf."""
-    if options.reduction == ROW_TERMS:
-        return torch.cat([ce, r, d], dim=1)
-    ce_part = ce.new_zeros(ce.shape[0])
-    other_part = torch.zeros_like(ce_part)
-    if has_target and options.ce_weight != 0:
-        ce_part = options.ce_weight * ce.sum(1)
-    if options.regularizer != NO_REGULARIZER and options.regularizer_weight != 0:
-        other_part = other_part + options.regularizer_weight * r.sum(1)
-    if d.shape[1] > 0 and options.divergence_weight != 0:
-        other_part = other_part + options.divergence_weight * d.mean(1)
-    if options.reduction == REDUCTIONS["none"]:
-        return ce_part + other_part
-    if options.reduction == REDUCTIONS["sum"]:
-        return ce_part.sum() + other_part.sum()
-    if not has_target or options.ce_weight == 0:
-        return other_part.sum() / rows
-    return ce_part.sum() / ce_rows + other_part.sum() / rows
 
 
 def _cross_entropy(

@@ -4,15 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/buffers.h"
 #include "cpu/isa.h"
 #include "cpu/loss.h"
 
@@ -121,18 +118,13 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTy
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// Large blocks come straight from the system, page by page on first touch. Huge pages make that 512
-// times rarer; where the system refuses, nothing is lost.
-void prefer_huge_pages(const Tensor& t, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)t, (void)bytes;
-#endif
+// An uninitialised tensor for gradients; large ones come out of memory kept from earlier calls.
+Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes, int64_t bytes) {
+  if (bytes < ck::kSmallestBuffer) return new_empty(like, sizes, like.scalar_type());
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
+  return torch::stable::from_blob(ck::take_buffer(bytes), sizes, strides, like.device(),
+                                  like.scalar_type(), &ck::give_back_buffer);
 }
 
 // Fresh contiguous gradients in the structure of the logits, and where each student's begins.
@@ -143,13 +135,11 @@ std::vector<Tensor> new_gradients(const std::vector<Tensor>& logits, const ck::L
   const int64_t bytes = in.rows * in.classes * ck::element_size(in.dtype);
   std::vector<Tensor> gradients;
   for (int k = 0; k < in.students(); ++k) {
-    if (k == 0 || !stacked) {
-      gradients.push_back(new_empty(first,
-                                    stacked
-                                        ? std::vector<int64_t>{in.students(), in.rows, in.classes}
-                                        : std::vector<int64_t>{in.rows, in.classes},
-                                    first.scalar_type()));
-      prefer_huge_pages(gradients.back(), stacked ? in.students() * bytes : bytes);
+    if (!stacked) {
+      gradients.push_back(new_gradient(first, {in.rows, in.classes}, bytes));
+    } else if (k == 0) {
+      gradients.push_back(
+          new_gradient(first, {in.students(), in.rows, in.classes}, in.students() * bytes));
     }
     pointers.push_back(static_cast<char*>(gradients.back().mutable_data_ptr()) +
                        (stacked ? k * bytes : 0));

@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench`, or `pytest benchmarks --benchmark-only`; see docs/benchmarks.md."""
