@@ -27,7 +27,9 @@ test: build  ## the test suite
 
 bench: build  ## time the losses against eager, torch.compile and a copy of the same bytes
 	@mkdir -p out
-	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-json=out/benchmarks.json
+	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median \
+	  --benchmark-json=out/benchmarks.json
+	@$(BIN)/python -m benchmarks.table
 
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check --quiet

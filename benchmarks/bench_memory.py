@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import CONTROL
-from benchmarks.peers import PEERS
+from benchmarks.memory import CONTROL, MEMORY_SHAPES
+from benchmarks.peers import PEERS, shape_name
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("peer", [CONTROL, *PEERS])
+@pytest.mark.parametrize("shape", MEMORY_SHAPES, ids=shape_name, indirect=True)
 @pytest.mark.benchmark(group="memory")
-def test_memory(benchmark, request, peer):
-    command = [sys.executable, "-m", "benchmarks.memory", peer]
-    if request.config.getoption("--tiny"):
-        command.append("--tiny")
-    # Whatever is freed goes back to the system, so that no step lives on the memory of the last.
+def test_memory(benchmark, shape, peer):
+    command = [sys.executable, "-m", "benchmarks.memory", peer, *map(str, shape)]
+    # Whatever is freed goes back to the system at once: what stays is kept on purpose.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = benchmark.pedantic(
         subprocess.run,
@@ -29,4 +28,4 @@ def test_memory(benchmark, request, peer):
         kwargs={"cwd": ROOT, "env": environment, "check": True, "stdout": subprocess.PIPE},
         rounds=1,
     )
-    benchmark.extra_info.update(peer=peer, extra_bytes=json.loads(done.stdout))
+    benchmark.extra_info.update(shape=shape_name(shape), peer=peer, bytes=json.loads(done.stdout))

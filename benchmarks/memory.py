@@ -1,21 +1,22 @@
-"""Peak memory of a step beyond its inputs and gradients: `python -m benchmarks.memory PEER`.
+"""Memory of a step: `python -m benchmarks.memory PEER ROWS CLASSES`.
 
-Prints a JSON object from shape to bytes. A process measures one peer: the highest resident set
-during a step less the resident set before it and the gradients' bytes. Linux only.
+Prints a JSON object of bytes. "peak": the highest resident set during a step, less what the inputs
+and the gradients take. "kept": what stays resident between steps, when the gradients are freed. A
+process measures one peer at one shape, since what is kept would serve the next. Linux only.
 """
 
 import argparse
 import ctypes
+import gc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from benchmarks.peers import PEERS, SHAPES, TINY, batch, shape_name, step
+from benchmarks.peers import PEERS, TINY, batch, step
 
-# The bytes of many short rows are the easiest to tell from the kernel's rounding of its counts.
-MEMORY_SHAPES = (*SHAPES, (262144, 64))
+MEMORY_SHAPES = ((1024, 8142), (64, 131072), (262144, 64))
 CONTROL = "gradients alone"
 
 
@@ -27,38 +28,48 @@ def resident(field: str) -> int:
     raise ValueError(f"field must be in /proc/self/status, got {field!r}; VmRSS and VmHWM are")
 
 
-def extra_bytes(run: Callable[[], object], logits: Sequence[Tensor]) -> int:
-    """Peak of a step less what was there before and less the gradients."""
-    run()  # compiles, starts threads
-    for z in logits:
-        z.grad = None
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    run()
-    return resident("VmHWM") - before - sum(z.nbytes for z in logits if z.requires_grad)
-
-
 def only_gradients(logits: Sequence[Tensor]) -> None:
     """The control: what it adds to the gradients is the error of the measurement."""
     for z in logits:
         z.grad = z.detach().clone()
 
 
-def measure(peer: str, shape: tuple[int, int]) -> int:
+def prepared(peer: str, shape: tuple[int, int]) -> tuple[Callable[[], object], list[Tensor]]:
+    """A step of the peer, and its logits."""
     logits, target = batch(shape)
     if peer == CONTROL:
-        return extra_bytes(lambda: only_gradients(logits), logits)
-    return extra_bytes(step(PEERS[peer], logits, target), logits)
+        return lambda: only_gradients(logits), logits
+    return step(PEERS[peer], logits, target), logits
+
+
+def settled() -> int:
+    """The resident set without what the allocator only holds on to."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident("VmRSS")
+
+
+def measure(peer: str, shape: tuple[int, int]) -> dict[str, int]:
+    prepared(peer, TINY)[0]()  # starts threads, loads the compiler
+    run, logits = prepared(peer, shape)
+    before = settled()
+    run()  # compiles for this shape
+    gradients = sum(z.nbytes for z in logits)
+    for z in logits:
+        z.grad = None
+    kept = settled() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    run()
+    return {"peak": resident("VmHWM") - before - gradients, "kept": kept}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=[CONTROL, *PEERS])
-    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("rows", type=int)
+    parser.add_argument("classes", type=int)
     arguments = parser.parse_args()
-    shapes = (TINY,) if arguments.tiny else MEMORY_SHAPES
-    print(json.dumps({shape_name(shape): measure(arguments.peer, shape) for shape in shapes}))
+    print(json.dumps(measure(arguments.peer, (arguments.rows, arguments.classes))))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from churn_kernels import metrics
-from churn_kernels.intervals import (
-    jackknife_interval,
-    leave_one_run_out,
-    run_mean,
-    t_interval,
-)
 
 NAN = math.nan
 
@@ -279,64 +273,11 @@ def test_confidence_is_the_margin_of_the_softmax():
 # Intervals ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 101])
-@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.999])
-def test_t_interval_uses_student_s_quantile(degrees, level):
-    values = torch.linspace(-1, 2, degrees + 1, dtype=torch.float64)
-    estimate = t_interval(values, level)
-    low, high = scipy.stats.t.interval(
-        level, degrees, loc=float(values.mean()), scale=scipy.stats.sem(values.numpy())
-    )
-    assert estimate.low == pytest.approx(low, rel=1e-9, abs=1e-9)
-    assert estimate.high == pytest.approx(high, rel=1e-9, abs=1e-9)
-
-
-def test_jackknife_of_a_mean_is_the_t_interval():
-    values = torch.tensor([1.0, 4.0, 2.0, 9.0], dtype=torch.float64)
-    jackknife = jackknife_interval(run_mean(values), leave_one_run_out(values))
-    assert jackknife == pytest.approx(t_interval(values))
-
-
-def test_jackknife_of_pairs_deletes_a_run_with_all_its_pairs():
-    pairs = torch.tensor([[9.0, 1, 2], [1, 9, 4], [2, 4, 9]], dtype=torch.float64)
-    assert run_mean(pairs) == pytest.approx(7 / 3)
-    assert leave_one_run_out(pairs).tolist() == [4, 2, 1]
-    variance = 2 / 3 * sum((m - 7 / 3) ** 2 for m in (4, 2, 1))
-    estimate = jackknife_interval(run_mean(pairs), leave_one_run_out(pairs))
-    assert estimate.standard_error == pytest.approx(math.sqrt(variance))
-    half = scipy.stats.t.ppf(0.975, 2) * math.sqrt(variance)
-    assert estimate.high - estimate.mean == pytest.approx(half)
-
-
-def test_jackknife_error_of_churn_is_near_the_spread_over_repetitions():
-    # 300 studies of 12 runs each; a row-and-column effect makes the pairs share runs.
-    means, errors = [], []
-    for seed in range(300):
-        draw = torch.randn(12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        pairs = draw[:, None] + draw[None, :]
-        estimate = jackknife_interval(run_mean(pairs), leave_one_run_out(pairs))
-        means.append(estimate.mean)
-        errors.append(estimate.standard_error)
-    spread = torch.tensor(means).std()
-    assert float(torch.tensor(errors).mean() / spread) == pytest.approx(1, abs=0.1)
-
-
 def test_two_runs_have_means_and_no_pairwise_interval():
     summary = metrics.churn_report([FIRST, SECOND], LABELS).summary()
     assert summary["churn"].mean == pytest.approx(2 / 3)
     assert math.isnan(summary["churn"].low)
     assert not math.isnan(summary["confidence"].low)
-
-
-def test_pairs_without_a_value_are_left_out_of_the_mean():
-    pairs = torch.tensor([[NAN, NAN, NAN], [0.2, 0, 0.4], [0.6, 0.4, 0]], dtype=torch.float64)
-    assert run_mean(pairs) == pytest.approx(0.4)
-
-
-def test_single_values_have_no_interval():
-    assert math.isnan(t_interval(torch.tensor([3.0])).low)
-    assert t_interval(torch.tensor([3.0])).mean == 3
-    assert math.isnan(jackknife_interval(3.0, torch.tensor([NAN])).high)
 
 
 # Bad input ----------------------------------------------------------------------------------------
@@ -497,7 +438,5 @@ def test_bad_input_of_the_pieces():
         ValueError, match=r"\(\.\.\., C\) with C >= 1, got \(\); pass one logit per"
     ):
         metrics.prediction_confidence(torch.tensor(1.0))
-    with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 95; 0.95 is"):
-        t_interval(torch.ones(3), 95)
     with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 0; 0.95 is"):
         metrics.churn_report([FIRST, SECOND]).summary(level=0)

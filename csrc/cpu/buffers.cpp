@@ -50,7 +50,9 @@ void* take_buffer(int64_t bytes) {
   bytes = (bytes + kGranule - 1) / kGranule * kGranule;
   Shelf& s = shelf();
   const std::lock_guard lock(s.mutex);
-  const auto fits = [&](const Buffer& b) { return b.bytes >= bytes && b.bytes <= 2 * bytes; };
+  const auto fits = [&](const Buffer& b) {
+    return b.bytes >= bytes && b.bytes - bytes <= bytes / 8;
+  };
   const auto found = std::find_if(s.kept.rbegin(), s.kept.rend(), fits);
   Buffer buffer;
   if (found != s.kept.rend()) {

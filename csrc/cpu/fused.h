@@ -53,10 +53,11 @@ struct Fused {
 
   // This sweep computes and hardly waits for memory, so it fetches what comes after it: the next
   // row's logits, and the lines that this row's gradient is going to overwrite.
-  template <bool kKeep>
   CK_HD static void fetch_ahead(const RowView& row, int k, int64_t c) {
     __builtin_prefetch(logits(row, k) + c + row.next_row, 0, 2);
-    if (kKeep && !row.stream) __builtin_prefetch(static_cast<T*>(row.gradients[k]) + c, 1, 3);
+    if (row.gradients[k] && !row.stream) {
+      __builtin_prefetch(static_cast<T*>(row.gradients[k]) + c, 1, 3);
+    }
   }
 
   template <bool kKeep>
@@ -84,7 +85,7 @@ struct Fused {
     for (; c + kWidth <= end; c += kWidth) {
       V d[K];
       for (int k = 0; k < K; ++k) {
-        fetch_ahead<kKeep>(row, k, c);
+        fetch_ahead(row, k, c);
         d[k] = load(z[k] + c) - maximum[k];
       }
       step(d, c);

@@ -25,7 +25,7 @@ struct RowView {
   const void* const* logits;
   const int64_t* column_strides;
   int64_t next_row;          // elements to the row that comes next; 0: none
-  void* const* gradients;    // students; contiguous
+  void* const* gradients;    // students; contiguous; null: none wanted
   const void* class_weight;  // (C,) in the compute dtype; null: all ones
   int64_t target;            // -1: no target
   bool stream;               // write gradients past the caches

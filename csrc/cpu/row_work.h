@@ -22,8 +22,9 @@ class RowWork {
   explicit RowWork(const LossInputs& inputs);
 
   // Lets the fused sweeps keep each exponential from the sums to the gradient, in memory that must
-  // outlive the work: kKeptBytes of it, aligned for vectors. Wider rows compute them twice.
-  static constexpr int64_t kKeptBytes = 512 << 10;
+  // outlive the work: kKeptBytes of it, aligned for vectors. Wider rows compute them twice:
+  // fetching them back from the second-level cache takes as long.
+  static constexpr int64_t kKeptBytes = 32 << 10;
   void keep_exponentials(void* memory);
 
   // Points the work at one row; false if the row is ignored.
