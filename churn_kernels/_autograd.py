@@ -112,7 +112,9 @@ class _FusedLoss(Function):
         return loss, terms
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         target, class_weight, *logits = ctx.saved_tensors
         gradients = ctx.gradients
         if gradients is None or torch.is_grad_enabled():
@@ -149,7 +151,9 @@ class _Loss(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         target, class_weight, stats, *logits = ctx.saved_tensors
         options = ctx.options
         gradients = _LossBackward.apply(target, class_weight, options, stats, upstream, *logits)

@@ -47,10 +47,10 @@ def _usable(name: object) -> str:
         remedy = (
             f"build the library with `{BUILD_COMMAND}`, or"
             if name == "cpu"
-            else "it is no part of it yet;"
+            else "this version has no such kernel yet;"
         )
         raise ValueError(
-            f"backend {name!r} was not built; {remedy} choose one of those available: {usable}"
+            f"backend {name!r} is not available; {remedy} choose one of those available: {usable}"
         )
     return name
 

@@ -158,7 +158,8 @@ def matrix(name: str, logits: object) -> None:
     if logits.dim() != 2:
         raise ValueError(
             f"{name} must have shape (N, C), got {tuple(logits.shape)}; "
-            f"flatten the leading dimensions with logits.flatten(0, -2)"
+            f"rows are examples and columns are classes: for (B, T, C) pass logits.flatten(0, 1), "
+            f"for (N, C, 1) logits.squeeze(-1)"
         )
     _supported(name, logits)
 
@@ -220,7 +221,8 @@ def target(value: object, rows: int, device: torch.device) -> None:
     if value.dim() != 1 or value.shape[0] != rows:
         raise ValueError(
             f"target must have shape ({rows},), one class for each row of the logits, got "
-            f"{tuple(value.shape)}; reshape it or pass ignore_index for rows without a label"
+            f"{tuple(value.shape)}; for a one-hot target pass "
+            f"target.argmax(1), for (N, 1) target.squeeze(1)"
         )
     if value.device != device:
         raise ValueError(

@@ -55,6 +55,7 @@ struct Inputs {
 
 Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
                    const std::optional<Tensor>& class_weight, const ck::LossOptions& options) {
+  ck::active_isa();  // a wrong CHURN_CPU_ISA raises here, not in the middle of a thread's work
   STD_TORCH_CHECK(!logits.empty(), "logits must hold at least one tensor");
   const Tensor& first = logits[0];
   const bool stacked = first.dim() == 3;

@@ -273,3 +273,20 @@ class TestPaths:
         loss.backward(retain_graph=True)
         assert [z.grad.data_ptr() for z in logits] == computed
         assert node.gradients is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_undefined_upstream_gradient_gives_none(reduction):
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return None
+
+    z = torch.randn(3, 4, requires_grad=True)
+    loss = ck.softmax_entropy(z, reduction=reduction)
+    (Stop.apply(loss).sum() + 0 * z.sum()).backward()
+    assert torch.count_nonzero(z.grad) == 0

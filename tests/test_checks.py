@@ -142,7 +142,7 @@ def test_options(backend, options, error, message):
         (
             [Z[None], Z],
             ValueError,
-            "logits[0] must have shape (N, C), got (1, 4, 5); flatten the leading dimensions",
+            "logits[0] must have shape (N, C), got (1, 4, 5); rows are examples",
         ),
         (
             [Z.long(), Z.long()],
@@ -198,7 +198,7 @@ def test_logits(backend, logits, error, message):
         (
             T[:3],
             ValueError,
-            "target must have shape (4,), one class for each row of the logits, got (3,); reshape",
+            "target must have shape (4,), one class for each row of the logits, got (3,); for a",
         ),
         (
             T[:, None],
@@ -238,12 +238,12 @@ def test_target_out_of_range(backend, wrong, reduction, requires_grad):
 
 def test_functions_of_one_model(backend):
     wrong = torch.zeros(2, 4, 5)
-    with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); flatten"):
+    with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); rows are examples"):
         ck.regularized_cross_entropy(wrong, T)
     with raises(TypeError, "target must be an int64 tensor of class indices, got None; for the"):
         ck.regularized_cross_entropy(Z, None)
     for function in (ck.softmax_entropy, ck.uniform_skl):
-        with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); flatten"):
+        with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); rows are examples"):
             function(wrong)
         with raises(ValueError, "top_k must be at most the number of classes C = 5, got 6; "):
             function(Z, top_k=6)
@@ -306,7 +306,10 @@ class TestBackends:
     @pytest.mark.parametrize("name", ["cuda", "triton"])
     def test_not_part_of_this_version(self, name):
         with (
-            raises(ValueError, f"backend '{name}' was not built; it is no part of it yet; choose"),
+            raises(
+                ValueError,
+                f"backend '{name}' is not available; this version has no such kernel yet; choose",
+            ),
             ck.backend(name),
         ):
             pass
@@ -348,7 +351,7 @@ class TestBackends:
         ("variable", "value", "message"),
         [
             ("CHURN_BACKEND", "gpu", "CHURN_BACKEND=gpu: backend must be one of 'cpu', 'cuda',"),
-            ("CHURN_BACKEND", "cuda", "CHURN_BACKEND=cuda: backend 'cuda' was not built;"),
+            ("CHURN_BACKEND", "cuda", "CHURN_BACKEND=cuda: backend 'cuda' is not available;"),
             ("CHURN_REDUCTION_MODE", "best", "CHURN_REDUCTION_MODE=best: mode must be one of"),
             ("CHURN_REDUCTION_MODE", "exact", "CHURN_REDUCTION_MODE=exact: mode 'exact' is not"),
         ],

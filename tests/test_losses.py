@@ -329,6 +329,23 @@ def test_a_class_masked_everywhere_contributes_nothing(name, models):
         torch.testing.assert_close(gradient[:, :16], small, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("models", [1, 2, 3])
+@pytest.mark.parametrize("reduction", [0, 2])
+def test_a_mask_of_the_lowest_float_keeps_gradients_finite(models, reduction):
+    """With weights and upstream gradients above 1, where slope times d would overflow."""
+    generator = seeded("lowest", models)
+    logits = random_logits(generator, models, 4, 20)
+    for z in logits:
+        z[:, 5:9] = torch.finfo(torch.float32).min
+    options = LossOptions(3.0, 5.0, 7.0, regularizer=1, divergence=1, reduction=reduction)
+    target = torch.tensor([0, 1, 2, 19])
+    upstream = torch.full((4,) if reduction == 0 else (), 30.0)
+    _, _, gradients = kernel(logits, target, None, options, upstream)
+    for gradient in gradients:
+        assert bool(gradient.isfinite().all())
+        assert torch.count_nonzero(gradient[:, 5:9]) == 0
+
+
 @pytest.mark.parametrize("poison", [float("nan"), INF, "all_masked"])
 @pytest.mark.parametrize("name", ["per_row", "temperature_l1", "top_k_uniform_unnormalised"])
 def test_a_broken_row_poisons_itself_alone(name, poison):

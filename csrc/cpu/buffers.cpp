@@ -70,6 +70,7 @@ void give_back_buffer(void* data) noexcept {
   Shelf& s = shelf();
   const std::lock_guard lock(s.mutex);
   const auto lent = s.lent.extract(data);
+  if (lent.mapped() > kKeptBufferBytes) return std::free(data);
   s.kept.push_back({data, lent.mapped()});
   s.kept_bytes += lent.mapped();
   while (s.kept_bytes > kKeptBufferBytes) {

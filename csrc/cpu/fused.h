@@ -19,6 +19,9 @@ struct Fused {
   // Far below any exp's range, so that lanes past the end of a row weigh exactly nothing.
   static constexpr S kNowhere = S(-1e4);
 
+  // A logit of -FLT_MAX, as masks use it, must not overflow when d meets a slope. NaN stays.
+  static constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);
+
   static const T* logits(const RowView& row, int k) { return static_cast<const T*>(row.logits[k]); }
 
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
@@ -139,8 +142,9 @@ struct Fused {
     }
 
     CK_HD void gradients(const X* z, const X* e, X* g) const {
+      using rows::max;
       X d[K];
-      for (int k = 0; k < K; ++k) d[k] = z[k] - maximum[k];
+      for (int k = 0; k < K; ++k) d[k] = max(X(kLowest), z[k] - maximum[k]);
       for (int k = 0; k < K; ++k) {
         if constexpr (K == 1) {
           g[k] = rows::softmax_gradient(e[k], d[k], constant[k], slope[k], uniform[k]);
@@ -208,7 +212,12 @@ struct Fused {
         partial_vector(row, coefficients, c, head);
         c += head;
       }
-      if (misaligned(0, c) == 0) c = full_vectors<true>(row, coefficients, c, end);
+      if (misaligned(0, c) == 0) {
+        c = full_vectors<true>(row, coefficients, c, end);
+#if defined(__x86_64__)
+        _mm_sfence();  // streamed stores are not ordered with the ones that tell others of them
+#endif
+      }
     }
     c = full_vectors<false>(row, coefficients, c, end);
     if (c < end) partial_vector(row, coefficients, c, static_cast<int>(end - c));

@@ -24,7 +24,7 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
-  static constexpr S kLowest = std::numeric_limits<S>::lowest() / 4;
+  static constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);  // see fused.h
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
   // end.

@@ -160,7 +160,7 @@ CK_HD Vec<Compute<T>> load(const T* p) {
   return each<Compute<T>>([&](int i) { return native::load(p + i * kWidth); });
 }
 
-// The first n < kLanes logits at p, `fill` beyond; nothing past p + n is touched.
+// The first n <= kLanes logits at p, `fill` beyond; nothing past p + n is touched.
 template <class T>
 CK_HD Vec<Compute<T>> load_first(const T* p, int n, Compute<T> fill) {
   Vec<Compute<T>> x(fill);

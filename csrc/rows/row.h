@@ -31,13 +31,6 @@ struct PairSums64 {
   double first, second, mismatch;
 };
 
-struct ModelRow {
-  double max;
-  ModelSums sums;
-  double threshold;  // of the k largest logits
-  int64_t last_tie;
-};
-
 // One model's gradient at a class, before the divergence:
 //   e (constant + slope d) + uniform [+ e (top_constant + top_slope d) + top_uniform in the top k]
 //   - smoothing class_weight - target [at the target]
@@ -49,11 +42,6 @@ struct ModelGradient {
   double top_constant, top_slope, top_uniform;
   double smoothing, target;
   double tempered_constant;
-};
-
-// Upstream gradient of one row's terms.
-struct TermWeights {
-  double cross_entropy, regularizer;
 };
 
 CK_HD double log_or_nan(double x) { return x != x ? x : log_pos(x); }

@@ -49,12 +49,9 @@ def replaced(target: Path) -> Iterator[Path]:
         yield scratch
         if target.exists():
             target.rename(earlier)
-        try:
-            scratch.rename(target)
-        except BaseException:
-            if earlier.exists():
-                earlier.rename(target)
-            raise
+        scratch.rename(target)
     finally:
+        if earlier.exists() and not target.exists():
+            earlier.rename(target)
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(earlier, ignore_errors=True)
