@@ -188,6 +188,18 @@ def test_class_counts(name, classes):
         check(logits, random_target(generator, 2, classes), options)
 
 
+@pytest.mark.parametrize("classes", [2049, 21841, 131073])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_past_one_chunk(name, classes):
+    """Each option with 1 to 4 models, class weights and each dtype, where sums cross chunks."""
+    for models, dtype in zip((1, 2, 3, 4), DTYPES, strict=True):
+        generator = seeded(name, classes, models)
+        logits = random_logits(generator, models, 2, classes, dtype)
+        weight = torch.rand(classes, generator=generator) if models % 2 == 0 else None
+        target = random_target(generator, 2, classes)
+        check(logits, target, OPTIONS[name], class_weight=weight)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 300])
 def test_row_counts(rows):
     generator = seeded(rows)
@@ -403,7 +415,7 @@ def test_distillation(teachers, temperature, dtype):
     options = LossOptions(
         0.5, 0.0, 0.5 * temperature**2, divergence=4, teachers=teachers, temperature=temperature
     )
-    for classes, reduction in itertools.product([1, 10, 1031], [0, 1]):
+    for classes, reduction in itertools.product([1, 10, 1031, 21841], [0, 1]):
         logits = random_logits(generator, 1 + teachers, 4, classes, dtype)
         target = random_target(generator, 4, classes)
         check(logits, target, options._replace(reduction=reduction))
