@@ -253,11 +253,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     target, class_weight, stats, *logits = ctx.saved_tensors
+    without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
+    if upstream is None:
+        return [None] * len(logits), *without_gradient
     upstream = upstream.contiguous()
     gradients = _ops.loss_backward(logits, target, class_weight, stats, upstream, *ctx.options)
-    without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
     return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
 
 

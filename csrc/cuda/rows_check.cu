@@ -27,7 +27,8 @@ __device__ S row_max(const S* z, int64_t classes) {
 }
 
 template <class S>
-__device__ Sums<S> row_sums(const S* a, const S* b, S max_a, S max_b, int64_t classes, TopK top) {
+__device__ Sums<S> row_sums(const S* a, const S* b, S max_a, S max_b, int64_t classes,
+                            int64_t last_tie) {
   Sums<S> s{};
   for (int64_t c = 0; c < classes; ++c) {
     const S d_a = a[c] - max_a, d_b = b[c] - max_b;
@@ -38,7 +39,7 @@ __device__ Sums<S> row_sums(const S* a, const S* b, S max_a, S max_b, int64_t cl
     add_skl(s.skl, e_a, e_b, d_a - d_b);
     add_l1(s.l1, e_a, e_b, S(e_a > e_b) - S(e_a < e_b));
     s.kl += kl_term(e_a, d_b, S(1e-30));
-    s.top += in_top_k(a[c], c, S(top.threshold), top.last_tie) ? e_a : S(0);
+    s.top += in_top_k(a[c], c, max_a, last_tie) ? e_a : S(0);
   }
   return s;
 }
@@ -49,7 +50,7 @@ __global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* l
   const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   a += row * classes, b += row * classes, grad_a += row * classes, grad_b += row * classes;
   const S max_a = row_max(a, classes), max_b = row_max(b, classes);
-  const Sums<S> s = row_sums(a, b, max_a, max_b, classes, TopK{double(max_a), 0});
+  const Sums<S> s = row_sums(a, b, max_a, max_b, classes, int64_t{0});
   const double n = double(classes);
   const ModelSums m_a{s.model[0].mass,
                       s.model[0].moment,

@@ -9,12 +9,8 @@ namespace ck {
 inline namespace CK_ISA {
 namespace rows {
 
-// The k-th largest logit, and the index of the last class equal to it that still belongs.
-struct TopK {
-  double threshold;
-  int64_t last_tie;
-};
-
+// `threshold` is the k-th largest logit, `last_tie` the index of the last class equal to it that
+// still belongs.
 template <class S>
 CK_HD bool in_top_k(S logit, int64_t index, S threshold, int64_t last_tie) {
   return logit > threshold || (logit == threshold && index <= last_tie);
