@@ -3,6 +3,11 @@
 #   TORCH="torch==2.11.0"                the torch that .venv gets, if it has none yet (pip's words)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# `make gpu-report` uses PYTHON as it is, and needs no network.
+#   OUT=folder                           where the report goes
+#   COMMIT=...                           what the tree is, where it has no .git to say so
+OUT ?= out/gpu-report
+COMMIT ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +17,10 @@ DEPENDENCIES := build/dependencies.stamp
 LIBRARY := build/library.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench lint format clean
+.PHONY: help build run test bench gpu-report lint format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: $(LIBRARY)  ## .venv with torch, the tools and the package; compiles what changed
 
@@ -30,6 +35,9 @@ bench: build  ## time the losses against eager, torch.compile and a copy of the 
 	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median \
 	  --benchmark-json=out/benchmarks.json
 	@$(BIN)/python -m benchmarks.table
+
+gpu-report:  ## build, test, compare with the CPU and time on a GPU, into OUT; nine minutes at most
+	@PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m benchmarks.gpu "$(OUT)" $(if $(COMMIT),--commit "$(COMMIT)")
 
 lint: build  ## ruff, mypy and clang-format, changing nothing
 	@$(BIN)/ruff check --quiet

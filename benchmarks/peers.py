@@ -36,20 +36,25 @@ def fused(logits: Sequence[Tensor], target: Tensor) -> Tensor:
 
 PEERS: dict[str, Loss] = {
     "churn_kernels": fused,
-    "torch.compile": torch.compile(eager, dynamic=False),
+    "torch.compile": torch.compile(eager, dynamic=False, fullgraph=True),
     "eager": eager,
 }
 
 
 def batch(
-    shape: tuple[int, int], dtype: torch.dtype = torch.float32, models: int = 2, teachers: int = 0
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    models: int = 2,
+    teachers: int = 0,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> tuple[list[Tensor], Tensor]:
     """Logits (N, C) of each model, the last `teachers` of them without a gradient, and a target."""
-    generator = torch.Generator().manual_seed(0)
-    logits = [(2 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(models)]
+    where = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
+    logits = [(2 * torch.randn(shape, **where)).to(dtype) for _ in range(models)]
     for student in logits[: models - teachers]:
         student.requires_grad_()
-    return logits, torch.randint(0, shape[1], shape[:1], generator=generator)
+    return logits, torch.randint(0, shape[1], shape[:1], **where)
 
 
 def step(

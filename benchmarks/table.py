@@ -40,10 +40,15 @@ def medians(found: Iterable[dict[str, Any]], row: str) -> dict[str, dict[str, fl
     return table
 
 
-def markdown(title: str, header: list[str], rows: Iterable[list[str]]) -> str:
+def table_lines(header: list[str], rows: Iterable[list[str]]) -> list[str]:
     """A table whose columns, but for the first, hold numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join([f"## {title}", "", *("| " + " | ".join(line) + " |" for line in lines), ""])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def markdown(title: str, header: list[str], rows: Iterable[list[str]]) -> str:
+    """A section with a table."""
+    return "\n".join([f"## {title}", "", *table_lines(header, rows), ""])
 
 
 def number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Save, call, return: the compiled ops as differentiable functions.
+"""Save, call, return: a backend's ops as differentiable functions.
 
 Three ways, for three kinds of calls:
 
@@ -12,6 +12,7 @@ Three ways, for three kinds of calls:
 """
 
 from collections.abc import Sequence
+from functools import cache, partial
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from churn_kernels import _ops
+from churn_kernels._ops import OpSet
 from churn_kernels._options import (
     REDUCTIONS,
     ROW_TERMS,
@@ -35,35 +37,37 @@ _requires_grad = attrgetter("requires_grad")
 
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
-# Both functions below take the logits last, behind this many arguments without a gradient.
-_BEFORE_LOGITS = (None, None, None, None)
+# The functions below take the logits last, behind this many arguments without a gradient.
+_BEFORE_LOGITS = (None, None, None, None, None)
 
 
 def evaluate(
+    ops: OpSet,
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss on the compiled ops, differentiable, and the terms (empty if not asked for)."""
+    """The loss on these ops, differentiable, and the terms (empty if not asked for)."""
     want = WANT_TERMS if with_terms else 0
     if torch.compiler.is_compiling():
-        return _traced(logits, target, class_weight, options, want | WANT_STATS)
+        return _traced(ops, logits, target, class_weight, options, want | WANT_STATS)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         pass  # whoever watches the tensors does not ask them for a gradient
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
-        loss, _, terms, _ = _call(logits, target, class_weight, options, want)
+        loss, _, terms, _ = _call(ops, logits, target, class_weight, options, want)
         return loss, terms
     elif options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16:
         want |= WANT_GRADIENTS
-        return _FusedLoss.apply(target, class_weight, options, want, *logits)
+        return _FusedLoss.apply(ops, target, class_weight, options, want, *logits)
     want |= WANT_STATS
-    loss, _, terms = _Loss.apply(target, class_weight, options, want, *logits)
+    loss, _, terms = _Loss.apply(ops, target, class_weight, options, want, *logits)
     return loss, terms
 
 
 def _traced(
+    ops: OpSet,
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
@@ -78,7 +82,7 @@ def _traced(
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
     )
-    by_row, _, terms, _ = _ops.loss(logits, target, class_weight, *unweighted, want)
+    by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
     models = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
     students = models - options.teachers
     pairs = pair_count(students, options.teachers)
@@ -96,14 +100,15 @@ class _FusedLoss(Function):
     @staticmethod
     def forward(
         ctx: Any,
+        ops: OpSet,
         target: Tensor | None,
         class_weight: Tensor | None,
         options: LossOptions,
         want: int,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        loss, _, terms, ctx.gradients = _call(logits, target, class_weight, options, want)
-        ctx.options = options
+        loss, _, terms, ctx.gradients = _call(ops, logits, target, class_weight, options, want)
+        ctx.ops, ctx.options = ops, options
         # The stored gradients need none of these. A second backward pass does, and autograd now
         # notices logits that were changed in place, whichever pass it is.
         ctx.save_for_backward(target, class_weight, *logits)
@@ -116,14 +121,16 @@ class _FusedLoss(Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         target, class_weight, *logits = ctx.saved_tensors
-        gradients = ctx.gradients
+        ops, gradients = ctx.ops, ctx.gradients
         if gradients is None or torch.is_grad_enabled():
             options = ctx.options
-            stats = _call(logits, target, class_weight, options, WANT_STATS)[1]
-            gradients = _LossBackward.apply(target, class_weight, options, stats, upstream, *logits)
+            stats = _call(ops, logits, target, class_weight, options, WANT_STATS)[1]
+            gradients = _LossBackward.apply(
+                ops, target, class_weight, options, stats, upstream, *logits
+            )
         else:
             ctx.gradients = None  # handed out below, to be changed by whoever holds them
-            _ops.scale_(gradients, upstream)
+            ops.scale_(gradients, upstream)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
 
@@ -132,20 +139,20 @@ class _Loss(Function):
 
     @staticmethod
     def forward(
+        ops: OpSet,
         target: Tensor | None,
         class_weight: Tensor | None,
         options: LossOptions,
         want: int,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, stats, terms, _ = _call(logits, target, class_weight, options, want)
+        loss, stats, terms, _ = _call(ops, logits, target, class_weight, options, want)
         return loss, stats, terms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        target, class_weight, options, _, *logits = inputs
+        ctx.ops, target, class_weight, ctx.options, _, *logits = inputs
         _, stats, terms = output
-        ctx.options = options
         ctx.save_for_backward(target, class_weight, stats, *logits)
         ctx.mark_non_differentiable(stats, terms)
         ctx.set_materialize_grads(False)
@@ -155,8 +162,9 @@ class _Loss(Function):
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
         target, class_weight, stats, *logits = ctx.saved_tensors
-        options = ctx.options
-        gradients = _LossBackward.apply(target, class_weight, options, stats, upstream, *logits)
+        gradients = _LossBackward.apply(
+            ctx.ops, target, class_weight, ctx.options, stats, upstream, *logits
+        )
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
     @staticmethod
@@ -173,6 +181,7 @@ class _LossBackward(Function):
 
     @staticmethod
     def forward(
+        ops: OpSet,
         target: Tensor | None,
         class_weight: Tensor | None,
         options: LossOptions,
@@ -181,7 +190,7 @@ class _LossBackward(Function):
         *logits: Tensor,
     ) -> tuple[Tensor, ...]:
         upstream = upstream.contiguous()
-        return tuple(_ops.loss_backward(logits, target, class_weight, stats, upstream, *options))
+        return tuple(ops.loss_backward(logits, target, class_weight, stats, upstream, *options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -201,6 +210,7 @@ class _LossBackward(Function):
 
 
 def _call(
+    ops: OpSet,
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
@@ -210,7 +220,7 @@ def _call(
     """The op, without its registered formula; a target out of range raises a TargetError."""
     try:
         with torch._C._AutoDispatchBelowAutograd():
-            return _ops.loss(logits, target, class_weight, *options, want)
+            return ops.loss(logits, target, class_weight, *options, want)
     except (IndexError, RuntimeError) as error:
         _ops.raise_target_error(error)
         raise
@@ -253,15 +263,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     target, class_weight, stats, *logits = ctx.saved_tensors
     without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
     if upstream is None:
         return [None] * len(logits), *without_gradient
     upstream = upstream.contiguous()
-    gradients = _ops.loss_backward(logits, target, class_weight, stats, upstream, *ctx.options)
+    gradients = ops.loss_backward(logits, target, class_weight, stats, upstream, *ctx.options)
     return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
 
 
-if _ops.LOADED:
-    torch.library.register_autograd("churn_kernels::loss", _backward, setup_context=_save)
+@cache
+def differentiable(ops: OpSet) -> OpSet:
+    """The same ops, with the formula of their gradient registered for torch.compile."""
+    torch.library.register_autograd(ops.loss, partial(_backward, ops), setup_context=_save)
+    return ops

@@ -2,14 +2,16 @@
 
 | backend | computes | takes |
 |---|---|---|
+| `"triton"` | the Triton kernels | tensors of a CUDA device; CPU tensors with TRITON_INTERPRET=1 |
 | `"cpu"` | the compiled kernel | CPU tensors |
 | `"reference"` | float64 PyTorch, slow, differentiable twice | tensors of any device |
 
-`"cuda"` and `"triton"` are names of the GPU backends; they are not part of this version.
+`"cuda"` is the name of a compiled GPU backend; it is not part of this version.
 
-Without a choice a CPU tensor goes to `"cpu"`, or to `"reference"` where the library was not built,
-and a tensor on another device to `"reference"`; each fallback warns once. The environment variable
-CHURN_BACKEND makes the choice for a process, and is read when the package is imported.
+Without a choice a CPU tensor goes to `"cpu"`, a CUDA tensor to `"triton"`, and either to
+`"reference"` where that kernel is not to be had; each fallback warns once and says what is missing.
+The environment variable CHURN_BACKEND makes the choice for a process, and is read when the package
+is imported. So is TRITON_INTERPRET: Triton then runs its kernels in Python, to be looked at.
 """
 
 import os
@@ -20,21 +22,53 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from churn_kernels import _autograd, _checks, _ops, modes, reference
+from churn_kernels._ops import OpSet
 from churn_kernels._options import LossOptions
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 BUILD_COMMAND = "pip install --no-build-isolation ."
 
 # The strongest mode a backend keeps: PyTorch's own reductions may depend on the batch's shape.
-_KEEPS = {"cpu": "invariant", "reference": "run_to_run"}
+_KEEPS = {"cpu": "invariant", "triton": "invariant", "reference": "run_to_run"}
+
+# The oldest GPU generation whose instructions the Triton kernels are tested for.
+OLDEST_GPU = (8, 0)
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load() -> dict[str, OpSet]:
+    """The ops of every backend that can be used here. Importing Triton takes time: only if so."""
+    found = {}
+    if (torch.cuda.is_available() or _INTERPRETED) and _ops.triton_missing() is None:
+        found["triton"] = _autograd.differentiable(_ops.triton())
+    if _ops.COMPILED is not None:
+        found["cpu"] = _autograd.differentiable(_ops.COMPILED)
+    return found
+
+
+_OPS = _load()
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that can be used here, fastest first: some of "cpu" and "reference"."""
-    return ("cpu", "reference") if _ops.LOADED else ("reference",)
+    """The backends that can be used here: some of "triton", "cpu" and "reference"."""
+    return (*_OPS, "reference")
+
+
+def _remedy(name: str) -> str:
+    """What to do about a backend that is not available."""
+    if name == "cpu":
+        return f"build the library with `{BUILD_COMMAND}`, or"
+    if name == "cuda":
+        return "this version has no such kernel yet;"
+    missing = _ops.triton_missing()
+    if missing is not None:
+        return f"{missing};"
+    return "PyTorch sees no CUDA device, and TRITON_INTERPRET=1 was not set before the import;"
 
 
 def _usable(name: object) -> str:
@@ -44,13 +78,9 @@ def _usable(name: object) -> str:
         names = ", ".join(repr(backend) for backend in BACKENDS)
         raise ValueError(f"backend must be one of {names}, got {name!r}; available here: {usable}")
     if name not in available_backends():
-        remedy = (
-            f"build the library with `{BUILD_COMMAND}`, or"
-            if name == "cpu"
-            else "this version has no such kernel yet;"
-        )
         raise ValueError(
-            f"backend {name!r} is not available; {remedy} choose one of those available: {usable}"
+            f"backend {name!r} is not available; {_remedy(name)} "
+            f"choose one of those available: {usable}"
         )
     return name
 
@@ -93,25 +123,58 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
+@torch.compiler.assume_constant_result
+def _gpu_problem(index: int) -> str | None:
+    """Why CUDA device `index` cannot run the Triton kernels; None if it can."""
+    if "triton" not in _OPS:
+        return _ops.triton_missing()
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_GPU:
+        needed = ".".join(map(str, OLDEST_GPU))
+        return f"the kernels need a GPU of compute capability {needed} or later"
+    return None
+
+
 def _pick(logits: Tensor) -> str:
     if logits.is_cpu:
-        return _chosen or ("cpu" if _ops.LOADED else "reference")
+        if _chosen == "triton" and not _INTERPRETED:
+            raise ValueError(
+                "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass "
+                "logits.cuda(), or set TRITON_INTERPRET=1 before the import to run it on the CPU"
+            )
+        return _chosen or ("cpu" if "cpu" in _OPS else "reference")
+    if _chosen == "reference":
+        return "reference"
     if _chosen == "cpu":
         raise ValueError(
             f"backend 'cpu' takes CPU tensors, got logits on {logits.device}; "
             f"pass logits.cpu(), or choose backend 'reference'"
         )
     device = logits.device.type
-    if _chosen is None and device not in _warned_devices:
-        _warned_devices.add(device)
-        warnings.warn(
-            f"churn_kernels has no kernel for {device} tensors yet, their losses run on the slow "
-            f"reference; "
-            f'choose it with `with churn_kernels.backend("reference")` to silence this',
-            RuntimeWarning,
-            stacklevel=4,
+    if device != "cuda":
+        problem: str | None = f"churn_kernels has no kernel for {device} tensors"
+    else:
+        problem = _gpu_problem(logits.device.index)
+    if problem is None:
+        return "triton"
+    if _chosen == "triton":
+        raise ValueError(
+            f"backend 'triton' cannot take logits on {logits.device}: {problem}; "
+            f"choose backend 'reference'"
         )
+    _warn_of_fallback(device, problem)
     return "reference"
+
+
+def _warn_of_fallback(device: str, problem: str) -> None:
+    if device in _warned_devices:
+        return
+    _warned_devices.add(device)
+    warnings.warn(
+        f"losses of {device} tensors run on the slow reference: {problem}; "
+        f'choose it with `with churn_kernels.backend("reference")` to silence this',
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def evaluate(
@@ -142,9 +205,12 @@ def evaluate(
         mode = modes.default
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
-    if name == "cpu":
-        return _autograd.evaluate(logits, target, class_weight, options, with_terms)
-    return reference.loss(logits, target, class_weight, options)
+    if name == "reference":
+        return reference.loss(logits, target, class_weight, options)
+    strength = modes.MODES.index(mode or modes.get_reduction_mode())
+    if strength:
+        options = options._replace(mode=strength)
+    return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
 
 
 def build_info() -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""The compiled ops: loading their library, and the shapes they return, for torch.compile.
+"""The ops: loading what computes them, and the shapes they return, for torch.compile.
 
-The ops are declared in csrc/ops.cpp. They take `LossOptions` field by field; `_autograd` is their
-only caller.
+Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton, declared
+here. They take `LossOptions` field by field; `_autograd` is their only caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,9 +77,22 @@ def _gradient_like(logits: Sequence[Tensor], options: LossOptions) -> list[Tenso
     return [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in students]
 
 
+class OpSet(NamedTuple):
+    """The three ops of one backend."""
+
+    loss: Any
+    loss_backward: Any
+    scale_: Any
+
+
 def _fake_loss(
-    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *arguments: Any
+    statistics: Callable[..., Tensor],
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """What `loss` returns; `statistics` makes what the backend saves of each row."""
     options, want = LossOptions(*arguments[:-1]), arguments[-1]
     models, rows, _ = _shape(logits)
     students = models - options.teachers
@@ -88,11 +104,10 @@ def _fake_loss(
         shape = (rows,)
     elif options.reduction == ROW_TERMS:
         shape = (rows, 2 * students + pairs)
-    stats = (rows, stats_width(options, models)) if want & WANT_STATS else (0,)
     terms = 5 * students + pairs + 1 if want & WANT_TERMS else 0
     return (
         first.new_empty(shape, dtype=dtype),
-        first.new_empty(stats, dtype=torch.float64),
+        statistics(first, rows, models, target, class_weight, options, want),
         first.new_empty((terms,), dtype=dtype),
         _gradient_like(logits, options) if want & WANT_GRADIENTS else [],
     )
@@ -113,10 +128,63 @@ def _fake_scale_(gradients: Sequence[Tensor], upstream: Tensor) -> None:
     return None
 
 
-if LOADED:
-    torch.library.register_fake("churn_kernels::loss", _fake_loss)
-    torch.library.register_fake("churn_kernels::loss_backward", _fake_loss_backward)
-    torch.library.register_fake("churn_kernels::scale_", _fake_scale_)
-    loss = torch.ops.churn_kernels.loss.default
-    loss_backward = torch.ops.churn_kernels.loss_backward.default
-    scale_ = torch.ops.churn_kernels.scale_.default
+def _compiled_stats(
+    first: Tensor, rows: int, models: int, target: Any, weight: Any, options: LossOptions, want: int
+) -> Tensor:
+    shape = (rows, stats_width(options, models)) if want & WANT_STATS else (0,)
+    return first.new_empty(shape, dtype=torch.float64)
+
+
+def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
+    """The ops `churn_kernels::<prefix>loss` and so on, with their fakes registered."""
+    torch.library.register_fake(
+        f"churn_kernels::{prefix}loss",
+        lambda *arguments: _fake_loss(statistics, *arguments),
+    )
+    torch.library.register_fake(f"churn_kernels::{prefix}loss_backward", _fake_loss_backward)
+    torch.library.register_fake(f"churn_kernels::{prefix}scale_", _fake_scale_)
+    namespace = torch.ops.churn_kernels
+    return OpSet(
+        getattr(namespace, f"{prefix}loss").default,
+        getattr(namespace, f"{prefix}loss_backward").default,
+        getattr(namespace, f"{prefix}scale_").default,
+    )
+
+
+COMPILED = _op_set("", _compiled_stats) if LOADED else None
+
+
+def triton_missing() -> str | None:
+    """What the Triton ops lack here, and how to get it; None if nothing."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton`"
+    if find_spec("churn_kernels._C") is None:
+        return "the compiled library, whose constants its kernels use, was not built"
+    return None
+
+
+@cache
+def triton() -> OpSet:
+    """The ops on Triton, which is imported at the first call."""
+    launch = import_module("churn_kernels.triton.launch")
+    kinds = {float: "float", int: "int", bool: "bool"}
+    options = ", ".join(
+        f"{kinds[kind]} {name}" for name, kind in LossOptions.__annotations__.items()
+    )
+    inputs = "Tensor[] logits, Tensor? target, Tensor? class_weight"
+    results = "(Tensor, Tensor, Tensor, Tensor[])"
+    library = torch.library.Library("churn_kernels", "FRAGMENT")
+    library.define(f"triton_loss({inputs}, {options}, int want) -> {results}")
+    library.define(
+        f"triton_loss_backward({inputs}, Tensor stats, Tensor upstream, {options}) -> Tensor[]"
+    )
+    library.define("triton_scale_(Tensor(a!)[] gradients, Tensor upstream) -> ()")
+    for device in ("CUDA", "CPU"):  # CPU tensors are for Triton's interpreter
+        library.impl("triton_loss", launch.loss, device)
+        library.impl("triton_loss_backward", launch.loss_backward, device)
+        library.impl("triton_scale_", launch.scale_, device)
+    _libraries.append(library)  # an op lives as long as the library that declared it
+    return _op_set("triton_", launch.fake_record)
+
+
+_libraries: list[Any] = []

@@ -37,6 +37,7 @@ class LossOptions(NamedTuple):
     ignore_index: int = -100
     temperature: float = 1.0
     reduction: int = REDUCTIONS["mean"]
+    mode: int = 0  # index into modes.MODES
 
 
 def pair_count(students: int, teachers: int) -> int:

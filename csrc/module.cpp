@@ -44,11 +44,12 @@ PYBIND11_MODULE(_C, module) {
       "the best of them here, CUDA architectures, torch built with and oldest torch "
       "supported, git commit (None outside a repository).");
 
-  py::module_ constants =
-      module.def_submodule("constants", "Constants that fix the order of every sum over a row.");
+  py::module_ constants = module.def_submodule("constants", "Constants of the row arithmetic.");
   constants.attr("kVectorBytes") = ck::kVectorBytes;
   constants.attr("kLanesFloat") = ck::kLanes<float>;
   constants.attr("kLanesDouble") = ck::kLanes<double>;
   constants.attr("kChunk") = ck::kChunk;
   constants.attr("kBlock") = ck::kBlock;
+  constants.attr("kLowestFloat") = ck::kLowest<float>;
+  constants.attr("kLowestDouble") = ck::kLowest<double>;
 }

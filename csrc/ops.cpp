@@ -91,6 +91,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
                       (options.teachers > 0) == (options.divergence == ck::Divergence::kDistill) &&
                       (options.teachers == 0 || in.loss.students() == 1),
                   "divergence 4 takes one student and one or more teachers, the others none");
+  STD_TORCH_CHECK(options.mode <= ck::Mode::kInvariant, "mode must be 0, 1 or 2 on the CPU");
   STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.classes,
                   "top_k must be in [0, C]");
   if (target) {
@@ -186,17 +187,18 @@ int64_t count(const std::vector<int64_t>& shape) {
 #define CK_LOSS_OPTIONS                                                                       \
   double ce_weight, double regularizer_weight, double divergence_weight, int64_t regularizer, \
       int64_t top_k, bool renormalize_top_k, int64_t divergence, int64_t teachers,            \
-      double label_smoothing, int64_t ignore_index, double temperature, int64_t reduction
-#define CK_PACK_OPTIONS                                                                    \
-  ck::LossOptions {                                                                        \
-    ce_weight, regularizer_weight, divergence_weight, ck::Regularizer(regularizer), top_k, \
-        renormalize_top_k, ck::Divergence(divergence), static_cast<int>(teachers),         \
-        label_smoothing, ignore_index, temperature, ck::Reduction(reduction)               \
+      double label_smoothing, int64_t ignore_index, double temperature, int64_t reduction,    \
+      int64_t mode
+#define CK_PACK_OPTIONS                                                                      \
+  ck::LossOptions {                                                                          \
+    ce_weight, regularizer_weight, divergence_weight, ck::Regularizer(regularizer), top_k,   \
+        renormalize_top_k, ck::Divergence(divergence), static_cast<int>(teachers),           \
+        label_smoothing, ignore_index, temperature, ck::Reduction(reduction), ck::Mode(mode) \
   }
 #define CK_OPTIONS_SCHEMA                                                                    \
   "float ce_weight, float regularizer_weight, float divergence_weight, int regularizer, "    \
   "int top_k, bool renormalize_top_k, int divergence, int teachers, float label_smoothing, " \
-  "int ignore_index, float temperature, int reduction"
+  "int ignore_index, float temperature, int reduction, int mode"
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> loss(std::vector<Tensor> logits,
                                                              std::optional<Tensor> target,

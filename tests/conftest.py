@@ -5,7 +5,35 @@ import os
 import pytest
 import torch
 
+# Without a GPU Triton's kernels run in its interpreter, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import churn_kernels as ck
+
+
+def round_in_interpreter():
+    """Let Triton's interpreter round float32 to bfloat16 as a GPU does; it cuts the bits off."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def rounding(self, source, dtype):
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            bits = source.data.view(np.uint32)
+            nearest = (bits + 0x7FFF + (bits >> 16 & 1)).view(np.float32)
+            data = np.where(np.isfinite(source.data), nearest, source.data)
+            source = interpreter.TensorHandle(data, source.dtype)
+        return cast(self, source, dtype)
+
+    builder.cast_impl = rounding
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in ck.available_backends():
+    round_in_interpreter()
 
 # Workers share the cores among themselves; a test that is about threads sets their number itself.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -23,7 +51,7 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
-@pytest.fixture(params=["cpu", "reference"])
+@pytest.fixture(params=["cpu", "triton", "reference"])
 def backend(request):
     """Each backend in turn, in force for the test; one that was not built is skipped."""
     if request.param not in ck.available_backends():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import churn_kernels as ck
-from churn_kernels import _checks
+from churn_kernels import _backend, _checks, _ops
 
 Z = torch.zeros(4, 5)
 T = torch.zeros(4, dtype=torch.long)
@@ -303,16 +303,60 @@ class TestBackends:
         ):
             pass
 
-    @pytest.mark.parametrize("name", ["cuda", "triton"])
-    def test_not_part_of_this_version(self, name):
+    def test_not_part_of_this_version(self):
         with (
             raises(
                 ValueError,
-                f"backend '{name}' is not available; this version has no such kernel yet; choose",
+                "backend 'cuda' is not available; this version has no such kernel yet; choose",
             ),
-            ck.backend(name),
+            ck.backend("cuda"),
         ):
             pass
+
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [
+            ("Triton is not installed; `pip install triton`", "pip install triton`; choose one"),
+            (None, "PyTorch sees no CUDA device, and TRITON_INTERPRET=1 was not set"),
+        ],
+    )
+    def test_triton_is_not_available(self, monkeypatch, missing, message):
+        monkeypatch.delitem(_backend._OPS, "triton", raising=False)
+        monkeypatch.setattr(_ops, "triton_missing", lambda: missing)
+        with raises(ValueError, "backend 'triton' is not available; "), ck.backend("triton"):
+            pass
+        with pytest.raises(ValueError, match=message), ck.backend("triton"):
+            pass
+
+    def test_triton_takes_cpu_tensors_only_in_its_interpreter(self, monkeypatch):
+        monkeypatch.setitem(_backend._OPS, "triton", None)
+        monkeypatch.setattr(_backend, "_INTERPRETED", False)
+        message = (
+            "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass logits.cuda"
+        )
+        with ck.backend("triton"), raises(ValueError, message):
+            ck.softmax_entropy(Z)
+
+    @pytest.mark.parametrize(
+        ("ops", "capability", "message"),
+        [
+            ({}, (9, 0), "Triton is not installed; `pip install triton`"),
+            ({"triton": None}, (7, 5), "the kernels need a GPU of compute capability 8.0 or later"),
+        ],
+    )
+    def test_a_gpu_that_cannot_run_the_kernels(self, monkeypatch, ops, capability, message):
+        """The GPU is made up; what is asked of it is not."""
+        monkeypatch.setattr(_backend, "_OPS", ops)
+        monkeypatch.setattr(
+            _ops, "triton_missing", lambda: "Triton is not installed; `pip install triton`"
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+        assert message in _backend._gpu_problem(0)
+
+    def test_a_gpu_that_can(self, monkeypatch):
+        monkeypatch.setattr(_backend, "_OPS", {"triton": None})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+        assert _backend._gpu_problem(0) is None
 
     def test_the_choice_ends_with_its_block(self, backend):
         def loss():
@@ -324,15 +368,15 @@ class TestBackends:
         with pytest.raises(KeyError), ck.backend("reference"):
             raise KeyError
         assert loss() == before
-        assert ("Fused" in before) == (backend == "cpu")
+        assert ("Fused" in before) == (backend != "reference")
 
     def test_a_device_without_a_kernel_falls_back_once(self, monkeypatch):
-        from churn_kernels import _backend
-
         monkeypatch.setattr(_backend, "_chosen", None)
         monkeypatch.setattr(_backend, "_warned_devices", set())
         z = Z.detach().to("meta")
-        with pytest.warns(RuntimeWarning, match="no kernel for meta tensors yet") as caught:
+        with pytest.warns(
+            RuntimeWarning, match="churn_kernels has no kernel for meta tensors"
+        ) as caught:
             loss = ck.codistillation_loss([z])
         assert loss.device.type == "meta"
         assert caught[0].filename == __file__

@@ -19,9 +19,6 @@ struct Fused {
   // Far below any exp's range, so that lanes past the end of a row weigh exactly nothing.
   static constexpr S kNowhere = S(-1e4);
 
-  // A logit of -FLT_MAX, as masks use it, must not overflow when d meets a slope. NaN stays.
-  static constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);
-
   static const T* logits(const RowView& row, int k) { return static_cast<const T*>(row.logits[k]); }
 
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
@@ -144,7 +141,7 @@ struct Fused {
     CK_HD void gradients(const X* z, const X* e, X* g) const {
       using rows::max;
       X d[K];
-      for (int k = 0; k < K; ++k) d[k] = max(X(kLowest), z[k] - maximum[k]);
+      for (int k = 0; k < K; ++k) d[k] = max(X(kLowest<S>), z[k] - maximum[k]);
       for (int k = 0; k < K; ++k) {
         if constexpr (K == 1) {
           g[k] = rows::softmax_gradient(e[k], d[k], constant[k], slope[k], uniform[k]);

@@ -24,7 +24,6 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
-  static constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);  // see fused.h
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
   // end.
@@ -52,7 +51,7 @@ struct General {
     const V maximum(static_cast<S>(row.maxima[k]));
     const bool tempers = row.options->temperature != 1.0;
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
-    const V zero(S(0)), dead(-kInfinity), lowest(kLowest);
+    const V zero(S(0)), dead(-kInfinity), lowest(kLowest<S>);
     each_vector(begin, end, [&](int v, int64_t c, int n) {
       const V z = load_any(row, k, c, n, -kInfinity);
       const V d = where_equal(z, dead, zero, max(lowest, z - maximum));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace ck {
 
@@ -20,5 +21,10 @@ inline constexpr int64_t kChunk = 2048;
 // The general kernel works through a chunk in blocks that stay in the first-level cache.
 inline constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
+
+// d = logit - maximum is held at or above this, so that a logit of lowest(), as masks use it, does
+// not overflow when d meets a slope.
+template <class S>
+inline constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);
 
 }  // namespace ck

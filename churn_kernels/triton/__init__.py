@@ -1,0 +1,1 @@
+"""The losses as Triton kernels, for any GPU that Triton compiles for."""

@@ -1,0 +1,363 @@
+"""The ops on the Triton kernels: `triton_loss`, `triton_loss_backward`, `triton_scale_`.
+
+They take and return what csrc/ops.cpp's `loss`, `loss_backward` and `scale_` do, but for the row
+statistics, which are a record (fields, N), see `record`. No call waits for the GPU.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from churn_kernels import _checks
+from churn_kernels._options import (
+    REDUCTIONS,
+    ROW_TERMS,
+    WANT_GRADIENTS,
+    WANT_TERMS,
+    LossOptions,
+    pair_count,
+)
+from churn_kernels.triton import kernels
+from churn_kernels.triton.plan import VECTOR_BYTES, Plan, plan
+from churn_kernels.triton.spec import Spec, make_spec
+
+INVARIANT = 2
+SCALE_BLOCK = 4096
+SCALE_PROGRAMS = 1024  # enough to fill any GPU, few enough to return early at no cost
+
+
+class Logits(NamedTuple):
+    """The models' logits as the kernels take them."""
+
+    tensors: tuple[Tensor, ...]
+    row_strides: tuple[int, ...]
+    column_strides: tuple[int, ...]
+
+    @property
+    def strided(self) -> bool:
+        return any(stride != 1 for stride in self.column_strides)
+
+
+def unstack(logits: Sequence[Tensor]) -> list[Tensor]:
+    return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
+
+
+def new_gradients(logits: Sequence[Tensor], teachers: int) -> list[Tensor]:
+    """Uninitialised contiguous gradients in the structure of the logits."""
+    if logits[0].dim() == 3:
+        models, rows, classes = logits[0].shape
+        return [logits[0].new_empty((models - teachers, rows, classes))]
+    students = logits[: len(logits) - teachers]
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in students]
+
+
+def matrices(tensors: Sequence[Tensor]) -> Logits:
+    classes = tensors[0].shape[1]
+    return Logits(
+        tuple(tensors),
+        tuple(z.stride(0) for z in tensors),
+        tuple(1 if classes == 1 else z.stride(1) for z in tensors),
+    )
+
+
+def alignment(logits: Logits, classes: int, invariant: bool) -> tuple[int, bool]:
+    """(classes a load may take at once, whether rows are to be read from the vector before).
+
+    With `invariant` it is a function of the number of classes alone.
+    """
+    if logits.strided:
+        return 1, False
+    size = logits.tensors[0].element_size()
+    full = VECTOR_BYTES // size
+    if invariant:
+        return math.gcd(classes, full), False
+    starts = {z.data_ptr() % VECTOR_BYTES // size for z in logits.tensors}
+    strides = {stride % full for stride in (*logits.row_strides, classes)}
+    if starts == {0} and strides == {0}:
+        return full, False
+    # Gradients begin at a multiple of a vector, and their rows follow each other.
+    if starts == {0} and len(strides) == 1:
+        return full, True
+    return math.gcd(full, *starts, *strides), False
+
+
+def as_planned(logits: Logits, vector: int) -> Logits:
+    """The logits, copied where their rows do not begin at multiples of `vector` classes.
+
+    Only the invariant mode asks for what its plan needs instead of planning for what is there.
+    """
+    step = vector * logits.tensors[0].element_size()
+
+    def fits(z: Tensor, stride: int) -> bool:
+        return z.data_ptr() % step == 0 and stride % vector == 0
+
+    if all(map(fits, logits.tensors, logits.row_strides)):
+        return logits
+    return matrices([z.clone(memory_format=torch.contiguous_format) for z in logits.tensors])
+
+
+@lru_cache(maxsize=512)
+def cached_spec(
+    options: LossOptions, tile: Plan, dtype: torch.dtype, models: int, **facts: bool
+) -> Spec:
+    return make_spec(options, tile, dtype, models, **facts)
+
+
+def kind_of(options: LossOptions) -> LossOptions:
+    """The options without the numbers that kernels take at run time: a ramp compiles nothing."""
+    return options._replace(
+        ce_weight=float(options.ce_weight != 0),
+        regularizer_weight=float(options.regularizer_weight != 0),
+        divergence_weight=float(options.divergence_weight != 0),
+        top_k=int(options.top_k > 0),
+        label_smoothing=float(options.label_smoothing != 0),
+        temperature=float(options.temperature != 1) + 1,
+        ignore_index=0,
+    )
+
+
+def start(kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
+    """Launch on the current stream; a + b * c stays two roundings unless the kernel says fma."""
+    kernel[grid](*arguments, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+
+
+class Call:
+    """The arguments that the kernels of one call share."""
+
+    def __init__(
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: LossOptions,
+        report: bool,
+    ) -> None:
+        self.options = options
+        self.models = unstack(logits)
+        first = self.models[0]
+        self.device = first.device
+        self.rows, self.classes = first.shape
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.logits = matrices(self.models)
+        invariant = options.mode >= INVARIANT
+        vector, shift = alignment(self.logits, self.classes, invariant)
+        if invariant and not self.logits.strided:
+            self.logits = as_planned(self.logits, vector)
+        self.tile = plan(self.classes, len(self.models), first.element_size(), vector, shift)
+        self.target = None if target is None else target.contiguous()
+        self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
+        self.spec = cached_spec(
+            kind_of(options),
+            self.tile,
+            first.dtype,
+            len(self.models),
+            has_target=target is not None,
+            weighted=class_weight is not None,
+            report=report,
+            strided=self.logits.strided,
+        )
+        self.programs = triton.cdiv(self.rows, 1 if self.tile.wide else self.tile.height)
+        self.counters = 0
+        self.counts: Tensor | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+
+    def guard(self) -> AbstractContextManager[Any]:
+        """The device of the logits, where it is not the current one."""
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+    def count(self) -> None:
+        """Count the rows that take part: what "mean" and the report divide by."""
+        if self.target is None:
+            return
+        self.counters = min(
+            kernels.COUNTERS.value, triton.cdiv(self.rows, kernels.COUNT_BLOCK.value)
+        )
+        self.counts = self.empty(2, kernels.COUNTERS.value)
+        start(
+            kernels.count_kernel,
+            (self.counters,),
+            4,
+            self.target,
+            self.class_weight,
+            self.counts,
+            self.rows,
+            self.classes,
+            self.options.ignore_index,
+            self.spec,
+        )
+
+    def weights(self) -> tuple[float, ...]:
+        o = self.options
+        return (
+            o.ce_weight,
+            o.regularizer_weight,
+            o.divergence_weight,
+            o.label_smoothing,
+            o.temperature,
+        )
+
+    def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(unstack(tensors))
+
+
+def fake_record(
+    first: Tensor,
+    rows: int,
+    models: int,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    want: int,
+) -> Tensor:
+    """A tensor like the record of these arguments, for torch.compile."""
+    spec = cached_spec(
+        kind_of(options),
+        plan(1, models, first.element_size(), 1, False),
+        first.dtype,
+        models,
+        has_target=target is not None,
+        weighted=class_weight is not None,
+        report=bool(want & WANT_TERMS),
+        strided=False,
+    )
+    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return first.new_empty((spec.fields.value, rows), dtype=dtype)
+
+
+def loss(
+    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, record, report and gradients, as `want` asks; see csrc/ops.cpp."""
+    options, want = LossOptions(*arguments[:-1]), arguments[-1]
+    report = bool(want & WANT_TERMS)
+    call = Call(logits, target, class_weight, options, report)
+    if target is not None:
+        _checks.target_range(target, call.classes, options.ignore_index)
+    students = len(call.models) - options.teachers
+    pairs = pair_count(students, options.teachers)
+    shape: tuple[int, ...] = ()
+    if options.reduction == REDUCTIONS["none"]:
+        shape = (call.rows,)
+    elif options.reduction == ROW_TERMS:
+        shape = (call.rows, 2 * students + pairs)
+    spec = call.spec
+    value = call.empty(*shape)
+    terms = call.empty(5 * students + pairs + 1 if report else 0)
+    record = call.empty(spec.fields.value, call.rows)
+    gradients = new_gradients(logits, options.teachers) if want & WANT_GRADIENTS else []
+    if call.rows == 0:
+        return value.fill_(math.nan if options.reduction == 1 else 0), record, terms.fill_(math.nan), gradients
+    programs = triton.cdiv(call.rows, kernels.FINISH_ROWS.value)
+    partial = call.empty(spec.total_terms.value, programs)
+    totals = call.empty(spec.total_terms.value)
+    arrivals = call.empty(1, dtype=torch.int32)
+    with call.guard():
+        if report or options.reduction == REDUCTIONS["mean"]:
+            call.count()
+        start(
+            kernels.rows_kernel,
+            (call.programs,),
+            call.tile.warps,
+            *call.logits,
+            call.gradients(gradients) if gradients else None,
+            call.target,
+            call.class_weight,
+            call.counts,
+            record,
+            totals,
+            arrivals,
+            call.rows,
+            call.classes,
+            call.counters,
+            options.ignore_index,
+            options.top_k,
+            *call.weights(),
+            spec,
+        )
+        start(
+            kernels.finish_kernel,
+            (programs,),
+            4,
+            *call.logits,
+            call.target,
+            call.class_weight,
+            call.counts,
+            record,
+            value,
+            terms,
+            partial,
+            totals,
+            arrivals,
+            call.rows,
+            call.classes,
+            call.counters,
+            options.ignore_index,
+            *call.weights(),
+            options.mode == 0,
+            spec,
+        )
+    return value, record, terms, gradients
+
+
+def loss_backward(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    record: Tensor,
+    upstream: Tensor,
+    *arguments: Any,
+) -> list[Tensor]:
+    """Gradients for any upstream, out of the record of the forward pass."""
+    options = LossOptions(*arguments)
+    call = Call(logits, target, class_weight, options, False)
+    gradients = new_gradients(logits, options.teachers)
+    if call.rows == 0:
+        return gradients
+    tile = call.tile
+    size = tile.width * (tile.height if tile.wide else 1)
+    with call.guard():
+        if options.reduction == REDUCTIONS["mean"]:
+            call.count()
+        start(
+            kernels.gradient_kernel,
+            (call.programs, triton.cdiv(call.classes + (tile.vector - 1) * tile.shift, size)),
+            tile.warps,
+            *call.logits,
+            call.gradients(gradients),
+            call.target,
+            call.class_weight,
+            call.counts,
+            record,
+            upstream.contiguous(),
+            call.rows,
+            call.classes,
+            call.counters,
+            options.ignore_index,
+            *call.weights(),
+            call.spec,
+        )
+    return gradients
+
+
+def scale_(gradients: Sequence[Tensor], upstream: Tensor) -> None:
+    """In place times a scalar, unless it is 1; the GPU decides."""
+    size = gradients[0].numel()
+    if size == 0:
+        return
+    programs = min(triton.cdiv(size, SCALE_BLOCK), SCALE_PROGRAMS)
+    device = gradients[0].device
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with guard:
+        start(
+            kernels.scale_kernel, (programs,), 4, tuple(gradients), upstream, size, SCALE_BLOCK
+        )

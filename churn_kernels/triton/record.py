@@ -1,0 +1,131 @@
+"""A row's sums in memory, between the kernel that finds them and those that use them.
+
+A record is (fields, N) in the dtype of the row arithmetic: each field holds the rows side by side.
+Which fields there are, and where, `spec.make_spec` says. Integers travel as bits. What is loaded for
+a row that is not there is 1, of which every function has a value.
+"""
+
+import triton
+import triton.language as tl
+
+from churn_kernels.triton.row import Sums
+from churn_kernels.triton.sums import with_masses
+from churn_kernels.triton.topk import logit_of, order_key
+
+
+@triton.jit
+def bits_of(x, S: tl.constexpr):
+    if S.compute == tl.float64:
+        return x.to(tl.int64).to(tl.float64, bitcast=True)
+    else:  # noqa: RET505 - the compiler wants both branches of a compile-time choice
+        return x.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def index_of(x, S: tl.constexpr):
+    if S.compute == tl.float64:
+        return x.to(tl.int64, bitcast=True).to(tl.int32)
+    else:  # noqa: RET505
+        return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def save_field(record, rows, row, present, place: tl.constexpr, values):
+    for i in tl.static_range(len(values)):
+        tl.store(record + (place + i) * rows + row, values[i], mask=present)
+
+
+@triton.jit
+def load_field(record, rows, row, present, place: tl.constexpr, count: tl.constexpr):
+    values = ()
+    for i in tl.static_range(count):
+        values += (tl.load(record + (place + i) * rows + row, mask=present, other=1.0),)
+    return values
+
+
+@triton.jit
+def save_indices(record, rows, row, present, place: tl.constexpr, values, S: tl.constexpr):
+    for i in tl.static_range(len(values)):
+        bits = bits_of(values[i], S)
+        tl.store(record + (place + i) * rows + row, bits, mask=present)
+
+
+@triton.jit
+def load_indices(
+    record, rows, row, present, place: tl.constexpr, count: tl.constexpr, S: tl.constexpr
+):
+    values = ()
+    for i in tl.static_range(count):
+        bits = tl.load(record + (place + i) * rows + row, mask=present, other=1.0)
+        values += (index_of(bits, S),)
+    return values
+
+
+@triton.jit
+def save_top_k(record, rows, row, present, thresholds, last_ties, S: tl.constexpr):
+    logits = ()
+    for k in tl.static_range(len(thresholds)):
+        logits += (logit_of(thresholds[k], S.compute),)
+    save_field(record, rows, row, present, S.at_threshold, logits)
+    save_indices(record, rows, row, present, S.at_last_tie, last_ties, S)
+
+
+@triton.jit
+def load_top_k(record, rows, row, present, S: tl.constexpr):
+    """Thresholds and last ties of the students; () where no top k is asked for."""
+    count: tl.constexpr = S.students if S.top else 0
+    logits = load_field(record, rows, row, present, S.at_threshold, count)
+    thresholds = ()
+    for k in tl.static_range(count):
+        thresholds += (order_key(logits[k]),)
+    return thresholds, load_indices(record, rows, row, present, S.at_last_tie, count, S)
+
+
+@triton.jit
+def save_sums(record, rows, row, present, sums, S: tl.constexpr):
+    save_field(record, rows, row, present, S.at_maximum, sums.maximum)
+    save_field(record, rows, row, present, S.at_mass, sums.mass)
+    save_field(record, rows, row, present, S.at_moment, sums.moment)
+    save_field(record, rows, row, present, S.at_spread, sums.spread)
+    save_field(record, rows, row, present, S.at_live, sums.live)
+    if S.tempered:
+        save_field(record, rows, row, present, S.at_tempered_mass, sums.tempered_mass)
+    save_field(record, rows, row, present, S.at_top_mass, sums.top_mass)
+    save_field(record, rows, row, present, S.at_top_moment, sums.top_moment)
+    save_field(record, rows, row, present, S.at_top_spread, sums.top_spread)
+    save_field(record, rows, row, present, S.at_top_live, sums.top_live)
+    save_field(record, rows, row, present, S.at_weighted_spread, sums.weighted_spread)
+    save_field(record, rows, row, present, S.at_first, sums.first)
+    save_field(record, rows, row, present, S.at_second, sums.second)
+    save_field(record, rows, row, present, S.at_mismatch, sums.mismatch)
+
+
+@triton.jit
+def load_sums(record, rows, row, present, S: tl.constexpr):
+    models: tl.constexpr = S.models
+    tops: tl.constexpr = S.students if S.top else 0
+    uniform_tops: tl.constexpr = S.students if S.top and S.uniform else 0
+    sums = Sums(
+        load_field(record, rows, row, present, S.at_maximum, models),
+        load_field(record, rows, row, present, S.at_mass, models),
+        load_field(record, rows, row, present, S.at_moment, models),
+        load_field(record, rows, row, present, S.at_spread, S.at_live - S.at_spread),
+        load_field(record, rows, row, present, S.at_live, S.at_tempered_mass - S.at_live),
+        (),
+        load_field(record, rows, row, present, S.at_top_mass, tops),
+        load_field(record, rows, row, present, S.at_top_moment, tops),
+        load_field(record, rows, row, present, S.at_top_spread, uniform_tops),
+        load_field(record, rows, row, present, S.at_top_live, uniform_tops),
+        load_field(
+            record, rows, row, present, S.at_weighted_spread, S.at_threshold - S.at_weighted_spread
+        ),
+        (),
+        load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
+        load_field(record, rows, row, present, S.at_second, S.at_mismatch - S.at_second),
+        load_field(record, rows, row, present, S.at_mismatch, S.at_total_weight - S.at_mismatch),
+    )
+    if S.tempered:
+        tempered = load_field(record, rows, row, present, S.at_tempered_mass, models)
+    else:
+        tempered = sums.mass
+    return with_masses(sums, sums.mass, sums.moment, tempered)

@@ -1,0 +1,138 @@
+"""What a kernel is compiled for: the options that change its code, and the shape of its tile."""
+
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from churn_kernels._options import DISTILLATION, DIVERGENCES, NO_REGULARIZER, REDUCTIONS, REGULARIZERS, ROW_TERMS
+from churn_kernels._options import LossOptions, pair_count
+from churn_kernels.triton.plan import Plan
+
+
+class Spec:
+    """Compile-time facts as attributes, each a `tl.constexpr`; two of one content are one key."""
+
+    def __init__(self, **facts: Any) -> None:
+        self._key = repr(facts)
+        for name, value in facts.items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers: attributes are set by name
+        raise AttributeError(name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Spec) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return self._key
+
+
+# The fields of a row's record in their order: name, entries for each of "model" or "pair".
+_FIELDS = (
+    "maximum",
+    "mass",
+    "moment",
+    "spread",
+    "live",
+    "tempered_mass",
+    "top_mass",
+    "top_moment",
+    "top_spread",
+    "top_live",
+    "weighted_spread",
+    "threshold",
+    "last_tie",
+    "first",
+    "second",
+    "mismatch",
+    "total_weight",
+    "winner",
+    "runner_up",
+)
+
+
+def make_spec(
+    options: LossOptions,
+    plan: Plan,
+    dtype: torch.dtype,
+    models: int,
+    *,
+    has_target: bool,
+    weighted: bool,
+    report: bool,
+    strided: bool,
+) -> Spec:
+    """The facts that `options` on `models` models come down to, on a tile as `plan` has it."""
+    students = models - options.teachers
+    pairs = pair_count(students, options.teachers) if options.divergence else 0
+    regularizes = options.regularizer != NO_REGULARIZER
+    top = regularizes and options.top_k > 0
+    uniform = options.regularizer == REGULARIZERS["uniform_skl"]
+    smooths = has_target and options.label_smoothing != 0.0
+    couples = options.divergence in (DIVERGENCES["skl"], DIVERGENCES["ce"])
+    sweeps_twice = options.divergence in (DIVERGENCES["l1"], DISTILLATION)
+    tempered = options.temperature != 1.0 and options.divergence != 0
+    present = {
+        "maximum": models,
+        "mass": models,
+        "moment": models,
+        "spread": models * (uniform and not top),
+        "live": models * (uniform or smooths),
+        "tempered_mass": models * tempered,
+        "top_mass": students * top,
+        "top_moment": students * top,
+        "top_spread": students * (top and uniform),
+        "top_live": students * (top and uniform),
+        "weighted_spread": models * smooths,
+        "threshold": students * top,
+        "last_tie": students * top,
+        "first": pairs,
+        "second": pairs * (options.divergence != DISTILLATION),
+        "mismatch": pairs * (options.divergence != DIVERGENCES["l1"]),
+        "total_weight": int(smooths and weighted),
+        "winner": models * report,
+        "runner_up": students * report,
+    }
+    term_pairs = pair_count(students, options.teachers)
+    by_term = options.reduction == ROW_TERMS  # the upstream gradient alone weighs the terms
+    reduces = options.reduction in (REDUCTIONS["mean"], REDUCTIONS["sum"])
+    facts: dict[str, Any] = {}
+    width = 0
+    for name in _FIELDS:
+        facts[f"at_{name}"] = width
+        width += present[name]
+    return Spec(
+        models=models,
+        students=students,
+        pairs=pairs,
+        compute=tl.float64 if dtype == torch.float64 else tl.float32,
+        element_size=dtype.itemsize,
+        regularizer=options.regularizer,
+        entropic=options.regularizer == REGULARIZERS["entropy"],
+        top=top,
+        uniform=uniform,
+        renormalize=options.renormalize_top_k,
+        divergence=options.divergence,
+        couples=couples,
+        sweeps_twice=sweeps_twice,
+        tempered=tempered,
+        smooths=smooths,
+        weighted=weighted,
+        has_target=has_target,
+        report=report,
+        reduction=options.reduction,
+        ce=has_target and (by_term or options.ce_weight != 0),
+        r=regularizes and (by_term or options.regularizer_weight != 0),
+        d=pairs > 0 and (by_term or options.divergence_weight != 0),
+        counts_live=uniform or smooths,
+        strided=strided,
+        fields=width,
+        term_pairs=term_pairs,  # places for pairs in what is returned; `pairs` of them are computed
+        total_terms=(2 * students + pairs) * (reduces or report) + (3 * students + 1) * report,
+        **facts,
+        **plan._asdict(),
+    )
