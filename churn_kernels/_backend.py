@@ -221,3 +221,12 @@ def build_info() -> dict[str, Any]:
     if find_spec("churn_kernels._C") is None:
         return {"built": False, "build_command": BUILD_COMMAND}
     return {"built": True, **import_module("churn_kernels._C").build_info()}
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether what has both a Triton and a PyTorch path is to take the first for `tensor`."""
+    if tensor.is_cpu:
+        return _chosen == "triton" and _INTERPRETED
+    if tensor.device.type != "cuda" or _chosen not in (None, "triton"):
+        return False
+    return _gpu_problem(tensor.device.index) is None

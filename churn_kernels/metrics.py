@@ -1,8 +1,13 @@
 """Churn metrics, pairwise over the runs of one training recipe.
 
 `churn_report` compares R runs on the same N examples; `expected_calibration_error` and
-`prediction_confidence` are its per-run pieces. Everything is evaluated in float64, whatever the
-logits' dtype.
+`prediction_confidence` are its per-run pieces. What concerns a row comes from one of two paths:
+
+- Triton, one pass over the logits, in their precision but at least float32: `churn_report` of CUDA
+  tensors that share a dtype and have their columns side by side.
+- PyTorch, in float64 whatever the logits' dtype: the rest.
+
+Sums over rows are int64 counts and float64 sums on both.
 """
 
 from __future__ import annotations
@@ -10,19 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from churn_kernels import _checks
+from churn_kernels import _backend, _checks
 from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 
 CALIBRATION_BINS = 15
 """Equal-width bins of the expected calibration error."""
 
 _BLOCK_ELEMENTS = 1 << 21
-"""float64 numbers in a block's largest temporary: 16 MiB, small enough to stay near the cache."""
+"""Numbers in a block's largest temporary: 16 MiB in float64, so that it stays near the cache."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,12 @@ def churn_report(
     """Churn and its companions for every pair of R runs (Bhojanapalli et al. 2021, Sections 2, 4).
 
     Reads each run once, in blocks of rows: besides the logits only one block of the R softmaxes is
-    in memory. A class at -inf has probability 0. The predicted class is the largest logit's, the
-    lowest index among equals.
+    in memory, and on a GPU not even that: a Triton kernel takes each row's metrics straight from
+    the logits, in float32 unless they are float64. Rounding then shows in the means, at about 1e-7
+    of them, and may move a row across an edge of a calibration bin or of `certified_agreement`; the
+    other counts are those of the PyTorch path, which takes CPU tensors, runs of different dtypes
+    and columns that are not side by side, in float64. A class at -inf has probability 0. The
+    predicted class is the largest logit's, the lowest index among equals.
 
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
@@ -138,14 +148,17 @@ def churn_report(
         )
     k = _checks.top_k(top_k)
     _checks.top_k_fits(k, classes)
-    block = _block_rows(block_rows, len(logits), classes)
+    fused = _can_fuse(logits)
+    block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
 
-    totals = _Totals(len(logits), alpha, k, logits[0].device)
+    totals = _Totals(len(logits), logits[0].device)
     for start in range(0, rows, block):
-        stop = min(start + block, rows)
-        stacked = torch.stack([run[start:stop].to(torch.float64) for run in logits])  # (R, B, C)
-        _check_rows("runs[{run}]", stacked, start)
-        totals.add(stacked, None if target is None else target[start:stop])
+        part = [run[start : start + block] for run in logits]  # R x (B, C)
+        results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
+        _check_rows("runs[{run}]", results.probability, start)
+        if k:
+            results = results._replace(entropy=torch.stack([_top_k_entropy(z, k) for z in part]))
+        totals.add(results, None if target is None else target[start : start + block])
     return totals.report(rows, labelled=target is not None)
 
 
@@ -188,24 +201,63 @@ def expected_calibration_error(
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
     _check_target(target, logits)
-    _check_rows("logits", logits[None], 0)
     probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
+    _check_rows("logits", probability[None], 0)
     sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
     return _calibration_error(*sums)[0]
+
+
+class _RowResults(NamedTuple):
+    """What the metrics need to know of each row of a block."""
+
+    predicted: Tensor  # (R, B) int64
+    probability: Tensor  # (R, B) of the predicted class; not finite in a row without a softmax
+    confidence: Tensor  # (R, B)
+    entropy: Tensor  # (R, B)
+    distance: Tensor  # (R, R, B): sum over the classes of |p_i - p_j|
+    scaled_distance: Tensor  # (R, R, B): the same of (p / max p)^a
+
+
+def _can_fuse(logits: list[Tensor]) -> bool:
+    """Whether the Triton kernel takes these runs."""
+    first = logits[0]
+    return _backend.uses_triton(first) and all(
+        run.dtype == first.dtype and (run.stride(1) == 1 or run.shape[1] == 1) for run in logits
+    )
+
+
+def _fused_results(logits: list[Tensor], schurn_alpha: float) -> _RowResults:
+    """Row results of R runs (B, C) out of one kernel."""
+    kernel = import_module("churn_kernels.triton.report")
+    return _RowResults(*kernel.row_results(logits, schurn_alpha))
+
+
+def _row_results(logits: list[Tensor], schurn_alpha: float) -> _RowResults:
+    """Row results of R runs (B, C), in float64."""
+    stacked = torch.stack([run.to(torch.float64) for run in logits])  # (R, B, C)
+    largest, predicted = stacked.max(dim=-1, keepdim=True)  # (R, B, 1)
+    probabilities = torch.softmax(stacked, dim=-1)  # (R, B, C)
+    scaled = torch.exp(schurn_alpha * (stacked - largest))
+    return _RowResults(
+        predicted.squeeze(-1),
+        probabilities.amax(dim=-1),
+        _confidence(probabilities),
+        _entropy(probabilities),
+        _pairwise_l1(probabilities),
+        _pairwise_l1(scaled),
+    )
 
 
 class _Totals:
     """Sums over the rows seen so far: int64 counts and float64 sums, per run and per pair."""
 
-    def __init__(self, runs: int, schurn_alpha: float, top_k: int, device: torch.device):
+    def __init__(self, runs: int, device: torch.device):
         def counts(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         def sums(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.schurn_alpha = schurn_alpha
-        self.top_k = top_k
         self.right = counts(runs)
         self.differ = counts(runs, runs)
         self.right_differ = counts(runs, runs)
@@ -218,23 +270,19 @@ class _Totals:
         self.bin_right = counts(runs, CALIBRATION_BINS)
         self.bin_mass = sums(runs, CALIBRATION_BINS)
 
-    def add(self, logits: Tensor, target: Tensor | None) -> None:
-        """Adds a block: logits (R, B, C) float64, target (B,) or None."""
-        largest, predicted = logits.max(dim=-1, keepdim=True)  # (R, B, 1)
-        predicted = predicted.squeeze(-1)
-        probabilities = torch.softmax(logits, dim=-1)  # (R, B, C)
-        confidence = _confidence(probabilities)  # (R, B)
-        self.confidence += confidence.sum(dim=1)
-        self.entropy += _entropy(probabilities, self.top_k).sum(dim=1)
+    def add(self, rows: _RowResults, target: Tensor | None) -> None:
+        """Adds a block of rows, labelled by target (B,) or None."""
+        predicted, confidence = rows.predicted, rows.confidence
+        self.confidence += confidence.sum(dim=1, dtype=torch.float64)
+        self.entropy += rows.entropy.sum(dim=1, dtype=torch.float64)
 
         differ = predicted[:, None] != predicted[None, :]  # (R, R, B)
         self.differ += differ.sum(dim=-1)
         # Exactly at the bound Lemma 2 is silent, and with two classes every disagreement sits
         # there: rounding must not certify one.
-        close = _pairwise_l1(probabilities) < confidence[:, None] + confidence[None, :]
+        close = rows.distance < confidence[:, None] + confidence[None, :]
         self.certified += (close & ~differ).sum(dim=-1)
-        scaled = torch.exp(self.schurn_alpha * (logits - largest))
-        self.scaled_distance += _pairwise_l1(scaled).sum(dim=-1)
+        self.scaled_distance += rows.scaled_distance.sum(dim=-1, dtype=torch.float64)
 
         if target is None:
             return
@@ -242,8 +290,8 @@ class _Totals:
         self.right += right.sum(dim=1)
         self.right_differ += (differ & right[:, None]).sum(dim=-1)
         self.flips += (right[:, None] & ~right[None, :]).sum(dim=-1)
-        rows, hits, mass = _calibration_sums(probabilities.amax(-1), right, CALIBRATION_BINS)
-        self.bin_rows += rows
+        inside, hits, mass = _calibration_sums(rows.probability, right, CALIBRATION_BINS)
+        self.bin_rows += inside
         self.bin_right += hits
         self.bin_mass += mass
 
@@ -277,11 +325,13 @@ def _confidence(probabilities: Tensor) -> Tensor:
     return two[..., 0] - two[..., 1]
 
 
-def _entropy(probabilities: Tensor, top_k: int) -> Tensor:
-    if top_k:
-        probabilities = probabilities.topk(top_k, dim=-1).values
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+def _entropy(probabilities: Tensor) -> Tensor:
     return torch.special.entr(probabilities).sum(dim=-1)
+
+
+def _top_k_entropy(logits: Tensor, k: int) -> Tensor:
+    """(B, C) -> (B,): entropy of the k largest probabilities, renormalised."""
+    return _entropy(torch.softmax(logits.topk(k, dim=-1).values.to(torch.float64), dim=-1))
 
 
 def _pairwise_l1(values: Tensor) -> Tensor:
@@ -294,6 +344,7 @@ def _calibration_sums(
     probability: Tensor, right: Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(R, B) -> (R, bins): rows, rows predicted right (int64), summed probability (float64)."""
+    probability = probability.to(torch.float64)
     index = (probability * bins).long().clamp_(max=bins - 1)
     inside = index[..., None] == torch.arange(bins, device=probability.device)  # (R, B, bins)
     mass = torch.where(inside, probability[..., None], 0.0).sum(dim=1)
@@ -310,9 +361,10 @@ def _plain(value: Any) -> Any:
     return None if math.isnan(value) else value
 
 
-def _block_rows(asked: int | None, runs: int, classes: int) -> int:
+def _block_rows(asked: int | None, runs: int, width: int) -> int:
+    """Rows of a block whose largest temporaries hold `runs` or `width` numbers a run and row."""
     if asked is None:
-        return max(1, _BLOCK_ELEMENTS // (runs * max(runs, classes)))
+        return max(1, _BLOCK_ELEMENTS // (runs * max(runs, width)))
     if _checks.integer("block_rows", asked) < 1:
         raise ValueError(f"block_rows must be at least 1, got {asked}; pass None to have it chosen")
     return asked
@@ -387,9 +439,9 @@ def _check_target(target: Any, run: Tensor) -> None:
         )
 
 
-def _check_rows(name: str, block: Tensor, start: int) -> None:
-    """Raises for the first row of a block (R, B, C) without a softmax; `name` holds {run}."""
-    bad = ~block.amax(dim=-1).isfinite()  # NaN and +inf win the maximum; -inf only when alone
+def _check_rows(name: str, probability: Tensor, start: int) -> None:
+    """Raises for the first row without a softmax; `name` holds {run}, probability is (R, B)."""
+    bad = ~probability.isfinite()
     if bool(bad.any()):
         run, row = bad.nonzero()[0].tolist()
         raise ValueError(

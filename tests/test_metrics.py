@@ -138,13 +138,13 @@ def test_block_size_changes_no_count_and_only_rounding_elsewhere(block_rows):
 def test_a_block_is_the_largest_thing_in_memory(monkeypatch):
     logits, target = random_runs(4, 1000, 11)
     seen = []
-    add = metrics._Totals.add
+    row_results = metrics._row_results
 
-    def spy(self, block, labels):
-        seen.append(tuple(block.shape))
-        add(self, block, labels)
+    def spy(block, alpha):
+        seen.append((len(block), *block[0].shape))
+        return row_results(block, alpha)
 
-    monkeypatch.setattr(metrics._Totals, "add", spy)
+    monkeypatch.setattr(metrics, "_row_results", spy)
     monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 4 * 11 * 300)
     metrics.churn_report(logits, target)
     assert seen == [(4, 300, 11)] * 3 + [(4, 100, 11)]

@@ -25,6 +25,7 @@ from churn_kernels.triton.record import (
     save_top_k,
 )
 from churn_kernels.triton.row import (
+    RowState,
     coefficients,
     cross_entropy,
     divergence,
@@ -32,28 +33,22 @@ from churn_kernels.triton.row import (
     pair_index,
     regularizer,
 )
-from churn_kernels.triton.sums import (
-    ANY_TIE,
-    finish_sums,
-    row_sums,
-    second_sums,
-    select_top_k,
-)
+from churn_kernels.triton.second import second_sums
+from churn_kernels.triton.select import best_two, select_top_k
+from churn_kernels.triton.sums import find_mismatches, finish_sums, row_sums
 from churn_kernels.triton.tile import (
-    across,
     blocks,
-    classes_of_block,
-    edge_places,
+    classes_of,
+    exact_places,
     find,
     load_block,
     load_places,
     load_weights,
     row_full,
-    row_max,
     row_sum,
     rows_of_program,
-    store_block,
-    store_edges,
+    store_exact,
+    store_part,
 )
 
 COUNTERS = tl.constexpr(64)  # programs that count the rows, at most; a power of two
@@ -152,90 +147,68 @@ def repeat(x, count: tl.constexpr):
 
 
 @triton.jit
-def write_gradients(
+def write_block(
     z,
     at,
     out,
+    block,
+    edge: tl.constexpr,
+    labelled: tl.constexpr,
     target,
     class_weight,
-    sums,
-    thresholds,
-    last_ties,
-    found,
+    row,
     temperature,
     S: tl.constexpr,
 ):
-    """Gradients of the rows, the last block first.
+    """Gradients of a block, but for what `write_exact` is there for."""
+    for part in tl.static_range(S.parts):
+        c = classes_of(at, block, part, S)
+        weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
+        g = gradients(z[part], c, weights, target, row, temperature, labelled, S)
+        for i in tl.static_range(S.students):
+            store_part(out.starts[i], out, block, part, edge, g[i], S)
+
+
+@triton.jit
+def write_exact(at, out, target, class_weight, row, temperature, S: tl.constexpr):
+    """Gradients class by class: of the vectors at the row's ends, and of that with the target.
+
+    A wide program's sweep leaves the target to this: one test for each class would cost more.
+    """
+    t = exact_places(at, target, S)
+    c = t - at.shift
+    weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
+    z = load_places(at, t, S)
+    g = gradients(z, c, weights, target, row, temperature, True, S)
+    tl.debug_barrier()  # the sweep's stores to the target's vector come first
+    for i in tl.static_range(S.students):
+        store_exact(out.starts[i], out, t, g[i], S)
+
+
+@triton.jit
+def write_rows(z, at, out, target, class_weight, row, temperature, S: tl.constexpr):
+    """Gradients of the program's rows, the last block first.
 
     Backwards, because what the sums read last is what the second-level cache still holds.
     """
-    count = blocks(at, S)
-    for step in range(0, count):
-        block = count - 1 - step
-        block_z = z if S.resident else load_block(at, block, S)
-        c = classes_of_block(at, block, S)
-        weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-        g = gradients(
-            block_z, c, weights, target, sums, thresholds, last_ties, found, temperature, S
-        )
-        for i in tl.static_range(S.students):
-            store_block(out.starts[i], out, block, g[i], S)
-
-
-@triton.jit
-def write_edges(
-    at,
-    out,
-    target,
-    class_weight,
-    sums,
-    thresholds,
-    last_ties,
-    found,
-    temperature,
-    S: tl.constexpr,
-):
-    """Gradients of the vectors that a row shares with its neighbours, class by class."""
-    t = edge_places(at, S)
-    c = t - at.shift
-    weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-    g = gradients(
-        load_places(at, t, S),
-        c,
-        weights,
-        target,
-        sums,
-        thresholds,
-        last_ties,
-        found,
-        temperature,
-        S,
-    )
-    for i in tl.static_range(S.students):
-        store_edges(out.starts[i], out, t, g[i], S)
-
-
-@triton.jit
-def best_two(z, at, sums, S: tl.constexpr):
-    """Of each model, the first class of the largest logit; of each student, the next logit."""
-    winners = ()
-    runners_up = ()
-    for k in tl.static_range(S.models):
-        maximum = sums.maximum[k]
-        winner = row_full(ANY_TIE, tl.int32, S)
-        ties = row_full(0, tl.int32, S)
-        second = row_full(float("-inf"), S.compute, S)
-        for block in range(0, blocks(at, S)):
-            x = z[k] if S.resident else load_block(at, block, S)[k]
-            c = classes_of_block(at, block, S)
-            largest = x == across(maximum, S)
-            winner = tl.minimum(winner, -row_max(tl.where(largest, -c, -ANY_TIE), S))
-            ties += row_sum(largest.to(tl.int32), S)
-            second = tl.maximum(second, row_max(tl.where(largest, float("-inf"), x), S))
-        winners += (winner,)
-        if k < S.students:
-            runners_up += (tl.where(ties > 1, maximum, second),)
-    return winners, runners_up
+    if S.resident:
+        z = load_block(at, 0, True, S) if S.again else z
+        write_block(z, at, out, 0, True, not S.wide, target, class_weight, row, temperature, S)
+    else:
+        count = blocks(at, S)
+        parts = load_block(at, count - 1, True, S)
+        last = count - 1
+        write_block(parts, at, out, last, True, False, target, class_weight, row, temperature, S)
+        for step in range(2, count):
+            block = count - step
+            parts = load_block(at, block, False, S)
+            write_block(
+                parts, at, out, block, False, False, target, class_weight, row, temperature, S
+            )
+        parts = load_block(at, 0, True, S)
+        write_block(parts, at, out, 0, True, False, target, class_weight, row, temperature, S)
+    if S.wide or S.shift:
+        write_exact(at, out, target, class_weight, row, temperature, S)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index", "wanted"])
@@ -269,7 +242,7 @@ def rows_kernel(
     at = find(logits, row_strides, column_strides, row, active, classes, S)
     smoothing = scalar(label_smoothing, S.compute)
     temperature = scalar(temperature, S.compute)
-    z = load_block(at, 0, S) if S.resident else ()
+    z = load_block(at, 0, True, S) if S.resident else ()
 
     thresholds = ()
     last_ties = ()
@@ -280,14 +253,17 @@ def rows_kernel(
             last_ties += (last_tie,)
     sums = row_sums(z, at, class_weight, thresholds, last_ties, temperature, S)
     sums = finish_sums(sums, wrong, S)
+    if S.couples:
+        sums = find_mismatches(z, at, sums, S)
     if S.sweeps_twice:
         sums = second_sums(z, at, sums, temperature, S)
     total_weight = tl.full((), classes, S.compute)
     if S.smooths and S.weighted:
         total_weight = row_full(0.0, S.compute, S)
         for block in range(0, blocks(at, S)):
-            c = classes_of_block(at, block, S)
-            total_weight += row_sum(load_weights(class_weight, at, c, S), S)
+            for part in tl.static_range(S.parts):
+                c = classes_of(at, block, part, S)
+                total_weight += row_sum(load_weights(class_weight, at, c, S), S)
         save_field(record, rows, row, present, S.at_total_weight, (total_weight,))
 
     save_sums(record, rows, row, present, sums, S)
@@ -321,15 +297,8 @@ def rows_kernel(
         to = find(
             out, repeat(classes.to(tl.int64), S.students), column_strides, row, present, classes, S
         )
-        write_gradients(
-            z, at, to, y, class_weight, sums, thresholds, last_ties,
-            found, temperature, S,
-        )  # fmt: skip
-        if S.shift:
-            write_edges(
-                at, to, y, class_weight, sums, thresholds, last_ties, found,
-                temperature, S,
-            )  # fmt: skip
+        state = RowState(sums, found, thresholds, last_ties)
+        write_rows(z, at, to, y, class_weight, state, temperature, S)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index"])
@@ -404,18 +373,11 @@ def gradient_kernel(
         out, repeat(classes.to(tl.int64), S.students), column_strides, row, present, classes, S
     )
     block = tl.program_id(1)
-    z = load_block(at, block, S)
-    c = classes_of_block(at, block, S)
-    weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-    g = gradients(z, c, weights, y, sums, thresholds, last_ties, found, temperature, S)
-    for i in tl.static_range(S.students):
-        store_block(to.starts[i], to, block, g[i], S)
+    z = load_block(at, block, True, S)
+    state = RowState(sums, found, thresholds, last_ties)
+    write_block(z, at, to, block, True, True, y, class_weight, state, temperature, S)
     if S.shift:
-        if block == 0:
-            write_edges(
-                at, to, y, class_weight, sums, thresholds, last_ties, found,
-                temperature, S,
-            )  # fmt: skip
+        write_exact(at, to, y, class_weight, state, temperature, S)
 
 
 @triton.jit

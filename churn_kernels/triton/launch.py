@@ -7,15 +7,17 @@ statistics, which are a record (fields, N), see `record`. No call waits for the 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.language import target_info
 
 from churn_kernels import _checks
 from churn_kernels._options import (
+    DIVERGENCES,
     REDUCTIONS,
     ROW_TERMS,
     WANT_GRADIENTS,
@@ -24,7 +26,7 @@ from churn_kernels._options import (
     pair_count,
 )
 from churn_kernels.triton import kernels
-from churn_kernels.triton.plan import VECTOR_BYTES, Plan, plan
+from churn_kernels.triton.plan import SHORT, VECTOR_BYTES, Plan, plan
 from churn_kernels.triton.spec import Spec, make_spec
 
 INVARIANT = 2
@@ -82,7 +84,7 @@ def alignment(logits: Logits, classes: int, invariant: bool) -> tuple[int, bool]
     if starts == {0} and strides == {0}:
         return full, False
     # Gradients begin at a multiple of a vector, and their rows follow each other.
-    if starts == {0} and len(strides) == 1:
+    if starts == {0} and len(strides) == 1 and classes >= SHORT:
         return full, True
     return math.gcd(full, *starts, *strides), False
 
@@ -122,9 +124,35 @@ def kind_of(options: LossOptions) -> LossOptions:
     )
 
 
-def start(kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any) -> None:
-    """Launch on the current stream; a + b * c stays two roundings unless the kernel says fma."""
-    kernel[grid](*arguments, num_warps=warps, num_stages=1, enable_fp_fusion=False)
+def start(
+    kernel: Any, grid: tuple[int, ...], warps: int, *arguments: Any, registers: int = 0
+) -> None:
+    """Launch on the current stream.
+
+    a + b * c stays two roundings unless the kernel says fma. `registers`, of a thread, are a bound
+    where the compiler takes one (0: none).
+    """
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    if registers and on_nvidia():
+        options["maxnreg"] = registers
+    kernel[grid](*arguments, **options)
+
+
+@cache
+def on_nvidia() -> bool:
+    """Whether kernels are compiled for an NVIDIA GPU."""
+    return bool(target_info.is_cuda())
+
+
+def is_plain(options: LossOptions, report: bool) -> bool:
+    """Whether the options need no more registers than cross entropy, entropy and SKL do."""
+    return (
+        options.top_k == 0
+        and options.label_smoothing == 0
+        and options.temperature == 1
+        and options.divergence in (0, DIVERGENCES["skl"], DIVERGENCES["ce"])
+        and not report
+    )
 
 
 class Call:
@@ -149,7 +177,14 @@ class Call:
         vector, shift = alignment(self.logits, self.classes, invariant)
         if invariant and not self.logits.strided:
             self.logits = as_planned(self.logits, vector)
-        self.tile = plan(self.classes, len(self.models), first.element_size(), vector, shift)
+        self.tile = plan(
+            self.classes,
+            len(self.models),
+            first.element_size(),
+            vector,
+            shift,
+            is_plain(options, report),
+        )
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
         self.spec = cached_spec(
@@ -222,7 +257,7 @@ def fake_record(
     """A tensor like the record of these arguments, for torch.compile."""
     spec = cached_spec(
         kind_of(options),
-        plan(1, models, first.element_size(), 1, False),
+        plan(1, models, first.element_size(), 1, False, True),
         first.dtype,
         models,
         has_target=target is not None,
@@ -256,7 +291,12 @@ def loss(
     record = call.empty(spec.fields.value, call.rows)
     gradients = new_gradients(logits, options.teachers) if want & WANT_GRADIENTS else []
     if call.rows == 0:
-        return value.fill_(math.nan if options.reduction == 1 else 0), record, terms.fill_(math.nan), gradients
+        return (
+            value.fill_(math.nan if options.reduction == 1 else 0),
+            record,
+            terms.fill_(math.nan),
+            gradients,
+        )
     programs = triton.cdiv(call.rows, kernels.FINISH_ROWS.value)
     partial = call.empty(spec.total_terms.value, programs)
     totals = call.empty(spec.total_terms.value)
@@ -283,6 +323,7 @@ def loss(
             options.top_k,
             *call.weights(),
             spec,
+            registers=call.tile.registers,
         )
         start(
             kernels.finish_kernel,
@@ -324,13 +365,12 @@ def loss_backward(
     if call.rows == 0:
         return gradients
     tile = call.tile
-    size = tile.width * (tile.height if tile.wide else 1)
     with call.guard():
         if options.reduction == REDUCTIONS["mean"]:
             call.count()
         start(
             kernels.gradient_kernel,
-            (call.programs, triton.cdiv(call.classes + (tile.vector - 1) * tile.shift, size)),
+            (call.programs, triton.cdiv(call.classes + (tile.vector - 1) * tile.shift, tile.block)),
             tile.warps,
             *call.logits,
             call.gradients(gradients),
@@ -358,6 +398,4 @@ def scale_(gradients: Sequence[Tensor], upstream: Tensor) -> None:
     device = gradients[0].device
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with guard:
-        start(
-            kernels.scale_kernel, (programs,), 4, tuple(gradients), upstream, size, SCALE_BLOCK
-        )
+        start(kernels.scale_kernel, (programs,), 4, tuple(gradients), upstream, size, SCALE_BLOCK)

@@ -3,35 +3,54 @@
 | classes | plan |
 |---|---|
 | few | `"rows"`: several rows a program, in the lanes of one warp |
-| while they fit | `"resident"`: one row a program, all models' logits in registers: read once |
-| more | `"sweeps"`: one row a program, read in blocks twice; the second time backwards, so that the tail is still in the second-level cache |
+| while they fit | `"resident"`: one row a program, the logits of all models in registers |
+| more | `"sweeps"`: one row a program, in blocks, twice; the second time backwards |
 
 Nothing here looks at the number of rows, so that a row's bits cannot depend on its batch.
+
+The bounds come from a multiprocessor's 65536 registers. While one program waits for memory or at a
+barrier another has to compute, so two of them must fit. 16-bit logits are summed as float32, eight
+side by side, and what that takes leaves no room to keep them as well: the gradient reads them again,
+from the first-level cache. Rows in blocks are read again from the second-level cache, which holds the
+fewer of them the longer they are: beyond FEW_PROGRAMS classes one program a multiprocessor is better
+than two.
 """
 
 from typing import NamedTuple
 
 VECTOR_BYTES = 16  # the widest load of a thread
 WARP = 32
-RESIDENT_WARPS = 16
-SWEEP_WARPS = 8
+RESIDENT_WARPS = 8
+SWEEP_WARPS = 16
+VALUES = 64  # logits, of all models together, that a thread holds
+REGISTERS = 65536  # of a multiprocessor
+FEW_PROGRAMS = 65536  # classes
+SHORT = 256  # classes of rows that the vector before would make too much longer
 
 
 class Plan(NamedTuple):
-    """The tile of a program, (height, width): rows by classes, or parts of one row.
+    """What a program takes at a time: `parts` tiles of (height, width), rows by classes.
 
-    Without `wide` a tile's rows are rows of the batch. With it the tile is one block of
-    height x width classes of one row; a thread holds `vector` classes side by side in each of the
-    tile's rows, and adds them up before it talks to others.
+    Without `wide` there is one part, and a tile's rows are rows of the batch. With it a program has
+    one row of the batch, and the tiles, one high, follow each other along it; a thread holds
+    `vector` classes side by side in each of them.
     """
 
     wide: bool
     height: int
     width: int
+    parts: int
     vector: int  # classes side by side that a thread loads at once
     shift: bool  # rows begin at any address; the tile begins at the vector before
-    resident: bool  # the tile holds the whole row
+    resident: bool  # the parts hold the whole row
+    again: bool  # the gradient reads a resident row again
     warps: int
+    registers: int  # of a thread, at most; 0: as many as the compiler likes
+
+    @property
+    def block(self) -> int:
+        """Classes of a row that a program takes at a time."""
+        return self.width * self.parts
 
     @property
     def name(self) -> str:
@@ -43,7 +62,9 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def plan(classes: int, models: int, element_size: int, vector: int, shift: bool) -> Plan:
+def plan(
+    classes: int, models: int, element_size: int, vector: int, shift: bool, plain: bool
+) -> Plan:
     """The tile for rows of `classes`.
 
     Args:
@@ -52,19 +73,28 @@ def plan(classes: int, models: int, element_size: int, vector: int, shift: bool)
         element_size: bytes of a logit.
         vector: classes at which the addresses of all rows are multiples (1, 2, 4, 8).
         shift: rows begin where they will, and are read from the vector before on.
+        plain: no option asks for more than cross entropy, entropy and SKL do.
     """
-    needed = power_of_two(max(vector, classes + (vector - 1 if shift else 0)))
-    # Classes of each model that a thread's registers hold beside what is computed from them.
-    depth = max(1, 32 // power_of_two(models) // (2 if element_size == 8 else 1))
-    if 2 * needed <= WARP * depth:
-        return Plan(False, WARP * depth // needed, needed, vector, shift, True, 1)
-    warps = needed // (WARP * depth)
+    needed = max(vector, classes + (vector - 1 if shift else 0))
+    depth = VALUES // max(2, power_of_two(models)) // max(1, element_size // 4)
+    depth = max(1, depth if plain else depth // 2)
+    few = power_of_two(needed)
+    if 4 * few <= WARP * depth:
+        height = WARP * depth // (2 * few)
+        return Plan(False, height, few, 1, vector, shift, True, False, 1, 0)
+    warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:
-        return wide(needed, vector, shift, True, max(1, warps))
-    return wide(SWEEP_WARPS * WARP * max(vector, depth // 2), vector, shift, False, SWEEP_WARPS)
+        width = warps * WARP * vector
+        registers = two_programs(warps) if plain and warps == RESIDENT_WARPS else 0
+        parts = -(-needed // width)
+        again = element_size == 2
+        return Plan(True, 1, width, parts, vector, shift, True, again, warps, registers)
+    width = SWEEP_WARPS * WARP * vector
+    parts = max(1, depth // 8 // vector)
+    registers = two_programs(SWEEP_WARPS) if plain and classes < FEW_PROGRAMS else 0
+    return Plan(True, 1, width, parts, vector, shift, False, False, SWEEP_WARPS, registers)
 
 
-def wide(classes: int, vector: int, shift: bool, resident: bool, warps: int) -> Plan:
-    """A tile of `classes` of one row, each thread with `vector` of them in each of its rows."""
-    width = warps * WARP * vector
-    return Plan(True, max(1, classes // width), width, vector, shift, resident, warps)
+def two_programs(warps: int) -> int:
+    """Registers a thread for two programs to share a multiprocessor."""
+    return REGISTERS // (2 * warps * WARP)

@@ -97,7 +97,7 @@ def save_sums(record, rows, row, present, sums, S: tl.constexpr):
     save_field(record, rows, row, present, S.at_weighted_spread, sums.weighted_spread)
     save_field(record, rows, row, present, S.at_first, sums.first)
     save_field(record, rows, row, present, S.at_second, sums.second)
-    save_field(record, rows, row, present, S.at_mismatch, sums.mismatch)
+    save_field(record, rows, row, present, S.at_reach, sums.reach)
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def load_sums(record, rows, row, present, S: tl.constexpr):
         ),
         (),
         load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
-        load_field(record, rows, row, present, S.at_second, S.at_mismatch - S.at_second),
-        load_field(record, rows, row, present, S.at_mismatch, S.at_total_weight - S.at_mismatch),
+        load_field(record, rows, row, present, S.at_second, S.at_reach - S.at_second),
+        load_field(record, rows, row, present, S.at_reach, S.at_total_weight - S.at_reach),
     )
     if S.tempered:
         tempered = load_field(record, rows, row, present, S.at_tempered_mass, models)

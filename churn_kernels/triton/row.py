@@ -31,11 +31,14 @@ class Sums(NamedTuple):
     weight_live: tl.tuple  # sum class_weight over the classes not at -inf
     first: tl.tuple  # pairs: see divergence() below
     second: tl.tuple
-    mismatch: tl.tuple  # classes at -inf in one of the two only
+    reach: tl.tuple  # largest |d_i - d_j|; inf where a class is at -inf in one of the two only
 
 
 class Coefficients(NamedTuple):
-    """What the gradient sweep multiplies into each class, see csrc/rows/row.h."""
+    """What the gradient sweep multiplies into each class, see csrc/rows/row.h.
+
+    Without a temperature f = e, and what belongs to f_i and f_i d_i has joined constant and slope.
+    """
 
     constant: tl.tuple
     slope: tl.tuple
@@ -50,6 +53,15 @@ class Coefficients(NamedTuple):
     others: tl.tuple  # students x models
 
 
+class RowState(NamedTuple):
+    """All that the gradient sweep has to know of a row."""
+
+    sums: Sums
+    found: Coefficients
+    thresholds: tl.tuple  # of each student's top k
+    last_ties: tl.tuple
+
+
 @triton.jit
 def kept(weight, x):
     """x, or 0 where its weight is 0: what has no weight cannot make a NaN."""
@@ -62,7 +74,16 @@ def entropy(mass, moment):
 
 
 @triton.jit
-def cross_entropy(sums, k: tl.constexpr, d_target, target_weight, total_weight, smoothing, classes, S: tl.constexpr):
+def cross_entropy(
+    sums,
+    k: tl.constexpr,
+    d_target,
+    target_weight,
+    total_weight,
+    smoothing,
+    classes,
+    S: tl.constexpr,
+):
     """(1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy."""
     log_mass = log_pos(sums.mass[k])
     hard = target_weight * (log_mass - d_target)
@@ -142,7 +163,9 @@ def regularizer_gradient(sums, k: tl.constexpr, weight, S: tl.constexpr):
 
 
 @triton.jit
-def divergence(sums, i: tl.constexpr, j: tl.constexpr, p: tl.constexpr, temperature, S: tl.constexpr):
+def divergence(
+    sums, i: tl.constexpr, j: tl.constexpr, p: tl.constexpr, temperature, S: tl.constexpr
+):
     """Value of pair p = (i, j)'s divergence.
 
     Symmetric KL: the two log masses cancel, D = d_i - d_j, SKL = (sum f_i D / mass_i - sum f_j D /
@@ -151,16 +174,16 @@ def divergence(sums, i: tl.constexpr, j: tl.constexpr, p: tl.constexpr, temperat
     """
     if S.divergence == 3:
         value = sums.first[p] - sums.second[p]
-        mismatch = value * 0.0
+        reach = value * 0.0
     elif S.divergence == 4:
         value = sums.first[p]
-        mismatch = sums.mismatch[p]
+        reach = sums.reach[p]
     else:
         value = sums.first[p] / sums.tempered_mass[i] - sums.second[p] / sums.tempered_mass[j]
         value /= temperature
-        mismatch = sums.mismatch[p]
+        reach = sums.reach[p]
     broken = (sums.mass[i] != sums.mass[i]) | (sums.mass[j] != sums.mass[j])
-    value = tl.where((mismatch > 0) & (broken == 0), float("inf"), value)
+    value = tl.where((reach == float("inf")) & (broken == 0), float("inf"), value)
     return tl.where(value < 0, 0.0, value)  # rounding only; NaN stays
 
 
@@ -193,12 +216,14 @@ def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, temperature, S: tl.constex
     if S.divergence == 1:  # L1 sums are means already
         mean = mean / (sums.tempered_mass[i] * temperature)
         # Where the divergence is infinite its gradient has no value.
-        mean = tl.where(sums.mismatch[p] > 0, float("nan"), mean)
+        mean = tl.where(sums.reach[p] == float("inf"), float("nan"), mean)
     return mean
 
 
 @triton.jit
-def divergence_gradient(sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr):
+def divergence_gradient(
+    sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr
+):
     """(tempered_constant, slope_i, slope_j, other_j) that model j adds to model i's gradient."""
     w = weight / temperature
     mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
@@ -257,38 +282,35 @@ def coefficients(
             one_w = ce[i] * (1.0 - smoothing) * target_weight
             eps_w = ce[i] * smoothing / classes
             c += kept(ce[i], (one_w + eps_w * total_weight) / sums.mass[i])
-        constant += (c,)
-        slope += (s,)
+        both = zero
+        own = zero
+        crosses = ()
+        if S.d:
+            for j in tl.static_range(S.models):
+                if j == i:
+                    crosses += (zero,)
+                    others += (zero,)
+                else:
+                    weight = pair_weight(i, j, d, S)
+                    added = divergence_gradient(sums, i, j, weight, temperature, S)
+                    both += added[0]
+                    own += added[1]
+                    crosses += (added[2],)
+                    others += (added[3],)
+            for j in tl.static_range(S.models):
+                if j == i:
+                    slopes += (own,)
+                else:
+                    slopes += (crosses[j],)
+        constant += (c if S.tempered else c + both,)
+        slope += (s if S.tempered else s + own,)
+        tempered_constant += (both,)
         uniform += (u,)
         top_constant += (tc,)
         top_slope += (ts,)
         top_uniform += (tu,)
         soft += (eps_w,)
         hard += (one_w,)
-        if S.d:
-            both = zero
-            own = zero
-            crosses = ()
-            rest = ()
-            for j in tl.static_range(S.models):
-                if j == i:
-                    crosses += (zero,)
-                    rest += (zero,)
-                else:
-                    found = divergence_gradient(
-                        sums, i, j, pair_weight(i, j, d, S), temperature, S
-                    )
-                    both += found[0]
-                    own += found[1]
-                    crosses += (found[2],)
-                    rest += (found[3],)
-            tempered_constant += (both,)
-            for j in tl.static_range(S.models):
-                if j == i:
-                    slopes += (own,)
-                else:
-                    slopes += (crosses[j],)
-            others += rest
     return Coefficients(
         constant,
         slope,

@@ -5,7 +5,14 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from churn_kernels._options import DISTILLATION, DIVERGENCES, NO_REGULARIZER, REDUCTIONS, REGULARIZERS, ROW_TERMS
+from churn_kernels._options import (
+    DISTILLATION,
+    DIVERGENCES,
+    NO_REGULARIZER,
+    REDUCTIONS,
+    REGULARIZERS,
+    ROW_TERMS,
+)
 from churn_kernels._options import LossOptions, pair_count
 from churn_kernels.triton.plan import Plan
 
@@ -48,7 +55,7 @@ _FIELDS = (
     "last_tie",
     "first",
     "second",
-    "mismatch",
+    "reach",
     "total_weight",
     "winner",
     "runner_up",
@@ -92,7 +99,7 @@ def make_spec(
         "last_tie": students * top,
         "first": pairs,
         "second": pairs * (options.divergence != DISTILLATION),
-        "mismatch": pairs * (options.divergence != DIVERGENCES["l1"]),
+        "reach": pairs * (options.divergence != DIVERGENCES["l1"]),
         "total_weight": int(smooths and weighted),
         "winner": models * report,
         "runner_up": students * report,

@@ -1,42 +1,78 @@
-"""From logits to a row's sums: one block at a time, relative to the largest logit of each lane.
+"""From logits to a row's sums.
 
-Sums relative to different maxima add up after `rebase`, so that blocks, lanes and parts of a row
-all come together in the same way. The order depends on the plan alone.
+A resident row is summed relative to its largest logits. Of a row in blocks each lane takes the
+largest that it has seen; sums relative to different maxima add up after `rebase`, so that blocks and
+lanes come together in the same way. The order depends on the plan alone.
 """
 
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.divergence import kl_term, sign
-from churn_kernels.triton.math import at_least_lowest, exp_nonpos, log_pos, mul_add
+from churn_kernels.triton.math import LOWEST_FLOAT, at_least_lowest, exp_nonpos, mul_add
 from churn_kernels.triton.row import Sums, pair_index
 from churn_kernels.triton.tile import (
     across,
+    any_row,
     blocks,
-    classes_of_block,
+    classes_of,
     lane_max,
     lane_sum,
     load_block,
     load_weights,
-    any_row,
     row_full,
-    row_sum,
+    row_max,
     to_lane,
 )
-from churn_kernels.triton.topk import in_top_k, midpoint, order_key
+from churn_kernels.triton.topk import in_top_k, order_key
 
 INFINITY = tl.constexpr(float("inf"))
 ANY_TIE = tl.constexpr(2**30 - 1)  # behind every class: all ties belong
+# Differences of two d beyond this come from a class at -inf, or from a mask.
+FAR = tl.constexpr(-0.25 * LOWEST_FLOAT.value)
 
 
 @triton.jit
-def block_sums(z, c, weights, thresholds, last_ties, temperature, S: tl.constexpr):
-    """Sums of one block, for each lane."""
-    maximum = ()
+def zeros(count: tl.constexpr, S: tl.constexpr):
+    """A tile of zeros for each of `count` sums."""
+    values = ()
+    for _ in tl.static_range(count):
+        values += (tl.zeros((S.height, S.width), S.compute),)
+    return values
+
+
+@triton.jit
+def no_sums(maximum, S: tl.constexpr):
+    """The sums over nothing, class by class of a tile."""
+    tops: tl.constexpr = S.students if S.top else 0
+    uniform_tops: tl.constexpr = S.students if S.top and S.uniform else 0
+    smooths: tl.constexpr = S.models if S.smooths else 0
+    pairs: tl.constexpr = S.pairs if S.couples else 0
+    return Sums(
+        maximum,
+        zeros(S.models, S),
+        zeros(S.models, S),
+        zeros(S.models if S.uniform and not S.top else 0, S),
+        zeros(S.models if S.counts_live else 0, S),
+        zeros(S.models if S.tempered else 0, S),
+        zeros(tops, S),
+        zeros(tops, S),
+        zeros(uniform_tops, S),
+        zeros(uniform_tops, S),
+        zeros(smooths, S),
+        zeros(smooths, S),
+        zeros(pairs, S),
+        zeros(pairs, S),
+        zeros(pairs, S),
+    )
+
+
+@triton.jit
+def add_part(a, z, c, weights, thresholds, last_ties, temperature, S: tl.constexpr):
+    """Adds a part's logits z to the sums a, class by class of the tile; c are their indices."""
     mass = ()
     moment = ()
     spread = ()
-    lives = ()
+    live = ()
     tempered_mass = ()
     top_mass = ()
     top_moment = ()
@@ -46,56 +82,53 @@ def block_sums(z, c, weights, thresholds, last_ties, temperature, S: tl.constexp
     weight_live = ()
     d = ()
     f = ()
-    live = ()
     for k in tl.static_range(S.models):
-        m = lane_max(z[k], S)
-        maximum += (m,)
-        raw = z[k] - to_lane(tl.where(m == -INFINITY, 0.0, m), S)
+        x = z[k].to(S.compute)
+        m = a.maximum[k]
+        raw = x - (across(m, S) if S.resident else to_lane(m, S))
         e = exp_nonpos(raw)  # exp(-inf) = 0: a class at -inf weighs nothing
         d += (at_least_lowest(raw),)
-        live += (z[k] != -INFINITY,)
-        mass += (lane_sum(e, S),)
-        moment += (lane_sum(e * d[k], S),)
+        mass += (a.mass[k] + e,)
+        moment += (mul_add(e, d[k], a.moment[k]),)
         if S.counts_live:
-            lives += (lane_sum(live[k].to(S.compute), S),)
+            live += (a.live[k] + (x != -INFINITY).to(S.compute),)
         if S.uniform and not S.top:
-            spread += (lane_sum(tl.where(live[k], d[k], 0.0), S),)
+            spread += (a.spread[k] + tl.where(x != -INFINITY, d[k], 0.0),)
         if S.tempered:
             f += (exp_nonpos(raw / temperature),)
-            tempered_mass += (lane_sum(f[k], S),)
+            tempered_mass += (a.tempered_mass[k] + f[k],)
         else:
             f += (e,)
         if S.top and k < S.students:
-            member = in_top_k(
-                order_key(z[k]), c, across(thresholds[k], S), across(last_ties[k], S)
-            )
-            member = member & live[k]
+            member = in_top_k(order_key(x), c, across(thresholds[k], S), across(last_ties[k], S))
+            member = member & (x != -INFINITY)
             top_e = tl.where(member, e, 0.0)
-            top_mass += (lane_sum(top_e, S),)
-            top_moment += (lane_sum(top_e * d[k], S),)
+            top_mass += (a.top_mass[k] + top_e,)
+            top_moment += (mul_add(top_e, d[k], a.top_moment[k]),)
             if S.uniform:
-                top_live += (lane_sum(member.to(S.compute), S),)
-                top_spread += (lane_sum(tl.where(member, d[k], 0.0), S),)
+                top_live += (a.top_live[k] + member.to(S.compute),)
+                top_spread += (a.top_spread[k] + tl.where(member, d[k], 0.0),)
         if S.smooths:
-            w = tl.where(live[k], weights, 0.0)
-            weight_live += (lane_sum(w, S),)
-            weighted_spread += (lane_sum(w * d[k], S),)
+            w = tl.where(x != -INFINITY, weights, 0.0)
+            weight_live += (a.weight_live[k] + w,)
+            weighted_spread += (mul_add(w, d[k], a.weighted_spread[k]),)
     first = ()
     second = ()
-    mismatch = ()
+    reach = ()
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
+                p: tl.constexpr = pair_index(i, j, S.models)
                 difference = d[i] - d[j]
-                first += (lane_sum(f[i] * difference, S),)
-                second += (lane_sum(f[j] * difference, S),)
-                mismatch += (lane_sum((live[i] != live[j]).to(S.compute), S),)
+                first += (mul_add(f[i], difference, a.first[p]),)
+                second += (mul_add(f[j], difference, a.second[p]),)
+                reach += (tl.maximum(a.reach[p], tl.abs(difference)),)
     return Sums(
-        maximum,
+        a.maximum,
         mass,
         moment,
         spread,
-        lives,
+        live,
         tempered_mass,
         top_mass,
         top_moment,
@@ -105,8 +138,67 @@ def block_sums(z, c, weights, thresholds, last_ties, temperature, S: tl.constexp
         weight_live,
         first,
         second,
-        mismatch,
+        reach,
     )
+
+
+@triton.jit
+def block_sums(z, at, block, class_weight, thresholds, last_ties, temperature, S: tl.constexpr):
+    """Sums of one block, for each lane: relative to the row's maxima where the block is the row."""
+    maximum = ()
+    for k in tl.static_range(S.models):
+        largest = z[0][k].to(S.compute)
+        for part in tl.static_range(1, S.parts):
+            largest = tl.maximum(largest, z[part][k].to(S.compute))
+        maximum += (row_max(largest, S) if S.resident else lane_max(largest, S),)
+    a = no_sums(finite_each(maximum), S)
+    for part in tl.static_range(S.parts):
+        c = classes_of(at, block, part, S)
+        weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
+        a = add_part(a, z[part], c, weights, thresholds, last_ties, temperature, S)
+    return Sums(
+        maximum,
+        fold_each(a.mass, S),
+        fold_each(a.moment, S),
+        fold_each(a.spread, S),
+        fold_each(a.live, S),
+        fold_each(a.tempered_mass, S),
+        fold_each(a.top_mass, S),
+        fold_each(a.top_moment, S),
+        fold_each(a.top_spread, S),
+        fold_each(a.top_live, S),
+        fold_each(a.weighted_spread, S),
+        fold_each(a.weight_live, S),
+        fold_each(a.first, S),
+        fold_each(a.second, S),
+        fold_reach(a.reach, S),
+    )
+
+
+@triton.jit
+def finite_each(maximum):
+    """Maxima to subtract: 0 for that of no class, so that its sums are 0 and not NaN."""
+    finite = ()
+    for k in tl.static_range(len(maximum)):
+        finite += (tl.where(maximum[k] == -INFINITY, 0.0, maximum[k]),)
+    return finite
+
+
+@triton.jit
+def fold_each(a, S: tl.constexpr):
+    """Sum over the classes of each lane, of each entry."""
+    folded = ()
+    for i in tl.static_range(len(a)):
+        folded += (lane_sum(a[i], S),)
+    return folded
+
+
+@triton.jit
+def fold_reach(a, S: tl.constexpr):
+    folded = ()
+    for i in tl.static_range(len(a)):
+        folded += (lane_max(a[i], S),)
+    return folded
 
 
 @triton.jit
@@ -170,7 +262,7 @@ def rebase(sums, maximum, temperature, S: tl.constexpr):
         sums.weight_live,
         first,
         second,
-        sums.mismatch,
+        sums.reach,
     )
 
 
@@ -184,20 +276,51 @@ def add_each(a, b):
 
 
 @triton.jit
-def total_each(a):
-    """Sum over the lanes of each entry."""
+def larger_each(a, b):
     total = ()
     for i in tl.static_range(len(a)):
+        total += (tl.maximum(a[i], b[i]),)
+    return total
+
+
+@triton.jit
+def add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def total_each(a):
+    """Sum over the lanes of each entry; four at a time, for threads to meet but once for them."""
+    total = ()
+    fours: tl.constexpr = len(a) // 4 * 4
+    for i in tl.static_range(0, fours, 4):
+        total += tl.reduce((a[i], a[i + 1], a[i + 2], a[i + 3]), 0, add4)
+    for i in tl.static_range(fours, len(a)):
         total += (tl.sum(a[i], 0),)
     return total
 
 
 @triton.jit
+def largest_each(a):
+    total = ()
+    for i in tl.static_range(len(a)):
+        total += (tl.max(a[i], 0),)
+    return total
+
+
+@triton.jit
+def take(a, start: tl.constexpr, count: tl.constexpr):
+    """Entries [start, start + count)."""
+    taken = ()
+    for i in tl.static_range(count):
+        taken += (a[start + i],)
+    return taken
+
+
+@triton.jit
 def combine(a, b, temperature, S: tl.constexpr):
     """Sums of two blocks, lane by lane."""
-    maximum = ()
-    for k in tl.static_range(S.models):
-        maximum += (tl.maximum(a.maximum[k], b.maximum[k]),)
+    maximum = larger_each(a.maximum, b.maximum)
     a = rebase(a, maximum, temperature, S)
     b = rebase(b, maximum, temperature, S)
     return Sums(
@@ -215,7 +338,7 @@ def combine(a, b, temperature, S: tl.constexpr):
         add_each(a.weight_live, b.weight_live),
         add_each(a.first, b.first),
         add_each(a.second, b.second),
-        add_each(a.mismatch, b.mismatch),
+        larger_each(a.reach, b.reach),
     )
 
 
@@ -223,26 +346,50 @@ def combine(a, b, temperature, S: tl.constexpr):
 def over_lanes(a, temperature, S: tl.constexpr):
     """Sums of the row, out of those of its lanes."""
     if S.wide:
-        maximum = ()
-        for k in tl.static_range(S.models):
-            maximum += (tl.max(a.maximum[k], 0),)
-        a = rebase(a, maximum, temperature, S)
+        maximum = a.maximum
+        if not S.resident:
+            maximum = largest_each(a.maximum)
+            a = rebase(a, maximum, temperature, S)
+        flat = total_each(
+            a.mass
+            + a.moment
+            + a.first
+            + a.second
+            + a.spread
+            + a.live
+            + a.tempered_mass
+            + a.top_mass
+            + a.top_moment
+            + a.top_spread
+            + a.top_live
+            + a.weighted_spread
+        )
+        models: tl.constexpr = len(a.mass)
+        pairs: tl.constexpr = len(a.first)
+        spread: tl.constexpr = 2 * models + 2 * pairs
+        live: tl.constexpr = spread + len(a.spread)
+        tempered_mass: tl.constexpr = live + len(a.live)
+        top_mass: tl.constexpr = tempered_mass + len(a.tempered_mass)
+        top_moment: tl.constexpr = top_mass + len(a.top_mass)
+        top_spread: tl.constexpr = top_moment + len(a.top_moment)
+        top_live: tl.constexpr = top_spread + len(a.top_spread)
+        weighted_spread: tl.constexpr = top_live + len(a.top_live)
         a = Sums(
             maximum,
-            total_each(a.mass),
-            total_each(a.moment),
-            total_each(a.spread),
-            total_each(a.live),
-            total_each(a.tempered_mass),
-            total_each(a.top_mass),
-            total_each(a.top_moment),
-            total_each(a.top_spread),
-            total_each(a.top_live),
-            total_each(a.weighted_spread),
-            total_each(a.weight_live),
-            total_each(a.first),
-            total_each(a.second),
-            total_each(a.mismatch),
+            take(flat, 0, models),
+            take(flat, models, models),
+            take(flat, spread, len(a.spread)),
+            take(flat, live, len(a.live)),
+            take(flat, tempered_mass, len(a.tempered_mass)),
+            take(flat, top_mass, len(a.top_mass)),
+            take(flat, top_moment, len(a.top_moment)),
+            take(flat, top_spread, len(a.top_spread)),
+            take(flat, top_live, len(a.top_live)),
+            take(flat, weighted_spread, len(a.weighted_spread)),
+            (),
+            take(flat, 2 * models, pairs),
+            take(flat, 2 * models + pairs, pairs),
+            largest_each(a.reach),
         )
     return a
 
@@ -250,19 +397,62 @@ def over_lanes(a, temperature, S: tl.constexpr):
 @triton.jit
 def row_sums(z, at, class_weight, thresholds, last_ties, temperature, S: tl.constexpr):
     """Sums of the row; z holds it where it is resident."""
-    c = classes_of_block(at, 0, S)
-    first = z if S.resident else load_block(at, 0, S)
-    weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-    sums = block_sums(first, c, weights, thresholds, last_ties, temperature, S)
+    first = z if S.resident else load_block(at, 0, True, S)
+    sums = block_sums(first, at, 0, class_weight, thresholds, last_ties, temperature, S)
     if not S.resident:
-        for block in range(1, blocks(at, S)):
-            c = classes_of_block(at, block, S)
-            weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-            part = block_sums(
-                load_block(at, block, S), c, weights, thresholds, last_ties, temperature, S
-            )
+        count = blocks(at, S)
+        for block in range(1, count - 1):
+            inner = load_block(at, block, False, S)
+            part = block_sums(inner, at, block, class_weight, thresholds, last_ties, temperature, S)
             sums = combine(sums, part, temperature, S)
+        last = load_block(at, count - 1, True, S)
+        part = block_sums(last, at, count - 1, class_weight, thresholds, last_ties, temperature, S)
+        sums = combine(sums, part, temperature, S)
     return over_lanes(sums, temperature, S)
+
+
+@triton.jit
+def with_reach(sums, reach):
+    return Sums(
+        sums.maximum,
+        sums.mass,
+        sums.moment,
+        sums.spread,
+        sums.live,
+        sums.tempered_mass,
+        sums.top_mass,
+        sums.top_moment,
+        sums.top_spread,
+        sums.top_live,
+        sums.weighted_spread,
+        sums.weight_live,
+        sums.first,
+        sums.second,
+        reach,
+    )
+
+
+@triton.jit
+def find_mismatches(z, at, sums, S: tl.constexpr):
+    """Sets a pair's reach to inf where a class is at -inf in one of the two models only.
+
+    Such a class has gone into the sums as one that is very far; only then is it looked for.
+    """
+    reach = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            far = sums.reach[pair_index(i, j, S.models)]
+            if any_row(far > FAR, S):
+                dead = row_full(0, tl.int32, S)
+                for block in range(0, blocks(at, S)):
+                    parts = z if S.resident else load_block(at, block, True, S)
+                    for part in tl.static_range(S.parts):
+                        a = parts[part][i] == -INFINITY
+                        b = parts[part][j] == -INFINITY
+                        dead = tl.maximum(dead, row_max((a != b).to(tl.int32), S))
+                far = tl.where(dead > 0, INFINITY, far)
+            reach += (far,)
+    return with_reach(sums, reach)
 
 
 @triton.jit
@@ -302,133 +492,5 @@ def with_masses(sums, mass, moment, tempered_mass):
         sums.weight_live,
         sums.first,
         sums.second,
-        sums.mismatch,
+        sums.reach,
     )
-
-
-@triton.jit
-def tempered(z, maximum, temperature, S: tl.constexpr):
-    """exp((z - maximum) / T) of a class."""
-    d = z - across(maximum, S)
-    if S.tempered:
-        d = d / temperature
-    return exp_nonpos(d)
-
-
-@triton.jit
-def block_second_sums(z, c, sums, temperature, S: tl.constexpr):
-    """Tile-wise terms of L1 or distillation, which need the masses first: (first, second, mismatch)
-    """
-    first = ()
-    second = ()
-    mismatch = ()
-    if S.divergence == 4:
-        q = tl.zeros_like(z[0])
-        for t in tl.static_range(1, S.models):
-            q += tempered(z[t], sums.maximum[t], temperature, S) / across(
-                sums.tempered_mass[t], S
-            )
-        q = q / (S.models - 1)
-        live = z[0] != -INFINITY
-        d = at_least_lowest(z[0] - across(sums.maximum[0], S))
-        if S.tempered:
-            d = d / temperature
-        log_p = d - across(log_pos(sums.tempered_mass[0]), S)
-        first += (lane_sum(tl.where(live, kl_term(q, log_p), 0.0), S),)
-        mismatch += (lane_sum(((q > 0) & (live == 0)).to(S.compute), S),)
-    else:
-        p = ()
-        for k in tl.static_range(S.models):
-            p += (
-                tempered(z[k], sums.maximum[k], temperature, S)
-                / across(sums.tempered_mass[k], S),
-            )
-        for i in tl.static_range(S.models):
-            for j in tl.static_range(i + 1, S.models):
-                s = sign(p[i], p[j])
-                first += (lane_sum(s * p[i], S),)
-                second += (lane_sum(s * p[j], S),)
-    return first, second, mismatch
-
-
-@triton.jit
-def second_sums(z, at, sums, temperature, S: tl.constexpr):
-    """The row's sums with those of the divergences that need the masses first."""
-    c = classes_of_block(at, 0, S)
-    block_z = z if S.resident else load_block(at, 0, S)
-    first, second, mismatch = block_second_sums(block_z, c, sums, temperature, S)
-    if not S.resident:
-        for block in range(1, blocks(at, S)):
-            c = classes_of_block(at, block, S)
-            f, s, m = block_second_sums(load_block(at, block, S), c, sums, temperature, S)
-            first = add_each(first, f)
-            second = add_each(second, s)
-            mismatch = add_each(mismatch, m)
-    if S.wide:
-        first, second, mismatch = total_each(first), total_each(second), total_each(mismatch)
-    return Sums(
-        sums.maximum,
-        sums.mass,
-        sums.moment,
-        sums.spread,
-        sums.live,
-        sums.tempered_mass,
-        sums.top_mass,
-        sums.top_moment,
-        sums.top_spread,
-        sums.top_live,
-        sums.weighted_spread,
-        sums.weight_live,
-        first,
-        second,
-        mismatch,
-    )
-
-
-@triton.jit
-def count_members(z, at, k: tl.constexpr, threshold, last_tie, S: tl.constexpr):
-    """Classes of model k in the set that `in_top_k` describes."""
-    if S.resident:
-        c = classes_of_block(at, 0, S)
-        member = in_top_k(order_key(z[k]), c, across(threshold, S), across(last_tie, S))
-        count = row_sum(member.to(tl.int32), S)
-    else:
-        count = row_full(0, tl.int32, S)
-        for block in range(0, blocks(at, S)):
-            c = classes_of_block(at, block, S)
-            key = order_key(load_block(at, block, S)[k])
-            member = in_top_k(key, c, across(threshold, S), across(last_tie, S))
-            count += row_sum(member.to(tl.int32), S)
-    return count
-
-
-@triton.jit
-def select_top_k(z, at, k: tl.constexpr, wanted, S: tl.constexpr):
-    """Threshold and last tie of the `wanted` largest logits of model k.
-
-    Bisects on the key until just as many lie at or above it; where ties straddle the border, then
-    on the class index.
-    """
-    lowest = order_key(tl.full((), -INFINITY, S.compute))
-    low = row_full(lowest, lowest.dtype, S)
-    high = -low  # the key of +inf is -1 - low
-    last = row_full(ANY_TIE, tl.int32, S)
-    searching = high > low
-    while any_row(searching, S):
-        middle = midpoint(low, high)
-        count = count_members(z, at, k, middle, last, S)
-        low = tl.where(searching & (count >= wanted), middle, low)
-        high = tl.where(searching & (count < wanted), middle, high)
-        searching = searching & (count != wanted) & (high - 1 > low)
-    # At or above `low` lie as many as are wanted, or more: its ties, of which the first belong.
-    count = count_members(z, at, k, low, last, S)
-    before = row_full(-1, tl.int32, S)
-    last = tl.where(count > wanted, at.classes - 1, last)
-    searching = (count > wanted) & (at.classes > 1)
-    while any_row(searching, S):
-        middle = midpoint(before, last)
-        count = count_members(z, at, k, low, middle, S)
-        last = tl.where(searching & (count >= wanted), middle, last)
-        before = tl.where(searching & (count < wanted), middle, before)
-        searching = searching & (last - 1 > before)
-    return low, last

@@ -1,15 +1,17 @@
 """A program's piece of the batch: where its rows begin, loads and stores, sums over lanes.
 
-A tile is (height, width); `S` is the kernel's `spec.Spec`. A lane is what adds up without talking
-to others: a row of the tile, or, in a wide tile, a thread. Rows of odd length begin at addresses
-that are no multiple of a vector; with `S.shift` their tile begins at the vector before, and what
-lies outside the row is masked after the load: a vector never crosses the end of its memory.
+A block is a tuple of `S.parts` tiles (height, width); `S` is the kernel's `spec.Spec`. A lane is
+what adds up without talking to others: a row of the tile, or, in a wide plan, a thread. Rows of odd
+length begin at addresses that are no multiple of a vector; with `S.shift` their tile begins at the
+vector before, and what lies outside the row is masked after the load: a vector never crosses the end
+of its memory.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
 
 class Rows(NamedTuple):
     """The rows of a program: scalars in a wide tile, columns (height, 1) in the others."""
@@ -73,21 +75,35 @@ def aligned(pointer, S: tl.constexpr):
 
 
 @triton.jit
-def positions(block, S: tl.constexpr):
-    """Places of a block's classes in the tile row, (1, width) or (height, width)."""
+def places(block, part: tl.constexpr, S: tl.constexpr):
+    """Places of a part's classes in the tile row, (1, width)."""
     t = tl.arange(0, S.width)[None, :]
     if S.wide:
-        t += tl.arange(0, S.height)[:, None] * S.width + block * (S.height * S.width)
+        t += part * S.width + block * (S.parts * S.width)
     return t
 
 
 @triton.jit
 def blocks(at, S: tl.constexpr):
-    """Blocks that cover a row."""
+    """Blocks that cover a row: one where it is resident, at least two where it is not."""
     if S.resident:
         return 1
     else:  # noqa: RET505
-        return tl.cdiv(at.classes + at.shift, S.height * S.width)
+        return tl.cdiv(at.classes + at.shift, S.parts * S.width)
+
+
+@triton.jit
+def has_edge(part: tl.constexpr, edge: tl.constexpr, S: tl.constexpr):
+    """Whether a part may reach over the row's ends, if its block is at one of them (`edge`).
+
+    Of a resident row only the first part begins, and only the last one ends, outside of it.
+    """
+    if not edge:
+        return False
+    elif not S.resident:  # noqa: RET505
+        return True
+    else:
+        return part == S.parts - 1 or (part == 0 and S.shift)
 
 
 @triton.jit
@@ -104,20 +120,41 @@ def load_places(at, t, S: tl.constexpr):
             place = at.starts[k] + c.to(tl.int64) * at.column_strides[k]
         else:
             place = at.starts[k] + t
-        value = tl.load(place, mask=within, other=0.0).to(S.compute)
-        z += (tl.where(inside, value, float("-inf")),)
+        value = tl.load(place, mask=within, other=0.0)
+        z += (tl.where(inside, value, float("-inf")).to(value.dtype),)
     return z
 
 
 @triton.jit
-def load_block(at, block, S: tl.constexpr):
-    return load_places(at, positions(block, S), S)
+def load_inner(at, t, S: tl.constexpr):
+    """Logits of each model at places t that all lie inside the row."""
+    z = ()
+    for k in tl.static_range(S.models):
+        if S.strided:
+            place = at.starts[k] + t.to(tl.int64) * at.column_strides[k]
+        else:
+            place = at.starts[k] + t
+        z += (tl.load(place, mask=at.limit > t * 0, other=0.0),)
+    return z
 
 
 @triton.jit
-def classes_of_block(at, block, S: tl.constexpr):
-    """Index of each class of a block; outside [0, C) where the row has none."""
-    return positions(block, S) - at.shift
+def load_block(at, block, edge: tl.constexpr, S: tl.constexpr):
+    """The parts of a block, each a tuple of models, in the logits' dtype."""
+    z = ()
+    for part in tl.static_range(S.parts):
+        t = places(block, part, S)
+        if has_edge(part, edge, S):
+            z += (load_places(at, t, S),)
+        else:
+            z += (load_inner(at, t, S),)
+    return z
+
+
+@triton.jit
+def classes_of(at, block, part: tl.constexpr, S: tl.constexpr):
+    """Index of each class of a part; outside [0, C) where the row has none."""
+    return places(block, part, S) - at.shift
 
 
 @triton.jit
@@ -131,26 +168,35 @@ def load_weights(class_weight, at, c, S: tl.constexpr):
 
 
 @triton.jit
-def store_block(start, at, block, g, S: tl.constexpr):
-    """Writes the vectors of a block that lie in the row whole; `store_edges` writes the rest."""
-    t = positions(block, S)
-    first = t // S.vector * S.vector
-    within = first + S.vector <= at.limit
-    if S.shift:
-        within = within & (first >= at.shift)
+def store_part(start, at, block, part: tl.constexpr, edge: tl.constexpr, g, S: tl.constexpr):
+    """Writes the vectors of a part that lie in the row whole; `store_exact` writes the rest."""
+    t = places(block, part, S)
+    within = at.limit > t * 0
+    if has_edge(part, edge, S):
+        first = t // S.vector * S.vector
+        within = first + S.vector <= at.limit
+        if S.shift:
+            within = within & (first >= at.shift)
     tl.store(start + t, g.to(start.dtype.element_ty), mask=within)
 
 
 @triton.jit
-def edge_places(at, S: tl.constexpr):
-    """Places of a row's first and last vector, which it may share with its neighbours."""
-    t = tl.arange(0, 2 * S.vector)[None, :]
+def exact_places(at, target, S: tl.constexpr):
+    """Places that take more care than the vectors of a sweep: (1, 4 vectors).
+
+    The first and the last vector of a row, which it may share with its neighbours, and that of its
+    target.
+    """
+    t = tl.arange(0, 4 * S.vector)[None, :]
+    inner = t % S.vector
     last = (at.classes + at.shift) // S.vector * S.vector
-    return tl.where(t < S.vector, t, last + t - S.vector)
+    labelled = (across(target, S) + at.shift) // S.vector * S.vector
+    which = t // S.vector
+    return inner + tl.where(which == 0, 0, tl.where(which == 1, last, labelled)).to(tl.int32)
 
 
 @triton.jit
-def store_edges(start, at, t, g, S: tl.constexpr):
+def store_exact(start, at, t, g, S: tl.constexpr):
     within = (t >= at.shift) & (t < at.limit)
     tl.store(start + t, g.to(start.dtype.element_ty), mask=within)
 
@@ -159,7 +205,7 @@ def store_edges(start, at, t, g, S: tl.constexpr):
 def lane_sum(x, S: tl.constexpr):
     """Sum over the classes of each lane: (height, width) to (lanes,)."""
     if S.wide:
-        return tl.sum(tl.reshape(tl.sum(x, 0), (S.width // S.vector, S.vector)), 1)
+        return tl.sum(tl.reshape(x, (S.width // S.vector, S.vector)), 1)
     else:  # noqa: RET505
         return tl.sum(x, 1)
 
@@ -167,7 +213,7 @@ def lane_sum(x, S: tl.constexpr):
 @triton.jit
 def lane_max(x, S: tl.constexpr):
     if S.wide:
-        return tl.max(tl.reshape(tl.max(x, 0), (S.width // S.vector, S.vector)), 1)
+        return tl.max(tl.reshape(x, (S.width // S.vector, S.vector)), 1)
     else:  # noqa: RET505
         return tl.max(x, 1)
 

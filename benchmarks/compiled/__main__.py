@@ -1,0 +1,77 @@
+"""`python -m benchmarks.compiled [--target NAME] [--only GLOB] [--check] [--keep DIR]`.
+
+Compiles every kernel and writes benchmarks/results/compiled/, or shows part of what would be there.
+Triton's cache is build/triton, so that a second run takes seconds for what has not changed.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.compiled.cases import cases_like
+from benchmarks.compiled.pool import compile_all
+from benchmarks.compiled.table import page
+from benchmarks.compiled.targets import TARGETS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/compiled"
+
+
+def difference(file: Path, text: str) -> str:
+    before = file.read_text() if file.exists() else ""
+    name = str(file.relative_to(ROOT))
+    lines = difflib.unified_diff(
+        before.splitlines(), text.splitlines(), name, "compiled now", lineterm=""
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled", description=__doc__)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: each")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="GLOB",
+        help="cases such as 'sm_90/pair/8142/*', whose tables are printed and not written",
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the files, write none")
+    parser.add_argument("--keep", type=Path, help="folder for the TTGIR, PTX, SASS of each kernel")
+    options = parser.parse_args(arguments)
+
+    # Both are read when Triton is imported, which is in the workers.
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
+    targets = options.target or TARGETS
+    jobs = [job for job in cases_like(options.only or ["*"]) if job[0] in targets]
+    if not jobs:
+        parser.error("no case matches --only; a case is TARGET/LOSS/CLASSES/DTYPE")
+    outcomes = compile_all(jobs, options.keep)
+    failures = [outcome for _, _, outcome in outcomes if isinstance(outcome, str)]
+    if failures:
+        print("\n\n".join(failures), file=sys.stderr)
+        print(f"{len(failures)} of {len(jobs)} cases did not compile", file=sys.stderr)
+        return 1
+    changed = 0
+    for target in dict.fromkeys(target for target, _ in jobs):
+        text = page(target, version("triton"), [(c, ks) for t, c, ks in outcomes if t == target])
+        file = RESULTS / f"{target}.md"
+        if options.only:
+            print(text)
+        elif options.check:
+            lines = difference(file, text)
+            changed += bool(lines)
+            print(lines or f"{file.relative_to(ROOT)} is as compiled now")
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            print(file.relative_to(ROOT))
+    return int(changed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

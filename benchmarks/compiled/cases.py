@@ -1,0 +1,105 @@
+"""The losses whose kernels are compiled: shapes, options, and the targets of each."""
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.compiled.targets import TARGETS
+from churn_kernels._options import (
+    DISTILLATION,
+    DIVERGENCES,
+    REDUCTIONS,
+    REGULARIZERS,
+    ROW_TERMS,
+    LossOptions,
+)
+from churn_kernels.modes import MODES
+
+# CIFAR-10; ImageNet; iNaturalist 2018; ImageNet-21k; the vocabulary of Llama 3.
+CLASS_COUNTS = [10, 1000, 8142, 21841, 128256]
+DTYPES = [torch.float32, torch.bfloat16]
+
+# How the logits lie in memory.
+CONTIGUOUS = "contiguous"
+PADDED = "padded"  # rows begin at multiples of 64 bytes
+OFFSET = "offset"  # the first row begins behind an odd number of elements
+TRANSPOSED = "transposed"
+
+
+class Case(NamedTuple):
+    """A loss of one shape. What it is compiled for does not depend on the number of rows."""
+
+    name: str
+    options: LossOptions
+    classes: int
+    dtype: torch.dtype = torch.bfloat16
+    models: int = 2
+    weighted: bool = False
+    report: bool = False
+    layout: str = CONTIGUOUS
+
+    @property
+    def label(self) -> str:
+        """Its name in the tables."""
+        return f"{self.name}/{self.classes}/{str(self.dtype).removeprefix('torch.')}"
+
+    def key(self, target: str) -> str:
+        """Its name on the command line, and its folder among the files that are kept."""
+        return f"{target}/{self.label}"
+
+
+PAIR = LossOptions(
+    0.9, 0.1, 1.5, regularizer=REGULARIZERS["entropy"], divergence=DIVERGENCES["skl"]
+)
+INVARIANT = PAIR._replace(mode=MODES.index("invariant"))
+ONE_MODEL = PAIR._replace(divergence=0, divergence_weight=0.0)
+DISTILL = LossOptions(0.5, 0.0, 4.5, divergence=DISTILLATION, teachers=2, temperature=3.0)
+
+
+def option_cases(classes: int) -> Iterator[Case]:
+    """Every option, each on its own, at one number of classes."""
+    yield Case("uniform_skl", PAIR._replace(regularizer=REGULARIZERS["uniform_skl"]), classes)
+    yield Case("top_k", PAIR._replace(top_k=10), classes)
+    unnormalised = PAIR._replace(top_k=10, renormalize_top_k=False)
+    yield Case("top_k_unnormalised", unnormalised, classes)
+    yield Case("l1", PAIR._replace(divergence=DIVERGENCES["l1"]), classes)
+    yield Case("ce", PAIR._replace(divergence=DIVERGENCES["ce"]), classes)
+    yield Case("temperature", PAIR._replace(temperature=3.0), classes)
+    yield Case("label_smoothing", PAIR._replace(label_smoothing=0.1), classes, weighted=True)
+    yield Case("report", PAIR, classes, report=True)
+    yield Case("reduction_none", PAIR._replace(reduction=REDUCTIONS["none"]), classes)
+    yield Case("row_terms", PAIR._replace(reduction=ROW_TERMS), classes)
+    yield Case("distillation", DISTILL, classes, models=3)
+    yield Case("one_model", ONE_MODEL, classes, models=1)
+    yield Case("three_models", PAIR, classes, models=3)
+    yield Case("four_models", PAIR, classes, models=4)
+    yield Case("float16", PAIR, classes, torch.float16)
+    yield Case("float64", PAIR, classes, torch.float64)
+    yield Case("invariant", INVARIANT, classes)
+    yield Case("invariant_padded", INVARIANT, classes, layout=PADDED)
+    yield Case("invariant_offset", INVARIANT, classes, layout=OFFSET)
+    yield Case("invariant_odd", INVARIANT, classes - 1)
+    yield Case("transposed", PAIR, classes, layout=TRANSPOSED)
+
+
+def all_cases() -> Iterator[tuple[str, Case]]:
+    """Each case after the target it is compiled for, in the order of the tables."""
+    for target in TARGETS:
+        for classes in CLASS_COUNTS:
+            for dtype in DTYPES:
+                yield target, Case("pair", PAIR, classes, dtype)
+        if target == "sm_90":
+            for classes in (8142, 128256):
+                for case in option_cases(classes):
+                    yield target, case
+
+
+def cases_like(globs: Sequence[str]) -> list[tuple[str, Case]]:
+    """The cases whose key one of the patterns matches, each after its target."""
+    return [
+        (target, case)
+        for target, case in all_cases()
+        if any(fnmatch(case.key(target), glob) for glob in globs)
+    ]

@@ -1,0 +1,129 @@
+"""Compiles the kernels of a case for a target that need not be there.
+
+The library launches its kernels on CPU tensors, as it would on a GPU's; Triton is told that the
+target is the current device, and stops where the kernel would start.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.compiled import cases
+from benchmarks.compiled.cases import Case
+from benchmarks.compiled.code import Kernel, read_amd, read_sass
+from benchmarks.compiled.targets import TARGETS
+from churn_kernels._options import REDUCTIONS, WANT_GRADIENTS, WANT_TERMS
+from churn_kernels.triton import launch
+from churn_kernels.triton.plan import Plan
+from churn_kernels.triton.spec import Spec
+
+ROWS = 16
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Device:
+    """A driver of Triton whose only device is the target."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def get_current_device(self) -> str:
+        """What Triton keeps compiled kernels by."""
+        return self.name
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        target = TARGETS[self.name]
+        return GPUTarget(target.backend, target.arch, target.warp)
+
+
+def logits_of(case: Case) -> list[Tensor]:
+    """The logits of the case's models, in its layout."""
+    shape, dtype = (ROWS, case.classes), case.dtype
+    if case.layout == cases.TRANSPOSED:
+        return [torch.zeros(shape[::-1], dtype=dtype).t() for _ in range(case.models)]
+    if case.layout == cases.PADDED:
+        width = -(-case.classes // 64) * 64
+        return [torch.zeros(ROWS, width, dtype=dtype)[:, : shape[1]] for _ in range(case.models)]
+    start = 1 if case.layout == cases.OFFSET else 0
+    return [
+        torch.zeros(ROWS * case.classes + start, dtype=dtype)[start:].view(shape)
+        for _ in range(case.models)
+    ]
+
+
+def launch_kernels(case: Case) -> None:
+    """The library's ops as its autograd calls them: loss, gradients of any upstream, scaling."""
+    logits = logits_of(case)
+    target = torch.zeros(ROWS, dtype=torch.int64)
+    weight = torch.ones(case.classes) if case.weighted else None
+    reduced = case.options.reduction in (REDUCTIONS["mean"], REDUCTIONS["sum"])
+    want = WANT_GRADIENTS * reduced | WANT_TERMS * case.report
+    value, record, _, gradients = launch.loss(logits, target, weight, *case.options, want)
+    launch.loss_backward(logits, target, weight, record, value, *case.options)
+    if gradients:
+        launch.scale_(gradients, value)
+
+
+def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
+    """The kernels that the case launches, each once, with the plan it was launched for."""
+    found = {}
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *arguments, warmup=True, **options)
+        specs = [argument for argument in arguments if isinstance(argument, Spec)]
+        plans = [Plan(*(getattr(spec, name).value for name in Plan._fields)) for spec in specs]
+        found.setdefault(compiled.hash, (compiled, plans[0] if plans else None))
+
+    driver.set_active(Device(target))
+    JITFunction.run = compile_only
+    try:
+        launch_kernels(case)
+    finally:
+        JITFunction.run = run
+    return list(found.values())
+
+
+def disassemble(compiled: Any) -> str:
+    """The kernel's SASS and resources, beside its cubin in Triton's cache from then on."""
+    cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
+    listing = cubin.with_suffix(".sass")
+    if not listing.exists():
+        command = [CUOBJDUMP, "-sass", "-res-usage", cubin]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        part = listing.with_suffix(f".{os.getpid()}")
+        part.write_text(result.stdout)
+        part.replace(listing)  # another worker may read it meanwhile
+    return listing.read_text()
+
+
+def compile_case(target: str, case: Case, keep: Path | None) -> list[Kernel]:
+    """The kernels of a case, with their code; files of it below `keep`, if that is given."""
+    found = []
+    for compiled, plan in compiled_by(case, target):
+        kinds = ("ttgir", "ptx", "amdgcn")
+        texts = {kind: compiled.asm[kind] for kind in kinds if kind in compiled.asm}
+        if "amdgcn" in texts:
+            code = read_amd(texts["amdgcn"], compiled.name)
+        else:
+            texts["sass"] = disassemble(compiled)
+            code = read_sass(texts["sass"])
+        if keep is not None:
+            folder = keep / case.key(target)
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, text in texts.items():
+                (folder / f"{compiled.name}.{kind}").write_text(text)
+        metadata = compiled.metadata
+        found.append(Kernel(compiled.name, plan, metadata.num_warps, metadata.shared, code))
+    return found
