@@ -1,4 +1,4 @@
-"""The losses whose kernels are compiled: shapes, options, and the targets of each."""
+"""The losses and reports whose kernels are compiled: shapes, options, and the targets of each."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -29,10 +29,13 @@ TRANSPOSED = "transposed"
 
 
 class Case(NamedTuple):
-    """A loss of one shape. What it is compiled for does not depend on the number of rows."""
+    """A loss of one shape, or `churn_report` of as many runs as `models` says.
+
+    What either is compiled for does not depend on the number of rows.
+    """
 
     name: str
-    options: LossOptions
+    options: LossOptions | None  # None: the report
     classes: int
     dtype: torch.dtype = torch.bfloat16
     models: int = 2
@@ -82,6 +85,8 @@ def option_cases(classes: int) -> Iterator[Case]:
     yield Case("invariant_offset", INVARIANT, classes, layout=OFFSET)
     yield Case("invariant_odd", INVARIANT, classes - 1)
     yield Case("transposed", PAIR, classes, layout=TRANSPOSED)
+    for runs in (2, 5, 16):
+        yield Case(f"churn_report_{runs}", None, classes, models=runs)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:

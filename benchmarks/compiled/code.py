@@ -135,7 +135,7 @@ class Kernel(NamedTuple):
     """A compiled kernel: how it is launched, and its code."""
 
     name: str
-    plan: Plan | None  # None: the kernel does not look at logits
+    plan: Plan | None  # None: the kernel does not go over logits by a plan
     warps: int
     shared: int  # bytes of a program
     code: Code

@@ -6,6 +6,7 @@ target is the current device, and stops where the kernel would start.
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.compiled.cases import Case
 from benchmarks.compiled.code import Kernel, read_amd, read_sass
 from benchmarks.compiled.targets import TARGETS
 from churn_kernels._options import REDUCTIONS, WANT_GRADIENTS, WANT_TERMS
-from churn_kernels.triton import launch
+from churn_kernels.triton import launch, report
 from churn_kernels.triton.plan import Plan
 from churn_kernels.triton.spec import Spec
 
@@ -63,8 +64,11 @@ def logits_of(case: Case) -> list[Tensor]:
 
 
 def launch_kernels(case: Case) -> None:
-    """The library's ops as its autograd calls them: loss, gradients of any upstream, scaling."""
+    """The library's ops as it calls them: loss, gradients of any upstream, scaling; or a report."""
     logits = logits_of(case)
+    if case.options is None:
+        report.row_results(logits, 0.5)
+        return
     target = torch.zeros(ROWS, dtype=torch.int64)
     weight = torch.ones(case.classes) if case.weighted else None
     reduced = case.options.reduction in (REDUCTIONS["mean"], REDUCTIONS["sum"])
@@ -75,6 +79,14 @@ def launch_kernels(case: Case) -> None:
         launch.scale_(gradients, value)
 
 
+def plan_of(kernel: str, arguments: Sequence[Any]) -> Plan | None:
+    """The plan that a kernel which goes over logits was launched for."""
+    if kernel not in ("rows_kernel", "gradient_kernel"):
+        return None
+    spec = next(argument for argument in arguments if isinstance(argument, Spec))
+    return Plan(*(getattr(spec, name).value for name in Plan._fields))
+
+
 def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
     """The kernels that the case launches, each once, with the plan it was launched for."""
     found = {}
@@ -82,9 +94,7 @@ def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
 
     def compile_only(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
         compiled = run(kernel, *arguments, warmup=True, **options)
-        specs = [argument for argument in arguments if isinstance(argument, Spec)]
-        plans = [Plan(*(getattr(spec, name).value for name in Plan._fields)) for spec in specs]
-        found.setdefault(compiled.hash, (compiled, plans[0] if plans else None))
+        found.setdefault(compiled.hash, (compiled, plan_of(compiled.name, arguments)))
 
     driver.set_active(Device(target))
     JITFunction.run = compile_only

@@ -62,7 +62,7 @@ def cells(target: str, case: Case, kernel: Kernel) -> list[str]:
     code, facts = kernel.code, TARGETS[target]
     threads = kernel.warps * facts.warp
     plan = a_class = ""
-    if kernel.name in ("rows_kernel", "gradient_kernel") and kernel.plan is not None:
+    if kernel.plan is not None:
         plan = plan_cell(kernel.plan)
         a_class = instructions_of_a_class(kernel, kernel.plan, threads, case.classes)
     numbers = [

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     height: int
     width: int
     parts: int
+    inner: int  # parts of a resident row, from the first, that cannot reach over its end
     vector: int  # classes side by side that a thread loads at once
     shift: bool  # rows begin at any address; the tile begins at the vector before
     resident: bool  # the parts hold the whole row
@@ -81,18 +82,19 @@ def plan(
     few = power_of_two(needed)
     if 4 * few <= WARP * depth:
         height = WARP * depth // (2 * few)
-        return Plan(False, height, few, 1, vector, shift, True, False, 1, 0)
+        return Plan(False, height, few, 1, 0, vector, shift, True, False, 1, 0)
     warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:
         width = warps * WARP * vector
         registers = two_programs(warps) if plain and warps == RESIDENT_WARPS else 0
         parts = -(-needed // width)
         again = element_size == 2
-        return Plan(True, 1, width, parts, vector, shift, True, again, warps, registers)
+        inner = classes // width
+        return Plan(True, 1, width, parts, inner, vector, shift, True, again, warps, registers)
     width = SWEEP_WARPS * WARP * vector
     parts = max(1, depth // 8 // vector)
     registers = two_programs(SWEEP_WARPS) if plain and classes < FEW_PROGRAMS else 0
-    return Plan(True, 1, width, parts, vector, shift, False, False, SWEEP_WARPS, registers)
+    return Plan(True, 1, width, parts, 0, vector, shift, False, False, SWEEP_WARPS, registers)
 
 
 def two_programs(warps: int) -> int:

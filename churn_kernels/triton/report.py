@@ -214,7 +214,7 @@ def make_spec(
     lanes = warps * WARP
     needed = power_of_two(math.ceil(classes / lanes))
     # Classes that a thread takes at a time of each run.
-    depth = min(needed, max(1, 32 // power_of_two(runs) // (2 if double else 1)))
+    depth = min(needed, max(1, 32 // power_of_two(runs) // (4 if double else 1)))
     vector = min(depth, multiple, VECTOR_BYTES // dtype.itemsize)
     return Spec(
         runs=runs,

@@ -147,10 +147,10 @@ def block_sums(z, at, block, class_weight, thresholds, last_ties, temperature, S
     """Sums of one block, for each lane: relative to the row's maxima where the block is the row."""
     maximum = ()
     for k in tl.static_range(S.models):
-        largest = z[0][k].to(S.compute)
+        largest = lane_max(z[0][k].to(S.compute), S)
         for part in tl.static_range(1, S.parts):
-            largest = tl.maximum(largest, z[part][k].to(S.compute))
-        maximum += (row_max(largest, S) if S.resident else lane_max(largest, S),)
+            largest = tl.maximum(largest, lane_max(z[part][k].to(S.compute), S))
+        maximum += (tl.max(largest, 0) if S.wide and S.resident else largest,)
     a = no_sums(finite_each(maximum), S)
     for part in tl.static_range(S.parts):
         c = classes_of(at, block, part, S)

@@ -94,16 +94,13 @@ def blocks(at, S: tl.constexpr):
 
 @triton.jit
 def has_edge(part: tl.constexpr, edge: tl.constexpr, S: tl.constexpr):
-    """Whether a part may reach over the row's ends, if its block is at one of them (`edge`).
-
-    Of a resident row only the first part begins, and only the last one ends, outside of it.
-    """
+    """Whether a part may reach over the row's ends, if its block is at one of them (`edge`)."""
     if not edge:
         return False
     elif not S.resident:  # noqa: RET505
         return True
     else:
-        return part == S.parts - 1 or (part == 0 and S.shift)
+        return part >= S.inner or (part == 0 and S.shift)
 
 
 @triton.jit
