@@ -1,7 +1,7 @@
 """The ops: loading what computes them, and the shapes they return, for torch.compile.
 
-Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton, declared
-here. They take `LossOptions` field by field; `_autograd` is their only caller.
+Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton,
+declared here. They take `LossOptions` field by field; `_autograd` is their only caller.
 """
 
 from collections.abc import Callable, Sequence

@@ -32,8 +32,25 @@ def round_in_interpreter():
     builder.cast_impl = rounding
 
 
+def hurry_interpreter():
+    """Let Triton's interpreter prepare its language once a kernel, not at every inner call."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def prepare_once(function):
+        used = [m for m in function.__globals__.values() if m is tl or m is tl.core]
+        if not used or any(tl.core.is_builtin(module.load) for module in used):
+            return prepare(function)
+        return interpreter._LangPatchScope()  # nothing to put back
+
+    interpreter._patch_lang = prepare_once
+
+
 if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in ck.available_backends():
     round_in_interpreter()
+    hurry_interpreter()
 
 # Workers share the cores among themselves; a test that is about threads sets their number itself.
 if "PYTEST_XDIST_WORKER" in os.environ:

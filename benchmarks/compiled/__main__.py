@@ -55,22 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failures:
         print("\n\n".join(failures), file=sys.stderr)
         print(f"{len(failures)} of {len(jobs)} cases did not compile", file=sys.stderr)
-        return 1
-    changed = 0
+        if not options.only:  # half a page is no page
+            return 1
+    changed = False
     for target in dict.fromkeys(target for target, _ in jobs):
-        text = page(target, version("triton"), [(c, ks) for t, c, ks in outcomes if t == target])
+        compiled = [
+            (case, outcome)
+            for name, case, outcome in outcomes
+            if name == target and not isinstance(outcome, str)
+        ]
+        text = page(target, version("triton"), compiled)
         file = RESULTS / f"{target}.md"
         if options.only:
             print(text)
         elif options.check:
             lines = difference(file, text)
-            changed += bool(lines)
+            changed = changed or bool(lines)
             print(lines or f"{file.relative_to(ROOT)} is as compiled now")
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
             print(file.relative_to(ROOT))
-    return int(changed > 0)
+    return int(changed or bool(failures))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from churn_kernels._options import (
     LossOptions,
     pair_count,
 )
-from churn_kernels.triton import kernels
+from churn_kernels.triton import batch, finish, kernels
 from churn_kernels.triton.plan import SHORT, VECTOR_BYTES, Plan, plan
 from churn_kernels.triton.spec import Spec, make_spec
 
@@ -43,10 +43,12 @@ class Logits(NamedTuple):
 
     @property
     def strided(self) -> bool:
+        """Whether a model's columns do not lie side by side."""
         return any(stride != 1 for stride in self.column_strides)
 
 
 def unstack(logits: Sequence[Tensor]) -> list[Tensor]:
+    """A matrix for each model, of a list of them or of one stacked tensor."""
     return list(logits[0].unbind(0)) if logits[0].dim() == 3 else list(logits)
 
 
@@ -60,6 +62,7 @@ def new_gradients(logits: Sequence[Tensor], teachers: int) -> list[Tensor]:
 
 
 def matrices(tensors: Sequence[Tensor]) -> Logits:
+    """The tensors with their strides; that of a single column may be anything, and counts as 1."""
     classes = tensors[0].shape[1]
     return Logits(
         tuple(tensors),
@@ -108,6 +111,7 @@ def as_planned(logits: Logits, vector: int) -> Logits:
 def cached_spec(
     options: LossOptions, tile: Plan, dtype: torch.dtype, models: int, **facts: bool
 ) -> Spec:
+    """`make_spec`, once for each set of arguments."""
     return make_spec(options, tile, dtype, models, **facts)
 
 
@@ -202,6 +206,7 @@ class Call:
         self.counts: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor, in the dtype of the row arithmetic unless another is named."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def guard(self) -> AbstractContextManager[Any]:
@@ -214,12 +219,10 @@ class Call:
         """Count the rows that take part: what "mean" and the report divide by."""
         if self.target is None:
             return
-        self.counters = min(
-            kernels.COUNTERS.value, triton.cdiv(self.rows, kernels.COUNT_BLOCK.value)
-        )
-        self.counts = self.empty(2, kernels.COUNTERS.value)
+        self.counters = min(batch.COUNTERS.value, triton.cdiv(self.rows, batch.COUNT_BLOCK.value))
+        self.counts = self.empty(2, batch.COUNTERS.value)
         start(
-            kernels.count_kernel,
+            batch.count_kernel,
             (self.counters,),
             4,
             self.target,
@@ -232,6 +235,7 @@ class Call:
         )
 
     def weights(self) -> tuple[float, ...]:
+        """The options that kernels take as numbers."""
         o = self.options
         return (
             o.ce_weight,
@@ -240,9 +244,6 @@ class Call:
             o.label_smoothing,
             o.temperature,
         )
-
-    def gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(unstack(tensors))
 
 
 def fake_record(
@@ -297,7 +298,7 @@ def loss(
             terms.fill_(math.nan),
             gradients,
         )
-    programs = triton.cdiv(call.rows, kernels.FINISH_ROWS.value)
+    programs = triton.cdiv(call.rows, finish.FINISH_ROWS.value)
     partial = call.empty(spec.total_terms.value, programs)
     totals = call.empty(spec.total_terms.value)
     arrivals = call.empty(1, dtype=torch.int32)
@@ -309,7 +310,7 @@ def loss(
             (call.programs,),
             call.tile.warps,
             *call.logits,
-            call.gradients(gradients) if gradients else None,
+            tuple(unstack(gradients)) if gradients else None,
             call.target,
             call.class_weight,
             call.counts,
@@ -326,7 +327,7 @@ def loss(
             registers=call.tile.registers,
         )
         start(
-            kernels.finish_kernel,
+            finish.finish_kernel,
             (programs,),
             4,
             *call.logits,
@@ -373,7 +374,7 @@ def loss_backward(
             (call.programs, triton.cdiv(call.classes + (tile.vector - 1) * tile.shift, tile.block)),
             tile.warps,
             *call.logits,
-            call.gradients(gradients),
+            tuple(unstack(gradients)),
             call.target,
             call.class_weight,
             call.counts,

@@ -25,7 +25,7 @@ def exp_nonpos(d):
     """exp(d) for d <= 0; NaN stays NaN."""
     if d.dtype == tl.float64:
         return tl.exp(d)
-    else:  # noqa: RET505 - the compiler wants both branches of a compile-time choice
+    else:
         return tl.exp2(d * LOG2_E)
 
 
@@ -40,7 +40,7 @@ def at_least_lowest(d):
     """max(d, kLowest): -inf and the masks' lowest() become numbers that no slope overflows."""
     if d.dtype == tl.float64:
         return tl.maximum(d, LOWEST_DOUBLE)
-    else:  # noqa: RET505
+    else:
         return tl.maximum(d, LOWEST_FLOAT)
 
 

@@ -10,10 +10,10 @@ Nothing here looks at the number of rows, so that a row's bits cannot depend on 
 
 The bounds come from a multiprocessor's 65536 registers. While one program waits for memory or at a
 barrier another has to compute, so two of them must fit. 16-bit logits are summed as float32, eight
-side by side, and what that takes leaves no room to keep them as well: the gradient reads them again,
-from the first-level cache. Rows in blocks are read again from the second-level cache, which holds the
-fewer of them the longer they are: beyond FEW_PROGRAMS classes one program a multiprocessor is better
-than two.
+side by side, which leaves no room to keep them as well: the gradient reads them again, from the
+first-level cache. Rows in blocks are read again from the second-level cache, which holds the fewer
+of them the longer they are: beyond FEW_PROGRAMS classes one program a multiprocessor is better than
+two.
 """
 
 from typing import NamedTuple
@@ -55,6 +55,7 @@ class Plan(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The plan's name in the table above."""
         return "rows" if not self.wide else "resident" if self.resident else "sweeps"
 
 

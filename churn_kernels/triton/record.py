@@ -1,8 +1,9 @@
 """A row's sums in memory, between the kernel that finds them and those that use them.
 
 A record is (fields, N) in the dtype of the row arithmetic: each field holds the rows side by side.
-Which fields there are, and where, `spec.make_spec` says. Integers travel as bits. What is loaded for
-a row that is not there is 1, of which every function has a value.
+Which fields there are, and where, `spec.make_spec` says. Class indices travel as bits: below 2^30
+they are no NaN, which whoever compares records would take for a difference. What is loaded for a
+row that is not there is 1, of which every function has a value.
 """
 
 import triton
@@ -17,7 +18,7 @@ from churn_kernels.triton.topk import logit_of, order_key
 def bits_of(x, S: tl.constexpr):
     if S.compute == tl.float64:
         return x.to(tl.int64).to(tl.float64, bitcast=True)
-    else:  # noqa: RET505 - the compiler wants both branches of a compile-time choice
+    else:
         return x.to(tl.int32).to(tl.float32, bitcast=True)
 
 
@@ -25,7 +26,7 @@ def bits_of(x, S: tl.constexpr):
 def index_of(x, S: tl.constexpr):
     if S.compute == tl.float64:
         return x.to(tl.int64, bitcast=True).to(tl.int32)
-    else:  # noqa: RET505
+    else:
         return x.to(tl.int32, bitcast=True)
 
 

@@ -163,7 +163,7 @@ def report_kernel(
     values,  # (3, runs, N): largest probability, confidence, entropy
     distances,  # (2, N, runs, runs), cleared: of the probabilities, and of the scaled ones
     classes,
-    alpha: "fp64",  # noqa: F821 - a dtype of Triton
+    alpha: "fp64",
     S: tl.constexpr,
 ):
     """Everything about one row."""

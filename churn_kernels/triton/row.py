@@ -92,7 +92,7 @@ def cross_entropy(
         smooth = kept(1.0 - smoothing, (1.0 - smoothing) * hard) + smoothing * soft
         dead = (sums.live[k] < classes) & (sums.mass[k] == sums.mass[k])
         return tl.where(dead, float("inf"), smooth)
-    else:  # noqa: RET505 - the compiler wants both branches of a compile-time choice
+    else:
         return hard
 
 
@@ -169,8 +169,8 @@ def divergence(
     """Value of pair p = (i, j)'s divergence.
 
     Symmetric KL: the two log masses cancel, D = d_i - d_j, SKL = (sum f_i D / mass_i - sum f_j D /
-    mass_j) / T. L1: first = sum of s p_i, second = sum of s p_j. KL to the teachers comes ready-made
-    in `first`.
+    mass_j) / T. L1: first = sum of s p_i, second = sum of s p_j. KL to the teachers comes
+    ready-made in `first`.
     """
     if S.divergence == 3:
         value = sums.first[p] - sums.second[p]
@@ -198,7 +198,7 @@ def pair_weight(i: tl.constexpr, j: tl.constexpr, weights, S: tl.constexpr):
     """Weight of the divergence between student i and model j."""
     if S.divergence == 4:
         return weights[0] / (S.models - 1)
-    elif i < j:  # noqa: RET505
+    elif i < j:
         return weights[pair_index(i, j, S.models)]
     else:
         return weights[pair_index(j, i, S.models)]

@@ -12,8 +12,9 @@ from churn_kernels._options import (
     REDUCTIONS,
     REGULARIZERS,
     ROW_TERMS,
+    LossOptions,
+    pair_count,
 )
-from churn_kernels._options import LossOptions, pair_count
 from churn_kernels.triton.plan import Plan
 
 

@@ -1,8 +1,8 @@
 """From logits to a row's sums.
 
 A resident row is summed relative to its largest logits. Of a row in blocks each lane takes the
-largest that it has seen; sums relative to different maxima add up after `rebase`, so that blocks and
-lanes come together in the same way. The order depends on the plan alone.
+largest that it has seen; sums relative to different maxima add up after `rebase`, so that blocks
+and lanes come together in the same way. The order depends on the plan alone.
 """
 
 import triton

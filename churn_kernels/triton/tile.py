@@ -1,10 +1,10 @@
 """A program's piece of the batch: where its rows begin, loads and stores, sums over lanes.
 
 A block is a tuple of `S.parts` tiles (height, width); `S` is the kernel's `spec.Spec`. A lane is
-what adds up without talking to others: a row of the tile, or, in a wide plan, a thread. Rows of odd
-length begin at addresses that are no multiple of a vector; with `S.shift` their tile begins at the
-vector before, and what lies outside the row is masked after the load: a vector never crosses the end
-of its memory.
+what adds up without talking to others: a row of the tile, or, in a wide plan, a thread. Rows of
+odd length begin at addresses that are no multiple of a vector; with `S.shift` their tile begins at
+the vector before, and what lies outside the row is masked after the load: a vector never crosses
+the end of its memory.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ def rows_of_program(S: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     if S.wide:
         return program
-    else:  # noqa: RET505 - the compiler wants both branches of a compile-time choice
+    else:
         return program * S.height + tl.arange(0, S.height)
 
 
@@ -38,7 +38,7 @@ def across(x, S: tl.constexpr):
     """A value of a row, to meet its classes."""
     if S.wide:
         return x
-    else:  # noqa: RET505
+    else:
         return x[:, None]
 
 
@@ -67,7 +67,7 @@ def aligned(pointer, S: tl.constexpr):
     """
     if S.strided:
         return pointer
-    else:  # noqa: RET505
+    else:
         step: tl.constexpr = S.element_size * S.vector
         address = pointer.to(tl.int64)
         start = (address - address % step).to(pointer.dtype)
@@ -88,7 +88,7 @@ def blocks(at, S: tl.constexpr):
     """Blocks that cover a row: one where it is resident, at least two where it is not."""
     if S.resident:
         return 1
-    else:  # noqa: RET505
+    else:
         return tl.cdiv(at.classes + at.shift, S.parts * S.width)
 
 
@@ -97,7 +97,7 @@ def has_edge(part: tl.constexpr, edge: tl.constexpr, S: tl.constexpr):
     """Whether a part may reach over the row's ends, if its block is at one of them (`edge`)."""
     if not edge:
         return False
-    elif not S.resident:  # noqa: RET505
+    elif not S.resident:
         return True
     else:
         return part >= S.inner or (part == 0 and S.shift)
@@ -160,7 +160,7 @@ def load_weights(class_weight, at, c, S: tl.constexpr):
     inside = (c >= 0) & (c < at.classes)
     if S.weighted:
         return tl.load(class_weight + c, mask=inside, other=0.0).to(S.compute)
-    else:  # noqa: RET505
+    else:
         return inside.to(S.compute)
 
 
@@ -203,7 +203,7 @@ def lane_sum(x, S: tl.constexpr):
     """Sum over the classes of each lane: (height, width) to (lanes,)."""
     if S.wide:
         return tl.sum(tl.reshape(x, (S.width // S.vector, S.vector)), 1)
-    else:  # noqa: RET505
+    else:
         return tl.sum(x, 1)
 
 
@@ -211,7 +211,7 @@ def lane_sum(x, S: tl.constexpr):
 def lane_max(x, S: tl.constexpr):
     if S.wide:
         return tl.max(tl.reshape(x, (S.width // S.vector, S.vector)), 1)
-    else:  # noqa: RET505
+    else:
         return tl.max(x, 1)
 
 
@@ -221,7 +221,7 @@ def to_lane(x, S: tl.constexpr):
     if S.wide:
         spread = tl.broadcast_to(x[:, None], (S.width // S.vector, S.vector))
         return tl.reshape(spread, (1, S.width))
-    else:  # noqa: RET505
+    else:
         return x[:, None]
 
 
@@ -230,7 +230,7 @@ def row_sum(x, S: tl.constexpr):
     """Sum over a tile's row of the batch: a scalar, or (height,)."""
     if S.wide:
         return tl.sum(lane_sum(x, S), 0)
-    else:  # noqa: RET505
+    else:
         return lane_sum(x, S)
 
 
@@ -238,7 +238,7 @@ def row_sum(x, S: tl.constexpr):
 def row_max(x, S: tl.constexpr):
     if S.wide:
         return tl.max(lane_max(x, S), 0)
-    else:  # noqa: RET505
+    else:
         return lane_max(x, S)
 
 
@@ -247,7 +247,7 @@ def row_full(value, dtype: tl.constexpr, S: tl.constexpr):
     """A value for each row of the batch."""
     if S.wide:
         return tl.full((), value, dtype)
-    else:  # noqa: RET505
+    else:
         return tl.full((S.height,), value, dtype)
 
 
@@ -256,5 +256,5 @@ def any_row(x, S: tl.constexpr):
     """Whether x holds for any of the program's rows."""
     if S.wide:
         return x
-    else:  # noqa: RET505
+    else:
         return tl.max(x.to(tl.int32), 0) > 0
