@@ -38,6 +38,9 @@ _KEEPS = {"cpu": "invariant", "triton": "invariant", "reference": "run_to_run"}
 # The oldest GPU generation whose instructions the Triton kernels are tested for.
 OLDEST_GPU = (8, 0)
 
+# Each model of a call is compiled into the Triton kernels: beyond this it would take minutes.
+MOST_TRITON_MODELS = 8
+
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -134,13 +137,15 @@ def _gpu_problem(index: int) -> str | None:
     return None
 
 
-def _pick(logits: Tensor) -> str:
+def _pick(logits: Tensor, models: int) -> str:
     if logits.is_cpu:
         if _chosen == "triton" and not _INTERPRETED:
             raise ValueError(
                 "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass "
                 "logits.cuda(), or set TRITON_INTERPRET=1 before the import to run it on the CPU"
             )
+        if _chosen == "triton" and models > MOST_TRITON_MODELS:
+            raise ValueError(f"backend 'triton' {_too_many(models)}; choose backend 'cpu'")
         return _chosen or ("cpu" if "cpu" in _OPS else "reference")
     if _chosen == "reference":
         return "reference"
@@ -152,6 +157,8 @@ def _pick(logits: Tensor) -> str:
     device = logits.device.type
     if device != "cuda":
         problem: str | None = f"churn_kernels has no kernel for {device} tensors"
+    elif models > MOST_TRITON_MODELS:
+        problem = f"backend 'triton' {_too_many(models)}"
     else:
         problem = _gpu_problem(logits.device.index)
     if problem is None:
@@ -163,6 +170,10 @@ def _pick(logits: Tensor) -> str:
         )
     _warn_of_fallback(device, problem)
     return "reference"
+
+
+def _too_many(models: int) -> str:
+    return f"takes at most {MOST_TRITON_MODELS} models, teachers included, got {models}"
 
 
 def _warn_of_fallback(device: str, problem: str) -> None:
@@ -200,7 +211,7 @@ def evaluate(
         class_weight = _checks.class_weight(class_weight, first)
     if options.top_k:
         _checks.top_k_fits(options.top_k, first.shape[-1])
-    name = _pick(first)
+    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0])
     if mode is None:
         mode = modes.default
     if mode is not None:

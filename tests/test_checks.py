@@ -337,6 +337,15 @@ class TestBackends:
         with ck.backend("triton"), raises(ValueError, message):
             ck.softmax_entropy(Z)
 
+    def test_triton_takes_so_many_models(self, monkeypatch):
+        monkeypatch.setitem(_backend._OPS, "triton", None)
+        monkeypatch.setattr(_backend, "_INTERPRETED", True)
+        message = (
+            "backend 'triton' takes at most 8 models, teachers included, got 9; choose backend"
+        )
+        with ck.backend("triton"), raises(ValueError, message):
+            ck.codistillation_loss([Z] * 9)
+
     @pytest.mark.parametrize(
         ("ops", "capability", "message"),
         [

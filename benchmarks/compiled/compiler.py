@@ -97,6 +97,7 @@ def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
         found.setdefault(compiled.hash, (compiled, plan_of(compiled.name, arguments)))
 
     driver.set_active(Device(target))
+    launch.on_nvidia.cache_clear()  # a process of the library has one kind of GPU
     JITFunction.run = compile_only
     try:
         launch_kernels(case)

@@ -63,8 +63,7 @@ def row_terms(
         else:
             for i in tl.static_range(S.models):
                 for j in tl.static_range(i + 1, S.models):
-                    p: tl.constexpr = pair_index(i, j, S.models)
-                    value = divergence(sums, i, j, p, temperature, S)
+                    value = divergence(sums, i, j, pair_index(i, j, S.models), temperature, S)
                     terms += (tl.where(active, value, 0.0),)
     return terms
 

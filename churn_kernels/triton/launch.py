@@ -18,7 +18,9 @@ from triton.language import target_info
 from churn_kernels import _checks
 from churn_kernels._options import (
     DIVERGENCES,
+    NO_REGULARIZER,
     REDUCTIONS,
+    REGULARIZERS,
     ROW_TERMS,
     WANT_GRADIENTS,
     WANT_TERMS,
@@ -26,7 +28,7 @@ from churn_kernels._options import (
     pair_count,
 )
 from churn_kernels.triton import batch, finish, kernels
-from churn_kernels.triton.plan import SHORT, VECTOR_BYTES, Plan, plan
+from churn_kernels.triton.plan import SHORT, Plan, plan, widest_vector
 from churn_kernels.triton.spec import Spec, make_spec
 
 INVARIANT = 2
@@ -79,10 +81,10 @@ def alignment(logits: Logits, classes: int, invariant: bool) -> tuple[int, bool]
     if logits.strided:
         return 1, False
     size = logits.tensors[0].element_size()
-    full = VECTOR_BYTES // size
+    full = widest_vector(len(logits.tensors), size)
     if invariant:
         return math.gcd(classes, full), False
-    starts = {z.data_ptr() % VECTOR_BYTES // size for z in logits.tensors}
+    starts = {z.data_ptr() // size % full for z in logits.tensors}
     strides = {stride % full for stride in (*logits.row_strides, classes)}
     if starts == {0} and strides == {0}:
         return full, False
@@ -151,7 +153,8 @@ def on_nvidia() -> bool:
 def is_plain(options: LossOptions, report: bool) -> bool:
     """Whether the options need no more registers than cross entropy, entropy and SKL do."""
     return (
-        options.top_k == 0
+        options.regularizer in (NO_REGULARIZER, REGULARIZERS["entropy"])
+        and options.top_k == 0
         and options.label_smoothing == 0
         and options.temperature == 1
         and options.divergence in (0, DIVERGENCES["skl"], DIVERGENCES["ce"])
@@ -181,13 +184,15 @@ class Call:
         vector, shift = alignment(self.logits, self.classes, invariant)
         if invariant and not self.logits.strided:
             self.logits = as_planned(self.logits, vector)
+        plain = is_plain(options, report) and not self.logits.strided
         self.tile = plan(
             self.classes,
             len(self.models),
             first.element_size(),
             vector,
             shift,
-            is_plain(options, report),
+            plain,
+            plain and len(self.models) <= 2 and first.dtype in (torch.float32, torch.bfloat16),
         )
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
@@ -258,7 +263,7 @@ def fake_record(
     """A tensor like the record of these arguments, for torch.compile."""
     spec = cached_spec(
         kind_of(options),
-        plan(1, models, first.element_size(), 1, False, True),
+        plan(1, models, first.element_size(), 1, False, True, False),
         first.dtype,
         models,
         has_target=target is not None,

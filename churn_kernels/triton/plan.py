@@ -65,7 +65,13 @@ def power_of_two(n: int) -> int:
 
 
 def plan(
-    classes: int, models: int, element_size: int, vector: int, shift: bool, plain: bool
+    classes: int,
+    models: int,
+    element_size: int,
+    vector: int,
+    shift: bool,
+    plain: bool,
+    bounded: bool,
 ) -> Plan:
     """The tile for rows of `classes`.
 
@@ -76,9 +82,12 @@ def plan(
         vector: classes at which the addresses of all rows are multiples (1, 2, 4, 8).
         shift: rows begin where they will, and are read from the vector before on.
         plain: no option asks for more than cross entropy, entropy and SKL do.
+        bounded: the registers of two programs suffice, which `benchmarks.compiled` shows.
     """
     needed = max(vector, classes + (vector - 1 if shift else 0))
     depth = VALUES // max(2, power_of_two(models)) // max(1, element_size // 4)
+    if models > 2:  # sums of pairs take their place
+        depth //= 2
     depth = max(1, depth if plain else depth // 2)
     few = power_of_two(needed)
     if 4 * few <= WARP * depth:
@@ -87,15 +96,23 @@ def plan(
     warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:
         width = warps * WARP * vector
-        registers = two_programs(warps) if plain and warps == RESIDENT_WARPS else 0
+        registers = two_programs(warps) if bounded and warps == RESIDENT_WARPS else 0
         parts = -(-needed // width)
         again = element_size == 2
         inner = classes // width
         return Plan(True, 1, width, parts, inner, vector, shift, True, again, warps, registers)
     width = SWEEP_WARPS * WARP * vector
     parts = max(1, depth // 8 // vector)
-    registers = two_programs(SWEEP_WARPS) if plain and classes < FEW_PROGRAMS else 0
+    registers = two_programs(SWEEP_WARPS) if bounded and classes < FEW_PROGRAMS else 0
     return Plan(True, 1, width, parts, 0, vector, shift, False, False, SWEEP_WARPS, registers)
+
+
+def widest_vector(models: int, element_size: int) -> int:
+    """Classes side by side for a thread: each costs a register for every sum of the models' pairs.
+
+    Args: as of `plan`.
+    """
+    return max(1, min(VECTOR_BYTES // element_size, 16 // power_of_two(models)))
 
 
 def two_programs(warps: int) -> int:

@@ -118,11 +118,10 @@ def add_part(a, z, c, weights, thresholds, last_ties, temperature, S: tl.constex
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 difference = d[i] - d[j]
-                first += (mul_add(f[i], difference, a.first[p]),)
-                second += (mul_add(f[j], difference, a.second[p]),)
-                reach += (tl.maximum(a.reach[p], tl.abs(difference)),)
+                first += (mul_add(f[i], difference, a.first[len(first)]),)
+                second += (mul_add(f[j], difference, a.second[len(second)]),)
+                reach += (tl.maximum(a.reach[len(reach)], tl.abs(difference)),)
     return Sums(
         a.maximum,
         mass,
@@ -241,12 +240,12 @@ def rebase(sums, maximum, temperature, S: tl.constexpr):
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 by = delta[i] - delta[j]
                 mass_i = sums.tempered_mass[i] if S.tempered else sums.mass[i]
                 mass_j = sums.tempered_mass[j] if S.tempered else sums.mass[j]
-                first += (tempered_scale[i] * mul_add(by, mass_i, sums.first[p]),)
-                second += (tempered_scale[j] * mul_add(by, mass_j, sums.second[p]),)
+                # Pairs come in order: the next entry is this one's.
+                first += (tempered_scale[i] * mul_add(by, mass_i, sums.first[len(first)]),)
+                second += (tempered_scale[j] * mul_add(by, mass_j, sums.second[len(second)]),)
     return Sums(
         maximum,
         mass,
