@@ -17,7 +17,7 @@ DEPENDENCIES := build/dependencies.stamp
 LIBRARY := build/library.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test bench gpu-report lint format clean
+.PHONY: help build run test nightly bench gpu-report lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ run: build  ## train the co-distillation methods on the digits, report into out/
 
 test: build  ## the test suite
 	@$(BIN)/python -m pytest -q -n 2
+
+nightly: build  ## the tests that take too long for every change
+	@$(BIN)/python -m pytest -q -n 2 -m nightly
 
 bench: build  ## time the losses against eager, torch.compile and a copy of the same bytes
 	@mkdir -p out

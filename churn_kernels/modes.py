@@ -8,7 +8,8 @@
 | `"exact"` | as above, and the same bits on every backend; not implemented yet |
 
 A stronger mode may stand in for a weaker one, never the other way round: a mode that a backend
-cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the three is asked for.
+cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the three is asked for; the
+Triton kernels do just what is asked for.
 """
 
 import os

@@ -4,15 +4,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from benchmarks.compiled.loops import Instruction, innermost_loops
 from churn_kernels.triton.plan import Plan
-
-
-class Instruction(NamedTuple):
-    """One line of a listing."""
-
-    address: int
-    name: str
-    jump: int | None  # the address it may go on at
 
 
 class Code(NamedTuple):
@@ -30,7 +23,7 @@ class Code(NamedTuple):
     loops: tuple[int, ...]  # instructions of each innermost loop
 
 
-SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 SASS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 AMD_LINE = re.compile(r"\s+([a-z]\w+)(?:\s+([^;]*))?")
 
@@ -38,46 +31,35 @@ AMD_LINE = re.compile(r"\s+([a-z]\w+)(?:\s+([^;]*))?")
 def sass_instructions(listing: str) -> list[Instruction]:
     """The kernel as `cuobjdump -sass` prints it, without what pads its end."""
     found = []
-    for address, name, operands in SASS_LINE.findall(listing):
+    for address, condition, name, operands in SASS_LINE.findall(listing):
         jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
         at = int(address, 16)
         target = int(jump[1], 16) if jump else None
+        leaves = re.match(r"(BRA|EXIT|RET)\b", name) and not condition and "," not in operands
         if name != "NOP" and target != at:
-            found.append(Instruction(at, name, target))
+            found.append(Instruction(at, name, target, not leaves))
     return found
 
 
 def amd_instructions(assembly: str, kernel: str) -> list[Instruction]:
-    """The kernel's part of an assembly; an address is the place in this list."""
+    """The kernel's part of an assembly without s_nop; an address is the place in this list."""
     body = assembly.partition(f"\n{kernel}:")[2].partition("\n.Lfunc_end")[0]
     labels: dict[str, int] = {}
     names: list[tuple[str, str]] = []
     for line in body.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(names)
-        elif (line := AMD_LINE.match(line)) and line[1] != "s_nop":
-            names.append((line[1], (line[2] or "").strip()))
+        elif (found := AMD_LINE.match(line)) and found[1] != "s_nop":
+            names.append((found[1], (found[2] or "").strip()))
     return [
-        Instruction(at, name, labels.get(operands) if "branch" in name else None)
+        Instruction(
+            at,
+            name,
+            labels.get(operands) if "branch" in name else None,
+            name not in ("s_branch", "s_endpgm"),
+        )
         for at, (name, operands) in enumerate(names)
     ]
-
-
-def innermost_loops(instructions: list[Instruction], ends: str) -> tuple[int, ...]:
-    """Instructions from the target of each backward jump up to it, where no other loop is inside.
-
-    Code that leaves the kernel, `ends`, is in no loop: a jump over it comes back from a rare case
-    that the compiler put aside.
-    """
-    spans = {(i.jump, i.address) for i in instructions if i.jump is not None and i.jump < i.address}
-    bodies = {span: [i for i in instructions if span[0] <= i.address <= span[1]] for span in spans}
-    loops = {span: body for span, body in bodies.items() if all(i.name != ends for i in body)}
-    inner = [
-        span
-        for span in loops
-        if not any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in loops)
-    ]
-    return tuple(len(loops[span]) for span in sorted(inner))
 
 
 def counter(instructions: list[Instruction]) -> Callable[[str], int]:
@@ -105,7 +87,7 @@ def read_sass(listing: str) -> Code:
         shuffles=count("SHFL|REDUX|CREDUX"),
         barriers=count(r"BAR\b"),
         instructions=len(instructions),
-        loops=innermost_loops(instructions, "EXIT"),
+        loops=innermost_loops(instructions),
     )
 
 
@@ -127,7 +109,7 @@ def read_amd(assembly: str, kernel: str) -> Code:
         shuffles=count(r"\w+_dpp$|ds_b?permute|ds_swizzle|v_permlane|v_readlane"),
         barriers=count("s_barrier"),
         instructions=len(instructions),
-        loops=innermost_loops(instructions, "s_endpgm"),
+        loops=innermost_loops(instructions),
     )
 
 

@@ -39,7 +39,8 @@ here was run; `python -m benchmarks.compiled` repeats it without a GPU.
 - loads, stores: of 16 bytes, from and to global memory. special: exp2, log2, reciprocal. shuffles:
   between the threads of a warp.
 - instructions: of the whole kernel. a class: of one thread, for one class of all models; where rows
-  are read in sweeps, of each innermost loop in turn.
+  are read in sweeps, of one round of each innermost loop, which is two blocks where the compiler
+  unrolled it.
 """
 
 

@@ -79,7 +79,7 @@ def build_stage() -> Stage:
 
 def check_stages(folder: Path, seconds: float) -> list[Stage]:
     """The GPU tests, parity, and what compiles beforehand the kernels that are timed later."""
-    options = ["-q", "--color=no", "-m", "gpu", "-p", "no:cacheprovider"]
+    options = ["-q", "--color=no", "-m", "gpu and not nightly", "-p", "no:cacheprovider"]
     options += ["--basetemp", BUILD_TREE / "pytest"]
     if find_spec("xdist"):  # most of the time is the compiler's, and that runs on the CPU
         options += ["-n", min(TEST_PROCESSES, os.cpu_count() or 1)]
