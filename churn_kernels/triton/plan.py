@@ -103,8 +103,12 @@ def plan(
         return Plan(True, 1, width, parts, inner, vector, shift, True, again, warps, registers)
     width = SWEEP_WARPS * WARP * vector
     parts = max(1, depth // 8 // vector)
+    resident = needed <= width * parts  # of many models little more is held at a time
+    inner = classes // width if resident else 0
     registers = two_programs(SWEEP_WARPS) if bounded and classes < FEW_PROGRAMS else 0
-    return Plan(True, 1, width, parts, 0, vector, shift, False, False, SWEEP_WARPS, registers)
+    return Plan(
+        True, 1, width, parts, inner, vector, shift, resident, False, SWEEP_WARPS, registers
+    )
 
 
 def widest_vector(models: int, element_size: int) -> int:
