@@ -130,7 +130,7 @@ def backend(name: str) -> Iterator[None]:
 def _gpu_problem(index: int) -> str | None:
     """Why CUDA device `index` cannot run the Triton kernels; None if it can."""
     if "triton" not in _OPS:
-        return _ops.triton_missing()
+        return _ops.triton_missing() or "PyTorch saw no CUDA device when the package was imported"
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < OLDEST_GPU:
         needed = ".".join(map(str, OLDEST_GPU))
         return f"the kernels need a GPU of compute capability {needed} or later"

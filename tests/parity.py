@@ -73,6 +73,8 @@ def kernel(logits, target, class_weight, options, upstream=None, backend="cpu"):
     )
     ops = _backend._OPS[backend]
     loss, terms = _autograd.evaluate(ops, leaves, target, class_weight, options, True)
+    alone, _ = _autograd.evaluate(ops, leaves, target, class_weight, options, False)
+    torch.testing.assert_close(alone, loss, rtol=1e-6, atol=1e-6, equal_nan=True)
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
     students = leaves[: len(leaves) - options.teachers]
     gradients = torch.autograd.grad(loss, students, upstream)

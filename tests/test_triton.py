@@ -14,7 +14,6 @@ from parity import (
     PLAIN,
     bytes_of,
     check,
-    device_of,
     expected,
     kernel,
     random_logits,
@@ -24,7 +23,6 @@ from parity import (
 )
 
 import churn_kernels as ck
-from churn_kernels import _backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -170,10 +168,23 @@ def test_every_row_ignored():
     assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize(
+    ("classes", "models", "dtype"), [(2047, 3, torch.float32), (4093, 2, torch.bfloat16)]
+)
+def test_odd_rows_about_one_block_long(classes, models, dtype):
+    """Where the row begins decides whether it takes one block or two."""
+    generator = seeded(classes)
+    logits = random_logits(generator, models, 2, classes, dtype)
+    options = PLAIN._replace(temperature=2.0, reduction=0)
+    check(logits, random_target(generator, 2, classes), options, backend="triton")
+
+
 def views(generator, kind):
     """Two models' logits (3, 301) that lie in memory in one of the ways users have them."""
     if kind == "stacked":
         return [torch.randn(2, 3, 301, generator=generator)]
+    if kind == "stacked, rows left out":
+        return [torch.randn(2, 4, 301, generator=generator)[:, :3]]
     if kind == "transposed":
         return [torch.randn(301, 3, generator=generator).t() for _ in range(2)]
     if kind == "every other column":
@@ -192,6 +203,7 @@ def views(generator, kind):
     "kind",
     [
         "stacked",
+        "stacked, rows left out",
         "transposed",
         "every other column",
         "rows apart",
@@ -203,16 +215,15 @@ def views(generator, kind):
 def test_memory_layouts(kind, mode):
     logits = views(seeded(kind), kind)
     target = torch.tensor([0, 300, 7])
-    options = PLAIN._replace(mode=mode, reduction=0)
-    device = device_of("triton")
-    leaves = [z.to(device).requires_grad_() for z in logits]
-    ops = _backend._OPS["triton"]
-    loss, _, _, _ = ops.loss([z.detach() for z in leaves], target.to(device), None, *options, 0)
-    models = list(logits[0]) if kind == "stacked" else logits
-    want, *_ = expected(models, target, None, options)
-    torch.testing.assert_close(loss.cpu().double(), want.double(), rtol=1e-5, atol=1e-5)
-    if kind != "stacked":
-        check(models, target, options, backend="triton")
+    options = PLAIN._replace(mode=mode)
+    if "stacked" not in kind:
+        check(logits, target, options, backend="triton")
+        return
+    loss, _, gradients = kernel(logits, target, None, options, backend="triton")
+    want, _, want_gradients = expected(list(logits[0]), target, None, options)
+    torch.testing.assert_close(loss.double(), want.double(), rtol=1e-5, atol=1e-5)
+    stacked = torch.stack([g.float() for g in want_gradients])
+    torch.testing.assert_close(gradients[0], stacked, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["per_row", "temperature_l1"])

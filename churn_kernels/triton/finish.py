@@ -127,8 +127,11 @@ def write_results(
     ATOMICS: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """The reduced loss and the means of the report, out of the batch's sums."""
-    weight, count = divisors(counts, counters, rows, S)
     value = tl.full((), 0.0, S.compute)
+    if S.reduction == 1 or S.report:  # the rows were counted
+        weight, count = divisors(counts, counters, rows, S)
+    else:
+        weight, count = value, value
     terms: tl.constexpr = 2 * S.students + S.pairs
     for i in tl.static_range(terms):
         total = batch_total(i, partial, totals, ATOMICS, S)

@@ -105,7 +105,7 @@ def write_rows(z, at, out, target, class_weight, row, temperature, S: tl.constex
             )
         parts = load_block(at, 0, True, S)
         write_block(parts, at, out, 0, True, False, target, class_weight, row, temperature, S)
-    if S.wide or S.shift:
+    if S.wide:
         write_exact(at, out, target, class_weight, row, temperature, S)
 
 

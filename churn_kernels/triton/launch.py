@@ -73,10 +73,11 @@ def matrices(tensors: Sequence[Tensor]) -> Logits:
     )
 
 
-def alignment(logits: Logits, classes: int, invariant: bool) -> tuple[int, bool]:
+def alignment(logits: Logits, classes: int, invariant: bool, apart: int = 0) -> tuple[int, bool]:
     """(classes a load may take at once, whether rows are to be read from the vector before).
 
-    With `invariant` it is a function of the number of classes alone.
+    With `invariant` it is a function of the number of classes alone. `apart`: numbers from one
+    model's gradients to the next one's in one tensor, 0 where each has a tensor of its own.
     """
     if logits.strided:
         return 1, False
@@ -84,11 +85,11 @@ def alignment(logits: Logits, classes: int, invariant: bool) -> tuple[int, bool]
     full = widest_vector(len(logits.tensors), size)
     if invariant:
         return math.gcd(classes, full), False
-    starts = {z.data_ptr() // size % full for z in logits.tensors}
+    starts = {apart % full, *(z.data_ptr() // size % full for z in logits.tensors)}
     strides = {stride % full for stride in (*logits.row_strides, classes)}
     if starts == {0} and strides == {0}:
         return full, False
-    # Gradients begin at a multiple of a vector, and their rows follow each other.
+    # A tensor of gradients begins at a multiple of a vector, and its rows follow each other.
     if starts == {0} and len(strides) == 1 and classes >= SHORT:
         return full, True
     return math.gcd(full, *starts, *strides), False
@@ -162,6 +163,11 @@ def is_plain(options: LossOptions, report: bool) -> bool:
     )
 
 
+def is_bounded(dtype: torch.dtype, vector: int) -> bool:
+    """Whether the compiler makes do with the registers of two programs, as the tables show."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and vector > 1)
+
+
 class Call:
     """The arguments that the kernels of one call share."""
 
@@ -181,7 +187,8 @@ class Call:
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.logits = matrices(self.models)
         invariant = options.mode >= INVARIANT
-        vector, shift = alignment(self.logits, self.classes, invariant)
+        apart = self.rows * self.classes if logits[0].dim() == 3 else 0
+        vector, shift = alignment(self.logits, self.classes, invariant, apart)
         if invariant and not self.logits.strided:
             self.logits = as_planned(self.logits, vector)
         plain = is_plain(options, report) and not self.logits.strided
@@ -192,7 +199,7 @@ class Call:
             vector,
             shift,
             plain,
-            plain and len(self.models) <= 2 and first.dtype in (torch.float32, torch.bfloat16),
+            plain and len(self.models) <= 2 and is_bounded(first.dtype, vector),
         )
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)

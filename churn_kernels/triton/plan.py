@@ -91,7 +91,7 @@ def plan(
     depth = max(1, depth if plain else depth // 2)
     few = power_of_two(needed)
     if 4 * few <= WARP * depth:
-        height = WARP * depth // (2 * few)
+        height = WARP * depth // (4 * few)
         return Plan(False, height, few, 1, 0, vector, shift, True, False, 1, 0)
     warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:

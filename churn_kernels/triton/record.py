@@ -31,16 +31,22 @@ def index_of(x, S: tl.constexpr):
 
 
 @triton.jit
+def offset(place: tl.constexpr, rows, row):
+    """Where field `place` of a row lies; fields times rows may pass 2^31."""
+    return tl.full((), place, tl.int64) * rows + row
+
+
+@triton.jit
 def save_field(record, rows, row, present, place: tl.constexpr, values):
     for i in tl.static_range(len(values)):
-        tl.store(record + (place + i) * rows + row, values[i], mask=present)
+        tl.store(record + offset(place + i, rows, row), values[i], mask=present)
 
 
 @triton.jit
 def load_field(record, rows, row, present, place: tl.constexpr, count: tl.constexpr):
     values = ()
     for i in tl.static_range(count):
-        values += (tl.load(record + (place + i) * rows + row, mask=present, other=1.0),)
+        values += (tl.load(record + offset(place + i, rows, row), mask=present, other=1.0),)
     return values
 
 
@@ -48,7 +54,7 @@ def load_field(record, rows, row, present, place: tl.constexpr, count: tl.conste
 def save_indices(record, rows, row, present, place: tl.constexpr, values, S: tl.constexpr):
     for i in tl.static_range(len(values)):
         bits = bits_of(values[i], S)
-        tl.store(record + (place + i) * rows + row, bits, mask=present)
+        tl.store(record + offset(place + i, rows, row), bits, mask=present)
 
 
 @triton.jit
@@ -57,7 +63,7 @@ def load_indices(
 ):
     values = ()
     for i in tl.static_range(count):
-        bits = tl.load(record + (place + i) * rows + row, mask=present, other=1.0)
+        bits = tl.load(record + offset(place + i, rows, row), mask=present, other=1.0)
         values += (index_of(bits, S),)
     return values
 

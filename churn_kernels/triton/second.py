@@ -5,8 +5,14 @@ import triton.language as tl
 
 from churn_kernels.triton.divergence import kl_term, sign
 from churn_kernels.triton.math import at_least_lowest, exp_nonpos, log_pos
-from churn_kernels.triton.row import Sums
-from churn_kernels.triton.sums import INFINITY, add_each, larger_each, largest_each, total_each
+from churn_kernels.triton.sums import (
+    INFINITY,
+    add_each,
+    larger_each,
+    largest_each,
+    total_each,
+    with_pairs,
+)
 from churn_kernels.triton.tile import across, blocks, lane_max, lane_sum, load_block
 
 
@@ -78,20 +84,4 @@ def second_sums(z, at, sums, temperature, S: tl.constexpr):
             first, second, reach = add_each(first, f), add_each(second, s), larger_each(reach, r)
     if S.wide:
         first, second, reach = total_each(first), total_each(second), largest_each(reach)
-    return Sums(
-        sums.maximum,
-        sums.mass,
-        sums.moment,
-        sums.spread,
-        sums.live,
-        sums.tempered_mass,
-        sums.top_mass,
-        sums.top_moment,
-        sums.top_spread,
-        sums.top_live,
-        sums.weighted_spread,
-        sums.weight_live,
-        first,
-        second,
-        reach,
-    )
+    return with_pairs(sums, first, second, reach)

@@ -404,14 +404,17 @@ def row_sums(z, at, class_weight, thresholds, last_ties, temperature, S: tl.cons
             inner = load_block(at, block, False, S)
             part = block_sums(inner, at, block, class_weight, thresholds, last_ties, temperature, S)
             sums = combine(sums, part, temperature, S)
-        last = load_block(at, count - 1, True, S)
-        part = block_sums(last, at, count - 1, class_weight, thresholds, last_ties, temperature, S)
-        sums = combine(sums, part, temperature, S)
+        # The last block, if it is not the first: a loop, which compiles where a branch would not.
+        for block in range(tl.maximum(count - 1, 1), count):
+            last = load_block(at, block, True, S)
+            part = block_sums(last, at, block, class_weight, thresholds, last_ties, temperature, S)
+            sums = combine(sums, part, temperature, S)
     return over_lanes(sums, temperature, S)
 
 
 @triton.jit
-def with_reach(sums, reach):
+def with_pairs(sums, first, second, reach):
+    """The same sums with others of the pairs."""
     return Sums(
         sums.maximum,
         sums.mass,
@@ -425,8 +428,8 @@ def with_reach(sums, reach):
         sums.top_live,
         sums.weighted_spread,
         sums.weight_live,
-        sums.first,
-        sums.second,
+        first,
+        second,
         reach,
     )
 
@@ -444,14 +447,15 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
             if any_row(far > FAR, S):
                 dead = row_full(0, tl.int32, S)
                 for block in range(0, blocks(at, S)):
-                    parts = z if S.resident else load_block(at, block, True, S)
+                    kept = S.resident and not S.again
+                    parts = z if kept else load_block(at, block, True, S)
                     for part in tl.static_range(S.parts):
                         a = parts[part][i] == -INFINITY
                         b = parts[part][j] == -INFINITY
                         dead = tl.maximum(dead, row_max((a != b).to(tl.int32), S))
                 far = tl.where(dead > 0, INFINITY, far)
             reach += (far,)
-    return with_reach(sums, reach)
+    return with_pairs(sums, sums.first, sums.second, reach)
 
 
 @triton.jit

@@ -85,7 +85,7 @@ def places(block, part: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def blocks(at, S: tl.constexpr):
-    """Blocks that cover a row: one where it is resident, at least two where it is not."""
+    """Blocks that cover a row."""
     if S.resident:
         return 1
     else:
