@@ -90,7 +90,7 @@ def write_rows(z, at, out, target, class_weight, row, temperature, S: tl.constex
     Backwards, because what the sums read last is what the second-level cache still holds.
     """
     if S.resident:
-        z = load_block(at, 0, True, S) if S.again else z
+        z = z if S.keeps else load_block(at, 0, True, S)
         write_block(z, at, out, 0, True, not S.wide, target, class_weight, row, temperature, S)
     else:
         count = blocks(at, S)
@@ -278,7 +278,7 @@ def gradient_kernel(
         write_exact(at, to, y, class_weight, state, temperature, S)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def scale_kernel(
     gradients,  # students x (size,)
     upstream,  # ()

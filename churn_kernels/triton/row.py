@@ -187,8 +187,8 @@ def divergence(
     return tl.where(value < 0, 0.0, value)  # rounding only; NaN stays
 
 
-@triton.jit
-def pair_index(i: tl.constexpr, j: tl.constexpr, models: tl.constexpr):
+@triton.constexpr_function
+def pair_index(i, j, models):
     """Place of (i, j), i < j, in (0, 1), (0, 2), .., (1, 2), .."""
     return (i * (2 * models - i - 1)) // 2 + j - i - 1
 
@@ -208,15 +208,14 @@ def pair_weight(i: tl.constexpr, j: tl.constexpr, weights, S: tl.constexpr):
 def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, temperature, S: tl.constexpr):
     """E_i[D] (E_i[sign] for L1) of the pair (i, j), seen from i."""
     if i < j:
-        p: tl.constexpr = pair_index(i, j, S.models)
-        mean = sums.first[p]
+        mean = sums.first[pair_index(i, j, S.models)]
     else:
-        p: tl.constexpr = pair_index(j, i, S.models)
-        mean = -sums.second[p]
+        mean = -sums.second[pair_index(j, i, S.models)]
     if S.divergence == 1:  # L1 sums are means already
         mean = mean / (sums.tempered_mass[i] * temperature)
         # Where the divergence is infinite its gradient has no value.
-        mean = tl.where(sums.reach[p] == float("inf"), float("nan"), mean)
+        reach = sums.reach[pair_index(min(i, j), max(i, j), S.models)]
+        mean = tl.where(reach == float("inf"), float("nan"), mean)
     return mean
 
 

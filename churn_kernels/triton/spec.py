@@ -141,6 +141,7 @@ def make_spec(
         fields=width,
         term_pairs=term_pairs,  # places for pairs in what is returned; `pairs` of them are computed
         total_terms=(2 * students + pairs) * (reduces or report) + (3 * students + 1) * report,
+        keeps=plan.resident and not plan.again,  # a resident row, to the gradient
         **facts,
         **plan._asdict(),
     )

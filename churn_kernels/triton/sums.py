@@ -447,8 +447,7 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
             if any_row(far > FAR, S):
                 dead = row_full(0, tl.int32, S)
                 for block in range(0, blocks(at, S)):
-                    kept = S.resident and not S.again
-                    parts = z if kept else load_block(at, block, True, S)
+                    parts = z if S.keeps else load_block(at, block, True, S)
                     for part in tl.static_range(S.parts):
                         a = parts[part][i] == -INFINITY
                         b = parts[part][j] == -INFINITY

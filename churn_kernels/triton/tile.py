@@ -92,15 +92,10 @@ def blocks(at, S: tl.constexpr):
         return tl.cdiv(at.classes + at.shift, S.parts * S.width)
 
 
-@triton.jit
-def has_edge(part: tl.constexpr, edge: tl.constexpr, S: tl.constexpr):
+@triton.constexpr_function
+def has_edge(part, edge, S):
     """Whether a part may reach over the row's ends, if its block is at one of them (`edge`)."""
-    if not edge:
-        return False
-    elif not S.resident:
-        return True
-    else:
-        return part >= S.inner or (part == 0 and S.shift)
+    return edge and (not S.resident or part >= S.inner or (part == 0 and S.shift))
 
 
 @triton.jit
