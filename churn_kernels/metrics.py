@@ -114,7 +114,7 @@ def churn_report(
 
     Reads each run once, in blocks of rows: besides the logits only one block of the R softmaxes is
     in memory, and on a GPU not even that: a Triton kernel takes each row's metrics straight from
-    the logits, in float32 unless they are float64. Rounding then shows in the means, at about 1e-7
+    the logits, in float32 unless they are float64. Rounding then shows in the means, at about 1e-6
     of them, and may move a row across an edge of a calibration bin or of `certified_agreement`; the
     other counts are those of the PyTorch path, which takes CPU tensors, runs of different dtypes
     and columns that are not side by side, in float64. A class at -inf has probability 0. The
