@@ -140,7 +140,10 @@ def test_logits_are_read_once_where_rows_are_resident(tables, target, case):
     name, parts, _, again = plan_of(line)
     if name != "resident":
         pytest.skip("rows are read in sweeps")
-    assert int(line["loads"]) == case.models * parts * (2 if again else 1)
+    # "again": once for the gradient, and once on the branch of rows with a class at -inf. The
+    # compiler may drop a load whose value it still has.
+    reads = int(line["loads"]) / (case.models * parts)
+    assert 2 <= reads <= 3 if again else reads == 1
 
 
 @every_wide_pair

@@ -96,7 +96,7 @@ def plan(
     warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:
         width = warps * WARP * vector
-        registers = two_programs(warps) if bounded and warps == RESIDENT_WARPS else 0
+        registers = registers_for(2, warps) if bounded and warps == RESIDENT_WARPS else 0
         parts = -(-needed // width)
         again = element_size == 2
         inner = classes // width
@@ -105,7 +105,10 @@ def plan(
     parts = max(1, depth // 8 // vector)
     resident = needed <= width * parts  # of many models little more is held at a time
     inner = classes // width if resident else 0
-    registers = two_programs(SWEEP_WARPS) if bounded and classes < FEW_PROGRAMS else 0
+    # Named even where it is the hardware's own bound: left to itself the compiler may take less,
+    # and spill.
+    programs = 2 if bounded and classes < FEW_PROGRAMS else 1
+    registers = registers_for(programs, SWEEP_WARPS)
     return Plan(
         True, 1, width, parts, inner, vector, shift, resident, False, SWEEP_WARPS, registers
     )
@@ -119,6 +122,6 @@ def widest_vector(models: int, element_size: int) -> int:
     return max(1, min(VECTOR_BYTES // element_size, 16 // power_of_two(models)))
 
 
-def two_programs(warps: int) -> int:
-    """Registers a thread for two programs to share a multiprocessor."""
-    return REGISTERS // (2 * warps * WARP)
+def registers_for(programs: int, warps: int) -> int:
+    """Registers a thread for so many programs to share a multiprocessor."""
+    return REGISTERS // (programs * warps * WARP)
