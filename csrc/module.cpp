@@ -9,6 +9,8 @@
 
 #include "cpu/isa.h"
 #include "rows/constants.h"
+#include "rows/exact.h"
+#include "rows/superaccumulator.h"
 
 namespace py = pybind11;
 
@@ -34,6 +36,25 @@ py::dict build_info() {
   return info;
 }
 
+// What exp_nonpos and log_pos of rows/math.h are made of.
+template <class S>
+py::dict format() {
+  using F = ck::rows::Format<S>;
+  std::vector<S> exp_terms, log_terms;
+  for (int i = 0; i < F::kExpTerms; ++i) exp_terms.push_back(F::exp_term(i));
+  for (int i = 0; i < F::kLogTerms; ++i) log_terms.push_back(F::log_term(i));
+  py::dict found;
+  found["kMantissaBits"] = F::kMantissaBits;
+  found["kShift"] = F::kShift;
+  found["kExpLowest"] = F::kExpLowest;
+  found["kLn2High"] = F::kLn2High;
+  found["kLn2Low"] = F::kLn2Low;
+  found["kSqrtHalf"] = F::kSqrtHalf;
+  found["exp_terms"] = exp_terms;
+  found["log_terms"] = log_terms;
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -52,4 +73,11 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kBlock") = ck::kBlock;
   constants.attr("kLowestFloat") = ck::kLowest<float>;
   constants.attr("kLowestDouble") = ck::kLowest<double>;
+  constants.attr("kSumLanes") = ck::kSumLanes;
+  constants.attr("kSumWords") = ck::kSumWords;
+  constants.attr("kMostPlaces") = ck::rows::kMostPlaces;
+  constants.attr("kReachBits") = ck::rows::kReachBits;
+  constants.attr("Float") = format<float>();
+  constants.attr("Double") = format<double>();
+  constants.attr("kExactSpec") = ck::kExactSpec;
 }

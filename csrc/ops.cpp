@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "cpu/buffers.h"
+#include "cpu/exact_sum.h"
+#include "cpu/float_environment.h"
 #include "cpu/isa.h"
 #include "cpu/loss.h"
 
@@ -41,7 +43,11 @@ ScalarType result_type(ck::DType dtype) {
 
 const ck::Parallel& parallel() {
   thread_local ck::Parallel parallel{1, [](int64_t tasks, int64_t grain, const auto& body) {
-                                       torch::stable::parallel_for(0, tasks, grain, body);
+                                       torch::stable::parallel_for(
+                                           0, tasks, grain, [&](int64_t begin, int64_t end) {
+                                             const ck::StandardFloats floats;
+                                             body(begin, end);
+                                           });
                                      }};
   parallel.threads = static_cast<int>(torch::stable::get_num_threads());
   return parallel;
@@ -91,7 +97,9 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
                       (options.teachers > 0) == (options.divergence == ck::Divergence::kDistill) &&
                       (options.teachers == 0 || in.loss.students() == 1),
                   "divergence 4 takes one student and one or more teachers, the others none");
-  STD_TORCH_CHECK(options.mode <= ck::Mode::kInvariant, "mode must be 0, 1 or 2 on the CPU");
+  STD_TORCH_CHECK(options.mode <= ck::Mode::kExact, "mode must be 0, 1, 2 or 3");
+  STD_TORCH_CHECK(!options.exact() || in.loss.dtype != ck::DType::kFloat64,
+                  "mode 3 (exact) takes logits of at most float32");
   STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.classes,
                   "top_k must be in [0, C]");
   if (target) {
@@ -253,13 +261,36 @@ std::string plan(std::vector<Tensor> logits, CK_LOSS_OPTIONS) {
                   parallel());
 }
 
-void scale_(std::vector<Tensor> gradients, Tensor upstream) {
+void scale_(std::vector<Tensor> gradients, Tensor upstream, bool exact) {
   STD_TORCH_CHECK(upstream.is_cpu() && upstream.numel() == 1, "upstream must be a scalar");
   const double factor = read(upstream)[0];
   for (Tensor& g : gradients) {
     STD_TORCH_CHECK(g.is_cpu() && g.is_contiguous(), "gradients must be contiguous");
-    ck::scale(dtype_of(g), g.mutable_data_ptr(), g.numel(), factor, parallel());
+    ck::scale(dtype_of(g), g.mutable_data_ptr(), g.numel(), factor, exact, parallel());
   }
+}
+
+Tensor exact_words(Tensor x) {
+  STD_TORCH_CHECK(x.is_cpu() && dtype_of(x) != ck::DType::kFloat64,
+                  "x must be a float32, float16 or bfloat16 tensor on the CPU");
+  const Tensor dense = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
+  const ck::rows::Superaccumulator sum =
+      ck::exact_sum(static_cast<const float*>(dense.const_data_ptr()), dense.numel(), parallel());
+  Tensor words = new_empty(x, {ck::kSumWords}, ScalarType::Long);
+  std::copy_n(sum.word, ck::kSumWords, static_cast<int64_t*>(words.mutable_data_ptr()));
+  return words;
+}
+
+Tensor exact_round(Tensor words) {
+  STD_TORCH_CHECK(words.is_cpu() && words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
+                      words.size(0) == ck::kSumWords,
+                  "words must be what churn_kernels::exact_words returned, or a sum of such");
+  const Tensor dense = torch::stable::contiguous(words);
+  ck::rows::Superaccumulator sum;
+  std::copy_n(static_cast<const int64_t*>(dense.const_data_ptr()), ck::kSumWords, sum.word);
+  Tensor value = new_empty(words, {}, ScalarType::Float);
+  *static_cast<float*>(value.mutable_data_ptr()) = sum.round<float>();
+  return value;
 }
 
 std::string cpu_isa(std::string request) {
@@ -275,7 +306,9 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
   m.def(
       "loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
       "Tensor upstream, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
-  m.def("scale_(Tensor(a!)[] gradients, Tensor upstream) -> ()");
+  m.def("scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()");
+  m.def("exact_words(Tensor x) -> Tensor");
+  m.def("exact_round(Tensor words) -> Tensor");
   m.def("plan(Tensor[] logits, " CK_OPTIONS_SCHEMA ") -> str");
   m.def("cpu_isa(str request) -> str");
 }
@@ -283,6 +316,8 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
+  m.impl("exact_words", TORCH_BOX(&exact_words));
+  m.impl("exact_round", TORCH_BOX(&exact_round));
   m.impl("plan", TORCH_BOX(&plan));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

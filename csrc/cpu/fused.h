@@ -7,22 +7,44 @@
 #include "../rows/softmax.h"
 #include "kernels.h"
 #include "memory.h"
+#include "sum.h"
 
 namespace ck {
 inline namespace CK_ISA {
 
-template <class T, int K>
+template <class T, int K, class A>
 struct Fused {
   using S = Compute<T>;
   using V = Vec<S>;
+  static constexpr bool kExact = std::is_same_v<A, FixedSum>;
   static constexpr int kWidth = kLanes<S>;
   // Far below any exp's range, so that lanes past the end of a row weigh exactly nothing.
   static constexpr S kNowhere = S(-1e4);
 
   static const T* logits(const RowView& row, int k) { return static_cast<const T*>(row.logits[k]); }
 
+  static constexpr int kUnroll = 4;  // a maximum has no order, so independent chains are free
+
+  static void two_largest(const RowView& row, int64_t begin, int64_t end, double* out) {
+    for (int k = 0; k < K; ++k) {
+      const T* z = logits(row, k);
+      TwoLargest<S> best[kUnroll];
+      int64_t c = begin;
+      for (; c + kUnroll * kWidth <= end; c += kUnroll * kWidth) {
+        for (int u = 0; u < kUnroll; ++u) best[u].add(load(z + c + u * kWidth));
+      }
+      for (; c + kWidth <= end; c += kWidth) best[0].add(load(z + c));
+      if (c < end) {
+        best[1].add(
+            load_first(z + c, static_cast<int>(end - c), -std::numeric_limits<S>::infinity()));
+      }
+      for (int u = 1; u < kUnroll; ++u) best[0].merge(best[u]);
+      best[0].fold_into(out[k], out[K + k]);
+    }
+  }
+
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
-    constexpr int kUnroll = 4;  // a maximum has no order, so independent chains are free
+    if constexpr (kExact) return two_largest(row, begin, end, out);
     for (int k = 0; k < K; ++k) {
       const T* z = logits(row, k);
       V best[kUnroll];
@@ -47,7 +69,7 @@ struct Fused {
     return static_cast<S*>(row.exponentials) + k * row.exponential_stride;
   }
 
-  static void sums(const RowView& row, int64_t begin, int64_t end, double* out) {
+  static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     row.exponentials ? sums<true>(row, begin, end, out) : sums<false>(row, begin, end, out);
   }
 
@@ -60,15 +82,45 @@ struct Fused {
     }
   }
 
+  // logit - maximum; exact sums need a number for a class at -inf, too.
+  CK_HD static V difference(V z, V maximum) {
+    if constexpr (kExact) return max(V(kLowest<S>), z - maximum);
+    return z - maximum;
+  }
+
+  // What tells that a row is not for this kernel's exact sums: a NaN, or terms out of bounds.
+  struct Check {
+    V exponentials, reach;
+
+    Check() : exponentials(S(0)), reach(S(0)) {}
+    CK_HD void far(V d) { reach = max(max(d, V(S(0)) - d), reach); }
+    bool fails() const {
+      const V broken = where_equal(exponentials, exponentials, V(S(0)), V(S(1)));
+      const V inside = where_greater(V(S(rows::kReach)), reach, V(S(0)), V(S(1)));
+      return any_nonzero(broken) || any_nonzero(inside);
+    }
+  };
+
+  static void add_count(Sum& total, int64_t n) {
+    if constexpr (kExact) total.fixed += n;
+    else total.real += static_cast<double>(n);
+  }
+
   template <bool kKeep>
-  static void sums(const RowView& row, int64_t begin, int64_t end, double* out) {
-    rows::SoftmaxSums<V> model[K];
-    rows::PairSums<V> pair{V(S(0)), V(S(0))};
-    V maximum[K];
+  static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
+    const float* scales = row.scales;
+    const auto none = [&](int k) {
+      const float* s = scales + k * kModelSums;
+      return rows::SoftmaxSums<A>{A(s[0]), A(s[1]), A(s[2])};
+    };
+    rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
+    rows::PairSums<A> pair{A(scales[K * kModelSums]), A(scales[K * kModelSums + 1])};
+    Check check;
+    V maximum[K], peak[K];
     const T* z[K];
     for (int k = 0; k < K; ++k) {
-      model[k] = {V(S(0)), V(S(0)), V(S(0))};
       maximum[k] = V(static_cast<S>(row.maxima[k]));
+      peak[k] = V(static_cast<S>(row.peaks[k]));
       z[k] = logits(row, k);
     }
     const bool spread = row.options->regularizer == Regularizer::kUniformSkl;
@@ -76,43 +128,56 @@ struct Fused {
       V e[K];
       for (int k = 0; k < K; ++k) {
         e[k] = rows::exp_nonpos(d[k]);
-        rows::add(model[k], e[k], d[k]);
+        rows::add(model[k], kExact ? where_equal(d[k], V(S(0)), peak[k], e[k]) : e[k], d[k]);
         if constexpr (kKeep) store<false>(exponentials(row, k) + c, e[k]);
+        if constexpr (kExact) check.exponentials = check.exponentials + e[k];
       }
-      if constexpr (K == 2) rows::add_skl(pair, e[0], e[1], d[0] - d[1]);
+      if constexpr (K == 2) {
+        const V between = d[0] - d[1];
+        rows::add_skl(pair, e[0], e[1], between);
+        if constexpr (kExact) check.far(between);
+      }
     };
     int64_t c = begin;
     for (; c + kWidth <= end; c += kWidth) {
       V d[K];
       for (int k = 0; k < K; ++k) {
         fetch_ahead(row, k, c);
-        d[k] = load(z[k] + c) - maximum[k];
+        d[k] = difference(load(z[k] + c), maximum[k]);
       }
       step(d, c);
       if (spread) {
-        for (int k = 0; k < K; ++k) rows::add_spread(model[k], d[k]);
+        for (int k = 0; k < K; ++k) {
+          rows::add_spread(model[k], d[k]);
+          if constexpr (kExact) check.far(d[k]);
+        }
       }
     }
     if (c < end) {
       const int n = static_cast<int>(end - c);
       V d[K];
       for (int k = 0; k < K; ++k) {
-        d[k] = keep_first(load_first(z[k] + c, n, S(0)) - maximum[k], n, kNowhere);
+        d[k] = keep_first(difference(load_first(z[k] + c, n, S(0)), maximum[k]), n, kNowhere);
       }
       step(d, c);
-      for (int k = 0; k < K; ++k) rows::add_spread(model[k], keep_first(d[k], n, S(0)));
+      for (int k = 0; k < K; ++k) {
+        d[k] = keep_first(d[k], n, S(0));
+        rows::add_spread(model[k], d[k]);
+        if (kExact && spread) check.far(d[k]);
+      }
     }
     for (int k = 0; k < K; ++k) {
-      double* s = out + k * kModelSums;
-      s[0] += fold(model[k].mass);
-      s[1] += fold(model[k].moment);
-      if (spread) s[2] += fold(model[k].spread);
-      s[3] += static_cast<double>(end - begin);
+      Sum* s = out + k * kModelSums;
+      model[k].mass.add_to(s[0]);
+      model[k].moment.add_to(s[1]);
+      if (spread) model[k].spread.add_to(s[2]);
+      add_count(s[3], end - begin);
+      if constexpr (kExact) s[kBroken].fixed += check.fails();
     }
     if constexpr (K == 2) {
-      double* s = out + K * kModelSums;
-      s[0] += fold(pair.first);
-      s[1] += fold(pair.second);
+      Sum* s = out + K * kModelSums;
+      pair.first.add_to(s[0]);
+      pair.second.add_to(s[1]);
     }
   }
 
@@ -141,7 +206,13 @@ struct Fused {
     CK_HD void gradients(const X* z, const X* e, X* g) const {
       using rows::max;
       X d[K];
-      for (int k = 0; k < K; ++k) d[k] = max(X(kLowest<S>), z[k] - maximum[k]);
+      for (int k = 0; k < K; ++k) {
+        d[k] = max(X(kLowest<S>), z[k] - maximum[k]);
+        if constexpr (kExact) {
+          const X dead(-std::numeric_limits<S>::infinity());
+          d[k] = where_equal(z[k], dead, X(S(0)), d[k]);
+        }
+      }
       for (int k = 0; k < K; ++k) {
         if constexpr (K == 1) {
           g[k] = rows::softmax_gradient(e[k], d[k], constant[k], slope[k], uniform[k]);
@@ -174,7 +245,7 @@ struct Fused {
         coefficients.exponentials(x, e);
       }
       coefficients.gradients(x, e, g);
-      for (int k = 0; k < K; ++k) store<kStream>(out[k] + c, g[k]);
+      for (int k = 0; k < K; ++k) store<kStream>(out[k] + c, result<A>(g[k]));
     }
     return c;
   }
@@ -193,7 +264,9 @@ struct Fused {
     for (int k = 0; k < K; ++k) x[k] = load_first(logits(row, k) + c, n, S(0));
     coefficients.exponentials(x, e);
     coefficients.gradients(x, e, g);
-    for (int k = 0; k < K; ++k) store_first(static_cast<T*>(row.gradients[k]) + c, n, g[k]);
+    for (int k = 0; k < K; ++k) {
+      store_first(static_cast<T*>(row.gradients[k]) + c, n, result<A>(g[k]));
+    }
   }
 
   static void gradient(const RowView& row, int64_t begin, int64_t end) {
@@ -230,7 +303,7 @@ struct Fused {
     coefficients.gradients(x, e, g);
     for (int k = 0; k < K; ++k) {
       const S one_hot = static_cast<S>(row.gradient[k * kGradientScalars + 7]);
-      static_cast<T*>(row.gradients[k])[row.target] = from_compute<T>(g[k] - one_hot);
+      static_cast<T*>(row.gradients[k])[row.target] = from_compute<T>(result<A>(g[k] - one_hot));
     }
   }
 };

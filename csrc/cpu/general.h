@@ -13,14 +13,16 @@
 #include "../rows/topk.h"
 #include "kernels.h"
 #include "memory.h"
+#include "sum.h"
 
 namespace ck {
 inline namespace CK_ISA {
 
-template <class T>
+template <class T, class A>
 struct General {
   using S = Compute<T>;
   using V = Vec<S>;
+  static constexpr bool kExact = std::is_same_v<A, FixedSum>;
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
@@ -85,8 +87,24 @@ struct General {
     return load_first(static_cast<const S*>(row.class_weight) + c, n, S(0));
   }
 
+  // class weight d, a number even where S has none.
+  static V weigh(V weight, V d) { return max(V(std::numeric_limits<S>::lowest()), weight * d); }
+
+  static TwoLargest<S> two_largest(const RowView& row, int k, int64_t begin, int64_t end) {
+    TwoLargest<S> best;
+    for (int64_t c = begin; c < end; c += kWidth) {
+      const int n = static_cast<int>(std::min<int64_t>(kWidth, end - c));
+      best.add(load_any(row, k, c, n, -kInfinity));
+    }
+    return best;
+  }
+
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
     for (int k = 0; k < row.models; ++k) {
+      if constexpr (kExact) {
+        two_largest(row, k, begin, end).fold_into(out[k], out[row.models + k]);
+        continue;
+      }
       V best(-kInfinity);
       for (int64_t c = begin; c < end; c += kWidth) {
         const int n = static_cast<int>(std::min<int64_t>(kWidth, end - c));
@@ -98,39 +116,46 @@ struct General {
     }
   }
 
-  // Lane sums of a chunk, one V per number of rows::ModelSums and rows::PairSums64.
-  struct Lanes {
-    V* model;
-    V* pair;
+  // Sums of a chunk, one A per number of rows::ModelSums and rows::PairSums64.
+  struct Sums {
+    A* model;
+    A* pair;
     int models, pairs;
 
-    Lanes(V* memory, int models, int pairs)
-        : model(memory), pair(memory + models * kModelSums), models(models), pairs(pairs) {
-      for (int i = 0; i < size(models, pairs); ++i) memory[i] = V(S(0));
+    Sums(void* memory, const RowView& row, int pairs)
+        : model(static_cast<A*>(memory)),
+          pair(model + row.models * kModelSums),
+          models(row.models),
+          pairs(pairs) {
+      for (int i = 0; i < size(models, pairs); ++i) new (model + i) A(row.scales[i]);
     }
     static int size(int models, int pairs) { return models * kModelSums + pairs * kPairSums; }
-    void fold_into(double* out) const {
-      for (int i = 0; i < size(models, pairs); ++i) out[i] += fold(model[i]);
+    void add_to(Sum* out) const {
+      for (int i = 0; i < size(models, pairs); ++i) model[i].add_to(out[i]);
     }
   };
 
   static void model_sums(const RowView& row, int k, const Block& block, int64_t begin, int64_t end,
-                         V* out) {
+                         A* out) {
     const bool top = row.options->regularizes_top_k() && k < row.students;
     const bool smooths = row.options->label_smoothing != 0.0;
-    rows::SoftmaxSums<V> all{out[0], out[1], out[2]}, largest{out[5], out[6], out[7]};
+    rows::SoftmaxSums<A> all{out[0], out[1], out[2]}, largest{out[5], out[6], out[7]};
+    const V peak(static_cast<S>(row.peaks[k]));
+    V check(S(0));
     each_vector(begin, end, [&](int v, int64_t c, int n) {
-      const V d = block.d[v], e = block.e[v], live = block.live[v];
+      const V d = block.d[v], live = block.live[v];
+      const V e = kExact ? where_equal(d, V(S(0)), peak, block.e[v]) * live : block.e[v];
       rows::add(all, e, d);
       rows::add_spread(all, d);
-      out[3] = out[3] + live;
-      out[4] = out[4] + block.tempered[v];
+      plus(out[3], live);
+      plus(out[4], block.tempered[v]);
       if (top) {
         const V member = members(row, k, block.logit[v], live, c);
         rows::add(largest, member * e, d);
         rows::add_spread(largest, member * d);
       }
-      if (smooths) out[8] = out[8] + class_weights(row, c, n) * d;
+      if (smooths) plus(out[8], weigh(class_weights(row, c, n), d));
+      if constexpr (kExact) check = check + e;
     });
     out[0] = all.mass;
     out[1] = all.moment;
@@ -138,6 +163,7 @@ struct General {
     out[5] = largest.mass;
     out[6] = largest.moment;
     out[7] = largest.spread;
+    if constexpr (kExact) plus(out[kBroken], where_equal(check, check, V(S(0)), V(S(1))));
   }
 
   static Block* fill_all(const RowView& row, void* memory, int64_t begin, int64_t end) {
@@ -158,34 +184,80 @@ struct General {
                : pair_count(row.models, row.options->teachers);
   }
 
-  static void sums(const RowView& row, int64_t begin, int64_t end, double* out) {
+  static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    Lanes lanes(static_cast<V*>(CK_STACK(Lanes::size(row.models, pairs(row)) * sizeof(V))),
-                row.models, pairs(row));
+    const Sums total(CK_STACK(Sums::size(row.models, pairs(row)) * sizeof(A)), row, pairs(row));
     const bool couples = pairs(row) > 0 && !row.options->needs_second_sweep();
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
       for (int k = 0; k < row.models; ++k) {
-        model_sums(row, k, blocks[k], b, e, lanes.model + k * kModelSums);
+        model_sums(row, k, blocks[k], b, e, total.model + k * kModelSums);
       }
       if (!couples) continue;
-      V* out_pair = lanes.pair;
+      A* out_pair = total.pair;
       for (int i = 0; i < row.models; ++i) {
         for (int j = i + 1; j < row.models; ++j, out_pair += kPairSums) {
-          rows::PairSums<V> pair{out_pair[0], out_pair[1]};
+          rows::PairSums<A> pair{out_pair[0], out_pair[1]};
           each_vector(b, e, [&](int v, int64_t, int) {
             rows::add_skl(pair, blocks[i].tempered[v], blocks[j].tempered[v],
                           blocks[i].d[v] - blocks[j].d[v]);
             const V differ = blocks[i].live[v] - blocks[j].live[v];
-            out_pair[2] = mul_add(differ, differ, out_pair[2]);
+            plus_product(out_pair[2], differ, differ);
           });
           out_pair[0] = pair.first;
           out_pair[1] = pair.second;
         }
       }
     }
-    lanes.fold_into(out);
+    total.add_to(out);
+  }
+
+  // The bounds of kModelBounds. A class counts in a pair where one of its exponentials is not 0.
+  static void bounds(const RowView& row, int64_t begin, int64_t end, double* out) {
+    void* memory = CK_STACK(row.models * sizeof(Block));
+    const int size = row.models * kModelBounds + pairs(row);
+    V* largest = static_cast<V*>(CK_STACK(size * sizeof(V)));
+    for (int i = 0; i < size; ++i) largest[i] = V(S(0));
+    const auto extend = [](V& bound, V x) { bound = max(max(x, V(S(0)) - x), bound); };
+    for (int64_t b = begin; b < end; b += kBlock) {
+      const int64_t e = std::min(b + kBlock, end);
+      const Block* blocks = fill_all(row, memory, b, e);
+      for (int k = 0; k < row.models; ++k) {
+        const bool top = row.options->regularizes_top_k() && k < row.students;
+        V* bound = largest + k * kModelBounds;
+        each_vector(b, e, [&](int v, int64_t c, int n) {
+          const V d = blocks[k].d[v];
+          extend(bound[0], d);
+          if (top) extend(bound[1], members(row, k, blocks[k].logit[v], blocks[k].live[v], c) * d);
+          extend(bound[2], weigh(class_weights(row, c, n), d));
+        });
+      }
+      V* bound = largest + row.models * kModelBounds;
+      const auto couple = [&](const Block& i, const Block& j, bool teaches) {
+        const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
+        each_vector(b, e, [&](int v, int64_t, int) {
+          if (teaches) {
+            const V reach = i.d[v] * inverse_temperature;
+            extend(*bound, where_greater(j.tempered[v], V(S(0)), reach, V(S(0))));
+          } else {
+            const V weight = max(i.tempered[v], j.tempered[v]);
+            extend(*bound, where_greater(weight, V(S(0)), i.d[v] - j.d[v], V(S(0))));
+          }
+        });
+      };
+      if (row.options->teachers > 0) {
+        for (int t = row.students; t < row.models; ++t) couple(blocks[0], blocks[t], true);
+      } else if (pairs(row) > 0) {
+        for (int i = 0; i < row.models; ++i) {
+          for (int j = i + 1; j < row.models; ++j, ++bound) couple(blocks[i], blocks[j], false);
+        }
+      }
+    }
+    for (int i = 0; i < size; ++i) {
+      const S* lanes = largest[i].lanes();
+      for (int l = 0; l < kWidth; ++l) out[i] = std::max(out[i], static_cast<double>(lanes[l]));
+    }
   }
 
   // The teachers' mean softmax, and how many classes only the teachers have.
@@ -197,39 +269,38 @@ struct General {
     return q * V(static_cast<S>(1.0 / row.options->teachers));
   }
 
-  static void second_sums(const RowView& row, int64_t begin, int64_t end, double* out) {
+  static void second_sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    Lanes lanes(static_cast<V*>(CK_STACK(Lanes::size(row.models, pairs(row)) * sizeof(V))),
-                row.models, pairs(row));
+    const Sums total(CK_STACK(Sums::size(row.models, pairs(row)) * sizeof(A)), row, pairs(row));
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
       if (row.options->divergence == Divergence::kDistill) {
-        distill_sums(row, blocks, b, e, lanes.pair);
+        distill_sums(row, blocks, b, e, total.pair);
       } else {
-        l1_sums(row, blocks, b, e, lanes.pair);
+        l1_sums(row, blocks, b, e, total.pair);
       }
     }
-    lanes.fold_into(out);
+    total.add_to(out);
   }
 
   static void distill_sums(const RowView& row, const Block* blocks, int64_t begin, int64_t end,
-                           V* out) {
+                           A* out) {
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
     const V log_mass(static_cast<S>(row.log_masses[0]));
     const V smallest(std::numeric_limits<S>::min());
     each_vector(begin, end, [&](int v, int64_t, int) {
       const V q = teacher_mean(row, blocks, v);
       const V log_p = blocks[0].d[v] * inverse_temperature - log_mass;
-      out[0] = out[0] + rows::kl_term(q, log_p, smallest) * blocks[0].live[v];
-      out[2] = out[2] + greater(q, V(S(0))) * (V(S(1)) - blocks[0].live[v]);
+      plus(out[0], rows::kl_term(q, log_p, smallest) * blocks[0].live[v]);
+      plus(out[2], greater(q, V(S(0))) * (V(S(1)) - blocks[0].live[v]));
     });
   }
 
-  static void l1_sums(const RowView& row, const Block* blocks, int64_t begin, int64_t end, V* out) {
+  static void l1_sums(const RowView& row, const Block* blocks, int64_t begin, int64_t end, A* out) {
     for (int i = 0; i < row.models; ++i) {
       for (int j = i + 1; j < row.models; ++j, out += kPairSums) {
-        rows::PairSums<V> pair{out[0], out[1]};
+        rows::PairSums<A> pair{out[0], out[1]};
         each_vector(begin, end, [&](int v, int64_t, int) {
           const V p_i = probability(row, blocks, i, v), p_j = probability(row, blocks, j, v);
           rows::add_l1(pair, p_i, p_j, sign(p_i, p_j));
@@ -247,73 +318,98 @@ struct General {
 
   static void gradient(const RowView& row, int64_t begin, int64_t end) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    V* g = static_cast<V*>(CK_STACK(kVectors * sizeof(V)));
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
       for (int i = 0; i < row.students; ++i) {
-        softmax_gradient(row, i, blocks[i], b, e, g);
-        if (pairs(row) > 0) divergence_gradient(row, i, blocks, b, e, g);
-        if (row.target >= b && row.target < e) {
-          S* lanes = g[(row.target - b) / kWidth].lanes();
-          lanes[(row.target - b) % kWidth] -=
-              static_cast<S>(row.gradient[i * kGradientScalars + 7]);
-        }
+        const Gradient gradient(row, i, blocks);
         T* out = static_cast<T*>(row.gradients[i]);
         each_vector(b, e, [&](int v, int64_t c, int n) {
-          n == kWidth ? store<false>(out + c, g[v]) : store_first(out + c, n, g[v]);
+          V g = gradient.at(v, c, n);
+          if (row.target >= c && row.target < c + n) {
+            g.lanes()[row.target - c] -= static_cast<S>(row.gradient[i * kGradientScalars + 7]);
+          }
+          g = result<A>(g);
+          n == kWidth ? store<false>(out + c, g) : store_first(out + c, n, g);
         });
       }
     }
   }
 
-  static void softmax_gradient(const RowView& row, int i, const Block& block, int64_t begin,
-                               int64_t end, V* g) {
-    const double* scalar = row.gradient + i * kGradientScalars;
-    const auto cast = [](double x) { return V(static_cast<S>(x)); };
-    const V constant = cast(scalar[0]), slope = cast(scalar[1]), uniform = cast(scalar[2]);
-    const V top_constant = cast(scalar[3]), top_slope = cast(scalar[4]);
-    const V top_uniform = cast(scalar[5]), minus_smoothing = cast(-scalar[6]);
-    const bool top = row.options->regularizes_top_k();
-    const bool smooths = row.options->label_smoothing != 0.0;
-    each_vector(begin, end, [&](int v, int64_t c, int n) {
-      const V d = block.d[v], e = block.e[v], live = block.live[v];
-      g[v] = rows::softmax_gradient(e, d, constant, slope, uniform * live);
-      if (top) {
-        const V member = members(row, i, block.logit[v], live, c);
-        g[v] = mul_add(member, rows::softmax_gradient(e, d, top_constant, top_slope, top_uniform),
-                       g[v]);
-      }
-      if (smooths) g[v] = mul_add(minus_smoothing, class_weights(row, c, n), g[v]);
-    });
-  }
+  // Model i's gradient of a block, but for the 1 of the target. The order of operations is that of
+  // Fused, so that exact mode has one result whichever kernel a row takes.
+  struct Gradient {
+    const RowView& row;
+    const int i;
+    const Block* blocks;
+    const double* slopes;
+    const double* others;
+    const bool couples, tempers, top, smooths, l1, linear;
+    V constant, slope, uniform, top_constant, top_slope, top_uniform, minus_smoothing;
+    V tempered_constant;
 
-  static void divergence_gradient(const RowView& row, int i, const Block* blocks, int64_t begin,
-                                  int64_t end, V* g) {
-    const double* slopes = row.slopes + i * row.models;
-    const double* others = row.others + i * row.models;
-    const bool l1 = row.options->divergence == Divergence::kL1;
-    const bool linear = row.options->divergence == Divergence::kSkl;
-    const V constant(static_cast<S>(row.gradient[i * kGradientScalars + 8]));
-    each_vector(begin, end, [&](int v, int64_t, int) {
-      V inner = constant;
-      for (int j = 0; j < row.models; ++j) {
-        // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
-        if (slopes[j] == 0.0 && others[j] == 0.0) continue;
-        const V slope(static_cast<S>(slopes[j]));
-        if (l1 && j != i) {
-          const V s = sign(probability(row, blocks, i, v), probability(row, blocks, j, v));
-          inner = mul_add(slope, s, inner);
-        } else if (linear) {
-          inner = mul_add(slope, blocks[j].d[v], inner);
+    Gradient(const RowView& row, int i, const Block* blocks)
+        : row(row),
+          i(i),
+          blocks(blocks),
+          slopes(row.slopes + i * row.models),
+          others(row.others + i * row.models),
+          couples(pairs(row) > 0),
+          tempers(row.options->temperature != 1.0),
+          top(row.options->regularizes_top_k()),
+          smooths(row.options->label_smoothing != 0.0),
+          l1(row.options->divergence == Divergence::kL1),
+          linear(row.options->divergence == Divergence::kSkl) {
+      const double* g = row.gradient + i * kGradientScalars;
+      const auto cast = [](double x) { return V(static_cast<S>(x)); };
+      constant = cast(tempers ? g[0] : g[0] + g[8]);
+      slope = cast(tempers || l1 ? g[1] : g[1] + slopes[i]);
+      uniform = cast(g[2]);
+      top_constant = cast(g[3]);
+      top_slope = cast(g[4]);
+      top_uniform = cast(g[5]);
+      minus_smoothing = cast(-g[6]);
+      tempered_constant = cast(g[8]);
+    }
+
+    V at(int v, int64_t c, int n) const {
+      const Block& block = blocks[i];
+      const V d = block.d[v], e = block.e[v], live = block.live[v];
+      V inner = mul_add(slope, d, constant);
+      V rest = uniform * live;
+      if (couples) {
+        if (!tempers) inner = add_partners(inner, v);
+        for (int j = 0; j < row.models && !l1; ++j) {
+          if (j == i || others[j] == 0.0) continue;
+          rest = mul_add(V(static_cast<S>(-others[j])), blocks[j].tempered[v], rest);
         }
-        if (!l1 && j != i) {
-          g[v] = mul_add(V(static_cast<S>(-others[j])), blocks[j].tempered[v], g[v]);
+        if (tempers) {
+          const V own(l1 ? S(0) : static_cast<S>(slopes[i]));
+          const V coupled = add_partners(mul_add(own, d, tempered_constant), v);
+          rest = mul_add(block.tempered[v], coupled, rest);
         }
       }
-      g[v] = mul_add(blocks[i].tempered[v], inner, g[v]);
-    });
-  }
+      if (top) {
+        const V more = rows::softmax_gradient(e, d, top_constant, top_slope, top_uniform);
+        const V member = members(row, i, block.logit[v], live, c);
+        rest = rest + where_equal(member, V(S(1)), more, V(S(0)));
+      }
+      if (smooths) rest = mul_add(minus_smoothing, class_weights(row, c, n), rest);
+      return mul_add(e, inner, rest);
+    }
+
+    // inner + sum over the partners j of slope_j d_j; with L1, of slope_j sign(p - p_j). A model
+    // that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+    V add_partners(V inner, int v) const {
+      for (int j = 0; j < row.models && (l1 || linear); ++j) {
+        if (j == i || slopes[j] == 0.0) continue;
+        const V by = l1 ? sign(probability(row, blocks, i, v), probability(row, blocks, j, v))
+                        : blocks[j].d[v];
+        inner = mul_add(V(static_cast<S>(slopes[j])), by, inner);
+      }
+      return inner;
+    }
+  };
 
   // A type of this namespace, so that the heap functions of the standard library are instantiated
   // for this instruction set alone.
@@ -362,20 +458,8 @@ struct General {
   }
 
   static void top_two(const RowView& row, int model, TopTwo* out) {
-    V first(-kInfinity), second(-kInfinity);
-    for (int64_t c = 0; c < row.classes; c += kWidth) {
-      const int n = static_cast<int>(std::min<int64_t>(kWidth, row.classes - c));
-      const V z = load_any(row, model, c, n, -kInfinity);
-      second = max(second, where_greater(z, first, first, z));
-      first = max(first, z);
-    }
-    S a = -kInfinity, b = -kInfinity;
-    for (int i = 0; i < kWidth; ++i) {
-      const S x = first.lanes()[i], y = second.lanes()[i];
-      b = rows::max(b, x > a ? rows::max(a, y) : x);
-      a = rows::max(a, x);
-    }
-    *out = {static_cast<double>(a), static_cast<double>(b), nth_equal(row, model, a, 1)};
+    two_largest(row, model, 0, row.classes).fold_into(out->first, out->second);
+    out->index = nth_equal(row, model, static_cast<S>(out->first), 1);
   }
 
   static double logit(const RowView& row, int model, int64_t index) {

@@ -1,4 +1,5 @@
-// Compiled once per instruction set (CK_ISA): the sweeps of every dtype, as a table.
+// Compiled once per instruction set (CK_ISA), and once more for the exact mode of one that has no
+// fma: the sweeps of every dtype, as a table.
 #include "kernels.h"
 
 #include "fused.h"
@@ -8,37 +9,54 @@ namespace ck {
 inline namespace CK_ISA {
 namespace {
 
-template <class T>
+template <class T, class A>
 void scale(void* data, int64_t begin, int64_t end, double factor) {
   T* x = static_cast<T*>(data);
   const Vec<Compute<T>> f(static_cast<Compute<T>>(factor));
   constexpr int kWidth = kLanes<Compute<T>>;
   int64_t i = begin;
-  for (; i + kWidth <= end; i += kWidth) store<false>(x + i, load(x + i) * f);
+  for (; i + kWidth <= end; i += kWidth) store<false>(x + i, result<A>(load(x + i) * f));
   if (i < end) {
     const int n = static_cast<int>(end - i);
-    store_first(x + i, n, load_first(x + i, n, Compute<T>(0)) * f);
+    store_first(x + i, n, result<A>(load_first(x + i, n, Compute<T>(0)) * f));
   }
 }
 
-template <class T, class Sweeps>
+template <class T, class A, class Sweeps>
 constexpr Kernels table() {
-  return {&Sweeps::maxima,    &Sweeps::sums,        &General<T>::second_sums, &Sweeps::gradient,
-          &General<T>::top_k, &General<T>::top_two, &General<T>::logit};
+  using Any = General<T, A>;
+  return {&Sweeps::maxima,   &Any::bounds, &Sweeps::sums, &Any::second_sums,
+          &Sweeps::gradient, &Any::top_k,  &Any::top_two, &Any::logit};
 }
 
-template <class T>
+template <class T, class A>
 constexpr KernelSet kernels_of() {
-  return {{table<T, Fused<T, 1>>(), table<T, Fused<T, 2>>()}, table<T, General<T>>(), &scale<T>};
+  return {{table<T, A, Fused<T, 1, A>>(), table<T, A, Fused<T, 2, A>>()},
+          table<T, A, General<T, A>>(),
+          &scale<T, A>};
 }
 
 }  // namespace
 
+#if !defined(CK_SOFTWARE_FMA)
 const KernelSet& kernels(DType dtype) {
-  static constexpr KernelSet sets[kDTypes] = {kernels_of<float>(), kernels_of<double>(),
-                                              kernels_of<Half>(), kernels_of<BFloat16>()};
+  static constexpr KernelSet sets[kDTypes] = {
+      kernels_of<float, FloatSum<float>>(), kernels_of<double, FloatSum<double>>(),
+      kernels_of<Half, FloatSum<float>>(), kernels_of<BFloat16, FloatSum<float>>()};
   return sets[static_cast<int>(dtype)];
 }
+#endif
+
+// The baseline's are built apart, with an fma in software.
+#if defined(__FMA__) || defined(__aarch64__) || defined(CK_SOFTWARE_FMA)
+const KernelSet& exact_kernels(DType dtype) {
+  static constexpr KernelSet sets[] = {kernels_of<float, FixedSum>(),
+                                       {},
+                                       kernels_of<Half, FixedSum>(),
+                                       kernels_of<BFloat16, FixedSum>()};
+  return sets[static_cast<int>(dtype)];
+}
+#endif
 
 }  // namespace CK_ISA
 }  // namespace ck

@@ -15,9 +15,16 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
+// A sum while it is added up: fixed point in exact mode (rows/exact.h), until RowWork makes it
+// real.
+union Sum {
+  double real;
+  int64_t fixed;
+};
+
 // One row of the problem, as the sweeps see it. Arrays are per model (students first) or per pair.
-// Sums and coefficients are plain float64 arrays in the order of rows/row.h's structs, so that
-// chunks add up in one loop.
+// Sums and coefficients are plain arrays in the order of rows/row.h's structs, so that chunks add
+// up in one loop.
 struct RowView {
   const LossOptions* options;
   int64_t classes;
@@ -33,9 +40,11 @@ struct RowView {
   // dtype; null: the gradient computes them again.
   void* exponentials;
   int64_t exponential_stride;
-  const double* maxima;          // per model
-  const double* thresholds;      // per model; of the k largest
-  const int64_t* last_ties;      // per model
+  const float* scales;       // of each sum: what its terms are times as fixed point
+  const float* peaks;        // per model: 1, or 0 where exact sums count the largest class apart
+  const double* maxima;      // per model
+  const double* thresholds;  // per model; of the k largest
+  const int64_t* last_ties;  // per model
   const double* inverse_masses;  // per model: 1 / tempered mass, for the second sweep
   const double* log_masses;      // per model: log of it
   const double* gradient;        // students x kGradientScalars
@@ -44,9 +53,15 @@ struct RowView {
 };
 
 // Layout of a row's sums: models x kModelSums, then pairs x kPairSums (rows/row.h).
-inline constexpr int kModelSums = 9;
+inline constexpr int kModelSums = 12;
+inline constexpr int kBroken = 9;  // its place among a model's sums
 inline constexpr int kPairSums = 3;
 inline constexpr int kGradientScalars = 9;
+
+// What scales the sums of exact mode that have no bound: the largest |d| of a model, over all its
+// classes and over its k largest, the largest |class weight d|, and the largest |d_i - d_j| of a
+// pair where it counts. Models x kModelBounds, then pairs.
+inline constexpr int kModelBounds = 3;
 
 // Largest and second largest logit, and the lowest index of the largest.
 struct TopTwo {
@@ -55,11 +70,14 @@ struct TopTwo {
 };
 
 struct Kernels {
-  // maxima[k] of model k over classes [begin, end).
+  // maxima[k] of model k over classes [begin, end); in exact mode also the second largest logits,
+  // as maxima[models + k].
   void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
+  // Exact mode: the largest of each bound over classes [begin, end).
+  void (*bounds)(const RowView&, int64_t begin, int64_t end, double* bounds);
   // Adds one chunk's sums to `sums`.
-  void (*sums)(const RowView&, int64_t begin, int64_t end, double* sums);
-  void (*second_sums)(const RowView&, int64_t begin, int64_t end, double* sums);
+  void (*sums)(const RowView&, int64_t begin, int64_t end, Sum* sums);
+  void (*second_sums)(const RowView&, int64_t begin, int64_t end, Sum* sums);
   void (*gradient)(const RowView&, int64_t begin, int64_t end);
   // The k-th largest logit of one model and its last tie; `heap` has room for k float64.
   void (*top_k)(const RowView&, int model, int64_t k, void* heap, double* threshold,
@@ -68,13 +86,15 @@ struct Kernels {
   double (*logit)(const RowView&, int model, int64_t index);
 };
 
-// `fused` handles one or two models whose options fold into one sweep; `general` everything.
+// `fused` handles one or two models whose options fold into one sweep; `general` everything. In
+// exact mode both give the same bits; `fused` leaves rows to `general` whose sums need other
+// scales.
 struct KernelSet {
   Kernels fused[2], general;
   // In place times a factor.
   void (*scale)(void* data, int64_t begin, int64_t end, double factor);
 };
 
-const KernelSet& kernel_set(Isa isa, DType dtype);
+const KernelSet& kernel_set(Isa isa, DType dtype, bool exact);
 
 }  // namespace ck

@@ -6,43 +6,45 @@
 #include <string>
 
 #include "../rows/constants.h"
+#include "../rows/exact.h"
+#include "../rows/superaccumulator.h"
+#include "float_environment.h"
 #include "row_work.h"
 
 namespace ck {
 
-// Each instruction set's table, from its own build of kernels.cpp.
+// Each instruction set's tables, from its own build of kernels.cpp.
+#define CK_DECLARE(isa)                        \
+  namespace isa {                              \
+  const KernelSet& kernels(DType dtype);       \
+  const KernelSet& exact_kernels(DType dtype); \
+  }
 #if defined(CK_HAS_NEON)
-namespace neon {
-const KernelSet& kernels(DType dtype);
-}
+CK_DECLARE(neon)
 #else
-namespace baseline {
-const KernelSet& kernels(DType dtype);
-}
+CK_DECLARE(baseline)
+CK_DECLARE(baseline_exact)
 #endif
 #if defined(CK_HAS_AVX2)
-namespace avx2 {
-const KernelSet& kernels(DType dtype);
-}
+CK_DECLARE(avx2)
 #endif
 #if defined(CK_HAS_AVX512)
-namespace avx512 {
-const KernelSet& kernels(DType dtype);
-}
+CK_DECLARE(avx512)
 #endif
+#undef CK_DECLARE
 
-const KernelSet& kernel_set(Isa isa, DType dtype) {
+const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
 #if defined(CK_HAS_NEON)
   (void)isa;
-  return neon::kernels(dtype);
+  return exact ? neon::exact_kernels(dtype) : neon::kernels(dtype);
 #else
 #if defined(CK_HAS_AVX512)
-  if (isa == Isa::kAvx512) return avx512::kernels(dtype);
+  if (isa == Isa::kAvx512) return exact ? avx512::exact_kernels(dtype) : avx512::kernels(dtype);
 #endif
 #if defined(CK_HAS_AVX2)
-  if (isa == Isa::kAvx2) return avx2::kernels(dtype);
+  if (isa == Isa::kAvx2) return exact ? avx2::exact_kernels(dtype) : avx2::kernels(dtype);
 #endif
-  return baseline::kernels(dtype);
+  return exact ? baseline_exact::exact_kernels(dtype) : baseline::kernels(dtype);
 #endif
 }
 
@@ -52,6 +54,28 @@ namespace {
 constexpr int64_t kGrain = 16384;
 // Gradients larger than this go past the caches: they would push out the logits of the next rows.
 constexpr int64_t kStreamBytes = 32 << 20;
+
+// Sums over the rows of a batch: in float64 from first to last, or, in exact mode, of float32
+// without an order.
+class BatchSums {
+ public:
+  BatchSums(bool exact, int count) : real_(exact ? 0 : count), exact_(exact ? count : 0) {}
+
+  void add(int i, double x) {
+    exact_.empty() ? void(real_[i] += x) : exact_[i].add(rows::canonical(static_cast<float>(x)));
+  }
+  void merge(const BatchSums& other) {
+    for (size_t i = 0; i < real_.size(); ++i) real_[i] += other.real_[i];
+    for (size_t i = 0; i < exact_.size(); ++i) exact_[i].merge(other.exact_[i]);
+  }
+  double total(int i) const { return exact_.empty() ? real_[i] : exact_[i].round<double>(); }
+  // Rounded once to the dtype of the loss.
+  double rounded(int i) const { return exact_.empty() ? real_[i] : exact_[i].round<float>(); }
+
+ private:
+  std::vector<double> real_;
+  std::vector<rows::Superaccumulator> exact_;
+};
 
 // Rows and weights that take part, and what "mean" divides by.
 struct Batch {
@@ -65,6 +89,7 @@ Batch count_rows(const LossInputs& in) {
     batch.active = in.rows;
     return batch;
   }
+  BatchSums weight(in.options.exact() && in.class_weight, 1);
   for (int64_t row = 0; row < in.rows; ++row) {
     const int64_t y = in.target[row];
     if (y == in.options.ignore_index) continue;
@@ -75,41 +100,86 @@ Batch count_rows(const LossInputs& in) {
                               "; pass ignore_index for rows without a label");
     }
     ++batch.active;
-    if (!in.class_weight) {
-      batch.weight += 1.0;
-    } else if (in.dtype == DType::kFloat64) {
-      batch.weight += static_cast<const double*>(in.class_weight)[y];
-    } else {
-      batch.weight += static_cast<const float*>(in.class_weight)[y];
-    }
+    weight.add(0, in.weight_of(y));
   }
+  batch.weight = weight.total(0);
   return batch;
 }
 
-// Upstream gradient of each row term when the reduced loss's is 1.
-std::vector<double> term_weights(const LossInputs& in, const Batch& batch) {
+// Upstream gradient of each row term when the loss's is 1; of one row's loss without a batch.
+std::vector<double> term_weights(const LossInputs& in, const Batch* batch) {
   const LossOptions& o = in.options;
-  const bool mean = o.reduction == Reduction::kMean;
-  const double rows = mean ? static_cast<double>(batch.active) : 1.0;
-  const double ce = o.ce_weight / (mean ? batch.weight : 1.0);
+  const double rows = batch ? static_cast<double>(batch->active) : 1.0;
+  const double ce = o.ce_weight / (batch ? batch->weight : 1.0);
   std::vector<double> weights(in.row_terms());
   const int students = in.students();
   const int pairs = in.row_terms() - 2 * students;
   for (int i = 0; i < in.row_terms(); ++i) {
     weights[i] = i < students       ? (in.target && o.ce_weight != 0.0 ? ce : 0.0)
                  : i < 2 * students ? o.regularizer_weight / rows
-                                    : o.divergence_weight / (rows * pairs);
+                                    : o.divergence_weight / pairs / rows;
   }
   return weights;
 }
 
-double weighted(const std::vector<double>& weights, const double* terms) {
+// Sum of terms [begin, end) times their weights.
+double weighted(const std::vector<double>& weights, const double* terms, int begin, int end) {
   double total = 0.0;
-  for (size_t i = 0; i < weights.size(); ++i) {
+  for (int i = begin; i < end; ++i) {
     if (weights[i] != 0.0) total += weights[i] * terms[i];  // a term without weight may be infinite
   }
   return total;
 }
+
+// The reduced loss of a batch, out of sums over its rows. Those of exact mode are of rows' losses,
+// rounded to float32: whoever adds up `reduction="none"` exactly gets the same bits. Class weights
+// ask for the cross entropy and the rest apart, because "mean" divides them by different numbers.
+class Reduced {
+ public:
+  Reduced(const LossInputs& in, const Batch& batch)
+      : in_(in),
+        batch_(batch),
+        mean_(in.options.reduction == Reduction::kMean),
+        row_weights_(term_weights(in, nullptr)),
+        weights_(mean_ ? term_weights(in, &batch) : row_weights_) {}
+
+  // Upstream gradient of each row term when the loss's is 1.
+  const std::vector<double>& weights() const { return weights_; }
+  int sums() const { return in_.options.exact() ? 3 : in_.row_terms(); }
+
+  double row_loss(const double* terms) const {
+    return weighted(row_weights_, terms, 0, in_.row_terms());
+  }
+  void add(const double* terms, BatchSums& sums) const {
+    const int width = in_.row_terms();
+    if (!in_.options.exact()) {
+      for (int i = 0; i < width; ++i) sums.add(i, terms[i]);
+      return;
+    }
+    sums.add(0, row_loss(terms));
+    sums.add(1, weighted(row_weights_, terms, 0, in_.students()));
+    sums.add(2, weighted(row_weights_, terms, in_.students(), width));
+  }
+  double value(const BatchSums& sums) const {
+    if (mean_ && batch_.active == 0) return std::numeric_limits<double>::quiet_NaN();
+    if (!in_.options.exact()) {
+      std::vector<double> totals(in_.row_terms());
+      for (size_t i = 0; i < totals.size(); ++i) totals[i] = sums.total(static_cast<int>(i));
+      return weighted(weights_, totals.data(), 0, in_.row_terms());
+    }
+    if (!mean_) return sums.rounded(0);
+    const double rows = static_cast<double>(batch_.active);
+    return in_.class_weight && weights_[0] != 0.0
+               ? sums.total(1) / batch_.weight + sums.total(2) / rows
+               : sums.total(0) / rows;
+  }
+
+ private:
+  const LossInputs& in_;
+  const Batch& batch_;
+  bool mean_;
+  std::vector<double> row_weights_, weights_;
+};
 
 bool streams(const LossInputs& in) {
   return in.rows * in.classes * in.students() * element_size(in.dtype) > kStreamBytes;
@@ -172,7 +242,7 @@ void* thread_memory() {
   return memory->bytes;
 }
 
-using SumSweep = void (*)(const RowView&, int64_t, int64_t, double*);
+using SumSweep = void (*)(const RowView&, int64_t, int64_t, Sum*);
 
 void add_sums(RowWork& work, const Schedule& schedule, SumSweep sweep) {
   if (!schedule.splits_rows()) {
@@ -181,41 +251,87 @@ void add_sums(RowWork& work, const Schedule& schedule, SumSweep sweep) {
     return;
   }
   const int size = work.sums_size();
-  std::vector<double> partial(schedule.chunks() * size, 0.0);
+  const bool exact = work.view().options->exact();
+  std::vector<Sum> partial(schedule.chunks() * size, Sum{});
   schedule.each_chunk([&](int64_t begin, int64_t end, int64_t chunk) {
     sweep(work.view(), begin, end, &partial[chunk * size]);
   });
   for (int64_t chunk = 0; chunk < schedule.chunks(); ++chunk) {
-    for (int i = 0; i < size; ++i) work.sums()[i] += partial[chunk * size + i];
+    for (int i = 0; i < size; ++i) {
+      const Sum& part = partial[chunk * size + i];
+      exact ? void(work.sums()[i].fixed += part.fixed) : void(work.sums()[i].real += part.real);
+    }
+  }
+}
+
+// The largest of each of `size` numbers over the classes, into `largest`; it has no order.
+template <class Sweep>
+void find_largest(const Schedule& schedule, int size, double* largest, double least, Sweep sweep) {
+  std::fill_n(largest, size, least);
+  if (!schedule.splits_rows())
+    return schedule.sweep([&](int64_t begin, int64_t end, int64_t) { sweep(begin, end, largest); });
+  std::vector<double> partial(schedule.chunks() * size, least);
+  schedule.each_chunk([&](int64_t begin, int64_t end, int64_t chunk) {
+    sweep(begin, end, &partial[chunk * size]);
+  });
+  for (int64_t i = 0; i < static_cast<int64_t>(partial.size()); ++i) {
+    largest[i % size] = std::max(largest[i % size], partial[i]);
+  }
+}
+
+// As find_largest, of the two largest logits of each model: all the largest come first.
+void find_two_largest(RowWork& work, const Schedule& schedule) {
+  const int models = work.view().models;
+  double* best = work.maxima();
+  std::fill_n(best, 2 * models, -std::numeric_limits<double>::infinity());
+  std::vector<double> partial(schedule.chunks() * 2 * models, best[0]);
+  schedule.sweep([&](int64_t begin, int64_t end, int64_t chunk) {
+    work.kernels().maxima(work.view(), begin, end, &partial[chunk * 2 * models]);
+  });
+  for (int64_t chunk = 0; chunk < schedule.chunks(); ++chunk) {
+    for (int k = 0; k < models; ++k) {
+      const double* part = &partial[(chunk * 2) * models + k];
+      best[models + k] = std::max({best[models + k], part[models], std::min(best[k], part[0])});
+      best[k] = std::max(best[k], part[0]);
+    }
   }
 }
 
 void find_maxima(RowWork& work, const Schedule& schedule) {
-  const int models = work.view().models;
-  if (!schedule.splits_rows()) {
-    work.kernels().maxima(work.view(), 0, work.view().classes, work.maxima());
-    return;
+  if (work.view().options->exact()) return find_two_largest(work, schedule);
+  find_largest(schedule, work.view().models, work.maxima(),
+               -std::numeric_limits<double>::infinity(),
+               [&](int64_t begin, int64_t end, double* largest) {
+                 work.kernels().maxima(work.view(), begin, end, largest);
+               });
+}
+
+void set_scales(RowWork& work, const Schedule& schedule) {
+  std::fill_n(work.bounds(), work.bounds_size(), 0.0);
+  if (work.needs_bounds()) {
+    find_largest(schedule, work.bounds_size(), work.bounds(), 0.0,
+                 [&](int64_t begin, int64_t end, double* largest) {
+                   work.kernels().bounds(work.view(), begin, end, largest);
+                 });
   }
-  std::vector<double> partial(schedule.chunks() * models);
-  schedule.each_chunk([&](int64_t begin, int64_t end, int64_t chunk) {
-    work.kernels().maxima(work.view(), begin, end, &partial[chunk * models]);
-  });
-  std::copy_n(partial.begin(), models, work.maxima());
-  for (int64_t i = models; i < static_cast<int64_t>(partial.size()); ++i) {
-    work.maxima()[i % models] = std::max(work.maxima()[i % models], partial[i]);
-  }
+  work.set_scales();
 }
 
 void sum_row(RowWork& work, const Schedule& schedule) {
   find_maxima(work, schedule);
   work.select_top_k();
   work.clear_sums();
+  set_scales(work, schedule);
   add_sums(work, schedule, work.kernels().sums);
-  if (work.falls_back()) add_sums(work, schedule, work.kernels().sums);
+  if (work.falls_back()) {
+    set_scales(work, schedule);
+    add_sums(work, schedule, work.kernels().sums);
+  }
   work.finish_sums();
   if (work.view().options->needs_second_sweep()) {
     work.prepare_second_sweep();
     add_sums(work, schedule, work.kernels().second_sums);
+    work.finish_second_sums();
   }
 }
 
@@ -228,29 +344,36 @@ void write_gradient(RowWork& work, const Schedule& schedule) {
 }  // namespace
 
 void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& parallel) {
+  const StandardFloats floats;
   const Batch batch = count_rows(in);
-  const std::vector<double> weights = term_weights(in, batch);
+  const Reduced reduced(in, batch);
   const Schedule schedule(in, parallel);
   const Reduction reduction = in.options.reduction;
   const bool per_row = reduction == Reduction::kNone || reduction == Reduction::kTerms;
-  const int width = in.row_terms(), reported = in.reported_terms();
-  // Per part: the sums of the row terms, then the sums of the report; folded first to last.
-  std::vector<double> partial(schedule.parts() * (width + reported), 0.0);
+  const int width = in.row_terms();
+  const int reported = out.terms ? in.reported_terms() : 0;
+  // What a result looks like: exact mode has one of each kind.
+  const auto result = [&](double x) {
+    return in.options.exact() ? rows::canonical(static_cast<float>(x)) : x;
+  };
+  // Per part, and then of all: the sums of the loss, then those of the report.
+  BatchSums total(in.options.exact(), reduced.sums() + reported);
+  std::vector<BatchSums> partial(schedule.parts(), total);
 
   schedule.each_part([&](int64_t begin, int64_t end, int64_t part) {
     RowWork work(in);
     if (out.gradients && !schedule.splits_rows()) work.keep_exponentials(thread_memory());
-    std::vector<double> row_terms(width);
-    double* part_terms = &partial[part * (width + reported)];
+    std::vector<double> terms(width), report(reported);
     for (int64_t row = begin; row < end; ++row) {
       const bool active = work.start(row, out.gradients, streams(in));
-      std::fill(row_terms.begin(), row_terms.end(), 0.0);
+      std::fill(terms.begin(), terms.end(), 0.0);
       if (active) {
         sum_row(work, schedule);
-        work.terms(row_terms.data());
-        if (out.terms) work.add_report(row_terms.data(), part_terms + width);
+        work.terms(terms.data());
+        if (reported) work.report(terms.data(), report.data());
+        for (int i = 0; i < reported; ++i) partial[part].add(reduced.sums() + i, report[i]);
         if (out.gradients) {
-          work.set_gradient(weights.data());
+          work.set_gradient(reduced.weights().data());
           write_gradient(work, schedule);
         }
       }
@@ -259,27 +382,22 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
         active ? work.save(stats) : (void)std::fill_n(stats, in.stats_width(), 0.0);
       }
       if (reduction == Reduction::kNone) {
-        out.loss[row] = active ? weighted(weights, row_terms.data()) : 0.0;
+        out.loss[row] = active ? result(reduced.row_loss(terms.data())) : 0.0;
       } else if (reduction == Reduction::kTerms) {
-        std::copy(row_terms.begin(), row_terms.end(), out.loss + row * width);
+        std::transform(terms.begin(), terms.end(), out.loss + row * width, result);
       } else {
-        for (int i = 0; i < width; ++i) part_terms[i] += row_terms[i];
+        reduced.add(terms.data(), partial[part]);
       }
     }
   });
 
-  std::vector<double> total(width + reported, 0.0);
-  for (size_t i = 0; i < partial.size(); ++i) total[i % total.size()] += partial[i];
-  if (!per_row) {
-    const bool empty_mean = reduction == Reduction::kMean && batch.active == 0;
-    *out.loss =
-        empty_mean ? std::numeric_limits<double>::quiet_NaN() : weighted(weights, total.data());
-  }
+  for (const BatchSums& sums : partial) total.merge(sums);
+  if (!per_row) *out.loss = result(reduced.value(total));
   if (out.terms) {
     for (int i = 0; i < reported; ++i) {
       const bool weighted_mean = i < in.students();
-      out.terms[i] =
-          total[width + i] / (weighted_mean ? batch.weight : static_cast<double>(batch.active));
+      out.terms[i] = result(total.total(reduced.sums() + i) /
+                            (weighted_mean ? batch.weight : static_cast<double>(batch.active)));
     }
     if (!in.target) {  // no label: cross entropy and accuracy have no value
       const int students = in.students();
@@ -292,7 +410,9 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
 
 void loss_backward(const LossInputs& in, const double* stats, const double* upstream,
                    const std::vector<void*>& gradients, const Parallel& parallel) {
-  const std::vector<double> unit = term_weights(in, count_rows(in));
+  const StandardFloats floats;
+  const Batch batch = count_rows(in);
+  const std::vector<double> unit = Reduced(in, batch).weights();
   const Schedule schedule(in, parallel);
   const Reduction reduction = in.options.reduction;
   const int width = in.row_terms();
@@ -320,9 +440,11 @@ std::string plan(const LossInputs& in, const Parallel& parallel) {
          (streams(in) && folds_into_one_sweep(in) ? " streamed" : " cached");
 }
 
-void scale(DType dtype, void* data, int64_t size, double factor, const Parallel& parallel) {
+void scale(DType dtype, void* data, int64_t size, double factor, bool exact,
+           const Parallel& parallel) {
   if (factor == 1.0) return;
-  const KernelSet& set = kernel_set(active_isa(), dtype);
+  const StandardFloats floats;
+  const KernelSet& set = kernel_set(active_isa(), dtype, exact);
   const auto body = [&](int64_t begin, int64_t end) { set.scale(data, begin, end, factor); };
   parallel.run(size, kGrain, body);
 }

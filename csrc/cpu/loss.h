@@ -24,6 +24,12 @@ struct LossInputs {
   const void* class_weight;    // (C,) in the compute dtype (float, or double for float64), or null
   LossOptions options;
 
+  // Weight of a class's cross entropy.
+  double weight_of(int64_t c) const {
+    if (!class_weight) return 1.0;
+    return dtype == DType::kFloat64 ? static_cast<const double*>(class_weight)[c]
+                                    : static_cast<const float*>(class_weight)[c];
+  }
   int models() const { return static_cast<int>(logits.size()); }
   int students() const { return models() - options.teachers; }
   int pairs() const {
@@ -67,7 +73,9 @@ void loss_backward(const LossInputs& inputs, const double* stats, const double* 
 // gradients are written through the caches or past them.
 std::string plan(const LossInputs& inputs, const Parallel& parallel);
 
-// In place times a factor; returns at once when it is 1.
-void scale(DType dtype, void* data, int64_t size, double factor, const Parallel& parallel);
+// In place times a factor, with results as exact mode has them if asked for; returns at once when
+// the factor is 1.
+void scale(DType dtype, void* data, int64_t size, double factor, bool exact,
+           const Parallel& parallel);
 
 }  // namespace ck

@@ -4,14 +4,20 @@
 #include <cmath>
 
 #include "../rows/constants.h"
+#include "../rows/exact.h"
+#include "../rows/superaccumulator.h"
 
 namespace ck {
 namespace {
 
-double weight_at(const LossInputs& in, int64_t c) {
-  if (!in.class_weight) return 1.0;
-  return in.dtype == DType::kFloat64 ? static_cast<const double*>(in.class_weight)[c]
-                                     : static_cast<const float*>(in.class_weight)[c];
+double sum_of_weights(const LossInputs& in) {
+  double total = 0.0;
+  rows::Superaccumulator exact{};
+  for (int64_t c = 0; c < in.classes; ++c) {
+    in.options.exact() ? exact.add(static_cast<float>(in.weight_of(c)))
+                       : void(total += in.weight_of(c));
+  }
+  return in.options.exact() ? exact.round<double>() : total;
 }
 
 }  // namespace
@@ -26,12 +32,15 @@ bool folds_into_one_sweep(const LossInputs& in) {
 
 RowWork::RowWork(const LossInputs& in)
     : in_(in),
-      set_(kernel_set(active_isa(), in.dtype)),
+      set_(kernel_set(active_isa(), in.dtype, in.options.exact())),
       preferred_(folds_into_one_sweep(in) ? &set_.fused[in.models() - 1] : &set_.general),
       kernels_(preferred_),
       total_weight_(static_cast<double>(in.classes)),
-      maxima_(in.models()),
       sums_(in.models() * kModelSums + pair_count(in.models(), in.options.teachers) * kPairSums),
+      scales_(sums_.size(), 1.0f),
+      bounds_(in.models() * kModelBounds + in.pairs()),
+      peaks_(in.models(), 1.0f),
+      maxima_(in.models() * (in.options.exact() ? 2 : 1)),
       thresholds_(in.models()),
       inverse_masses_(in.models()),
       log_masses_(in.models()),
@@ -43,10 +52,7 @@ RowWork::RowWork(const LossInputs& in)
       gradients_(in.students()),
       heap_(in.options.regularizes_top_k() ? in.options.top_k : 0) {
   for (const Matrix& m : in.logits) column_strides_.push_back(m.column_stride);
-  if (in.class_weight && in.options.label_smoothing != 0.0) {
-    total_weight_ = 0.0;
-    for (int64_t c = 0; c < in.classes; ++c) total_weight_ += weight_at(in, c);
-  }
+  if (in.class_weight && in.options.label_smoothing != 0.0) total_weight_ = sum_of_weights(in);
   view_ = {&in.options,
            in.classes,
            in.models(),
@@ -60,6 +66,8 @@ RowWork::RowWork(const LossInputs& in)
            false,
            nullptr,
            0,
+           scales_.data(),
+           peaks_.data(),
            maxima_.data(),
            thresholds_.data(),
            last_ties_.data(),
@@ -101,7 +109,44 @@ bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool strea
 
 void RowWork::use_general() { kernels_ = &set_.general; }
 
-void RowWork::clear_sums() { std::fill(sums_.begin(), sums_.end(), 0.0); }
+void RowWork::clear_sums() { std::fill(sums_.begin(), sums_.end(), Sum{}); }
+
+void RowWork::set_scales() {
+  if (!in_.options.exact()) return;
+  const int places = rows::places(view_.classes);
+  const auto scale = [&](int bits) {
+    return static_cast<float>(rows::power_of_two(places - bits));
+  };
+  for (int k = 0; k < view_.models; ++k) {
+    const double* bound = &bounds_[k * kModelBounds];
+    float* s = &scales_[k * kModelSums];
+    const double gap = maxima_[view_.models + k] - maxima_[k];
+    const int bits = rows::peak_exponent(gap > kLowest<float> ? gap : kLowest<float>);
+    peaks_[k] = bits < 0 ? 0.0f : 1.0f;
+    s[0] = s[1] = s[5] = s[6] = scale(bits);
+    s[4] = scale(0);
+    s[2] = scale(rows::reach_exponent(bound[0]));
+    s[7] = scale(rows::reach_exponent(bound[1]));
+    s[8] = scale(rows::reach_exponent(bound[2]));
+  }
+  for (int p = 0; p < in_.pairs(); ++p) {
+    const double reach = bounds_[view_.models * kModelBounds + p];
+    float* s = &scales_[view_.models * kModelSums + p * kPairSums];
+    // A term of KL to the teachers is at most reach + log C + 88.
+    const int bits = in_.options.divergence == Divergence::kL1 ? 0
+                     : in_.options.divergence == Divergence::kDistill
+                         ? rows::reach_exponent(2 * reach)
+                         : rows::reach_exponent(reach);
+    s[0] = s[1] = scale(bits);
+  }
+}
+
+void RowWork::make_real(int begin, int end) {
+  if (!in_.options.exact()) return;
+  for (int i = begin; i < end; ++i) {
+    sums_[i].real = static_cast<double>(sums_[i].fixed) / static_cast<double>(scales_[i]);
+  }
+}
 
 void RowWork::select_top_k() {
   if (heap_.empty()) return;
@@ -112,25 +157,52 @@ void RowWork::select_top_k() {
 
 bool RowWork::falls_back() {
   if (kernels_ == &set_.general) return false;
+  bool general = false;
   for (int k = 0; k < view_.models; ++k) {
-    if (std::isnan(model(k).moment)) {
-      use_general();
-      clear_sums();
-      return true;
-    }
+    const bool broken = sums_[k * kModelSums + kBroken].fixed != 0;
+    general = general || (in_.options.exact() ? broken : std::isnan(model(k).moment));
   }
-  return false;
+  if (!general) return false;
+  use_general();
+  clear_sums();
+  return true;
 }
 
 void RowWork::finish_sums() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
+  make_real(0, view_.models * kModelSums);
+  if (!in_.options.needs_second_sweep()) finish_second_sums();
   for (int k = 0; k < view_.models; ++k) {
     rows::ModelSums& s = model(k);
+    if (s.broken != 0.0) s.mass = nan;
+    const double apart = 1.0 - peaks_[k];  // the largest class, where it is counted apart
+    s.tail = s.mass - (1.0 - apart);
+    s.top_tail = s.top_mass - (1.0 - apart);
+    s.mass += apart;
+    s.top_mass += apart;
     // Every class at -inf, or a NaN that the maximum passed over: nothing of the row has a meaning.
     if (!(maxima_[k] > -std::numeric_limits<double>::infinity()) || std::isnan(s.mass)) {
-      s.mass = s.moment = s.top_mass = s.tempered_mass = nan;
+      s.mass = s.moment = s.top_mass = s.tempered_mass = s.tail = s.top_tail = nan;
     }
     if (in_.options.temperature == 1.0) s.tempered_mass = s.mass;
+  }
+}
+
+void RowWork::finish_second_sums() {
+  if (!in_.options.exact()) return;
+  make_real(view_.models * kModelSums, static_cast<int>(sums_.size()));
+  if (!in_.options.needs_second_sweep()) return;
+  // Fixed point holds no NaN, and here nothing divides by a mass any more.
+  const auto poison = [&](int k) { return model(k).tempered_mass * 0.0; };
+  if (in_.options.teachers > 0) {
+    for (int k = 0; k < view_.models; ++k) pair(0).first += poison(k);
+    return;
+  }
+  for (int i = 0, p = 0; i < view_.models; ++i) {
+    for (int j = i + 1; j < view_.models; ++j, ++p) {
+      pair(p).first += poison(i) + poison(j);
+      pair(p).second += poison(i) + poison(j);
+    }
   }
 }
 
@@ -142,7 +214,7 @@ void RowWork::prepare_second_sweep() {
 }
 
 double RowWork::target_weight() const {
-  return view_.target < 0 ? 0.0 : weight_at(in_, view_.target);
+  return view_.target < 0 ? 0.0 : in_.weight_of(view_.target);
 }
 
 void RowWork::terms(double* out) const {
@@ -173,13 +245,13 @@ void RowWork::terms(double* out) const {
   }
 }
 
-void RowWork::add_report(const double* terms, double* out) const {
+void RowWork::report(const double* terms, double* out) const {
   const int students = view_.students;
   double *accuracy = out + 2 * students, *confidence = out + 3 * students,
          *entropy = out + 4 * students, *divergence = out + 5 * students;
   const int pairs = in_.row_terms() - 2 * students;
-  for (int i = 0; i < 2 * students; ++i) out[i] += terms[i];
-  for (int p = 0; p < pairs; ++p) divergence[p] += terms[2 * students + p];
+  std::copy_n(terms, 2 * students, out);
+  std::copy_n(terms + 2 * students, pairs, divergence);
   // A row that holds a NaN predicts nothing.
   const double nan = std::numeric_limits<double>::quiet_NaN();
   int64_t winner = -1;
@@ -192,11 +264,11 @@ void RowWork::add_report(const double* terms, double* out) const {
     if (k > 0 && top.index != winner) agree *= 0.0;
     winner = top.index;
     if (k >= students) continue;
-    accuracy[k] += broken ? nan : top.index == view_.target;
-    confidence[k] += (1.0 - std::exp(top.second - top.first)) / model(k).mass;
-    entropy[k] += rows::entropy(model(k));
+    accuracy[k] = broken ? nan : top.index == view_.target;
+    confidence[k] = (1.0 - rows::exp_nonpos(top.second - top.first)) / model(k).mass;
+    entropy[k] = rows::entropy(model(k));
   }
-  divergence[pairs] += agree;
+  divergence[pairs] = agree;
 }
 
 void RowWork::set_gradient(const double* weights) {
@@ -230,15 +302,14 @@ void RowWork::set_gradient(const double* weights) {
       if (divergence_weights[p] == 0.0) continue;
       // L1 sums are means already; those of symmetric KL still carry mass and temperature. Where
       // the divergence is infinite its gradient has no value.
-      double scale_i = 1.0, scale_j = 1.0;
+      double mean_i = pair(p).first, mean_j = -pair(p).second;
       if (o.divergence == Divergence::kSkl) {
-        const double poison =
-            pair(p).mismatch > 0.0 ? std::numeric_limits<double>::quiet_NaN() : 1.0;
-        scale_i = poison / (model(i).tempered_mass * o.temperature);
-        scale_j = poison / (model(j).tempered_mass * o.temperature);
+        mean_i /= model(i).tempered_mass * o.temperature;
+        mean_j /= model(j).tempered_mass * o.temperature;
+        if (pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
       }
-      couple(i, j, pair(p).first * scale_i, divergence_weights[p]);
-      couple(j, i, -pair(p).second * scale_j, divergence_weights[p]);
+      couple(i, j, mean_i, divergence_weights[p]);
+      couple(j, i, mean_j, divergence_weights[p]);
     }
   }
 }

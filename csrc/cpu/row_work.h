@@ -10,8 +10,9 @@
 
 namespace ck {
 
-static_assert(sizeof(rows::ModelSums) == kModelSums * sizeof(double));
-static_assert(sizeof(rows::PairSums64) == kPairSums * sizeof(double));
+static_assert(sizeof(Sum) == sizeof(double));
+static_assert(sizeof(rows::ModelSums) == kModelSums * sizeof(Sum));
+static_assert(sizeof(rows::PairSums64) == kPairSums * sizeof(Sum));
 static_assert(sizeof(rows::ModelGradient) == kGradientScalars * sizeof(double));
 
 // Whether a call's options and strides allow the fused sweeps (cpu/fused.h).
@@ -34,20 +35,26 @@ class RowWork {
   const Kernels& kernels() const { return *kernels_; }
   int sums_size() const { return static_cast<int>(sums_.size()); }
   double* maxima() { return maxima_.data(); }
-  double* sums() { return sums_.data(); }
+  Sum* sums() { return sums_.data(); }
+  double* bounds() { return bounds_.data(); }
+  int bounds_size() const { return static_cast<int>(bounds_.size()); }
 
   void clear_sums();
   void select_top_k();
+  // Whether the row's sums are scaled by its bounds, which the caller is then to find.
+  bool needs_bounds() const { return in_.options.exact() && kernels_ == &set_.general; }
+  void set_scales();
   // After the first sums; true if the row must be summed again by the general kernel, because it
-  // holds a class at -inf (or a NaN).
+  // holds a class at -inf (or a NaN), or its exact sums need other scales.
   bool falls_back();
-  void prepare_second_sweep();
   void finish_sums();
+  void prepare_second_sweep();
+  void finish_second_sums();
 
   // [CE per student | R per student | D per pair], unweighted.
   void terms(double* out) const;
-  // Adds this row's reported terms; see LossInputs::reported_terms.
-  void add_report(const double* terms, double* out) const;
+  // This row's reported terms; see LossInputs::reported_terms.
+  void report(const double* terms, double* out) const;
   double target_weight() const;
 
   // weights: upstream gradient of each of terms().
@@ -66,6 +73,7 @@ class RowWork {
   }
   const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
   void use_general();
+  void make_real(int begin, int end);
 
   const LossInputs& in_;
   const KernelSet& set_;
@@ -73,7 +81,11 @@ class RowWork {
   const Kernels* kernels_;    // this row's
   double total_weight_;       // sum of class weights, for label smoothing
   RowView view_;
-  std::vector<double> maxima_, sums_, thresholds_, inverse_masses_, log_masses_, slopes_, others_;
+  std::vector<Sum> sums_;
+  std::vector<float> scales_;   // of each sum, 1 without exact mode
+  std::vector<double> bounds_;  // exact mode: see kModelBounds
+  std::vector<float> peaks_;    // of each model, see RowView
+  std::vector<double> maxima_, thresholds_, inverse_masses_, log_masses_, slopes_, others_;
   std::vector<int64_t> last_ties_, column_strides_;
   std::vector<rows::ModelGradient> gradient_;
   std::vector<const void*> logits_;

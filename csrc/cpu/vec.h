@@ -65,7 +65,7 @@ CK_HD Native<S> mul_add(Native<S> a, Native<S> b, Native<S> c) {
 #elif defined(__FMA__)
   if constexpr (sizeof(S) == 4) return (Native<S>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
   else return (Native<S>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) || defined(CK_SOFTWARE_FMA)
   for (int i = 0; i < static_cast<int>(CK_NATIVE_BYTES / sizeof(S)); ++i) {
     c[i] = rows::mul_add(S(a[i]), S(b[i]), S(c[i]));
   }
@@ -117,6 +117,11 @@ CK_HD Vec<S> zero_below(const Vec<S>& x, const Vec<S>& limit, const Vec<S>& valu
 template <class S>
 CK_HD Vec<S> where_equal(const Vec<S>& x, const Vec<S>& y, const Vec<S>& yes, const Vec<S>& no) {
   return each<S>([&](int i) { return x.part[i] == y.part[i] ? yes.part[i] : no.part[i]; });
+}
+template <class S>
+  requires std::is_floating_point_v<S>
+CK_HD S where_equal(S x, S y, S yes, S no) {
+  return x == y ? yes : no;
 }
 // `yes` where x > y, `no` elsewhere (NaN included).
 template <class S>

@@ -3,8 +3,10 @@
 #include <cstdint>
 
 #include "../rows/divergence.h"
+#include "../rows/exact.h"
 #include "../rows/row.h"
 #include "../rows/softmax.h"
+#include "../rows/superaccumulator.h"
 #include "../rows/topk.h"
 
 namespace {
@@ -60,9 +62,22 @@ __global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* l
                       s.top,
                       s.top,
                       s.top,
+                      0.0,
+                      0.0,
+                      s.model[0].mass - S(1),
+                      s.top - S(1)};
+  const ModelSums m_b{s.model[1].mass,
+                      s.model[1].moment,
+                      0.0,
+                      n,
+                      s.model[1].mass,
+                      0.0,
+                      0.0,
+                      0.0,
+                      0.0,
+                      0.0,
+                      s.model[1].mass - S(1),
                       0.0};
-  const ModelSums m_b{
-      s.model[1].mass, s.model[1].moment, 0.0, n, s.model[1].mass, 0.0, 0.0, 0.0, 0.0};
   const PairSums64 pair{s.skl.first, s.skl.second, 0.0};
   loss[row] = cross_entropy(m_a, double(a[target] - max_a), 1.0, n, options.label_smoothing, n) +
               regularizer(m_a, options) + divergence(pair, m_a, m_b, options) + s.kl +
@@ -87,5 +102,55 @@ template __global__ void row_pair<float>(const float*, const float*, float*, flo
                                          int64_t, int64_t, LossOptions);
 template __global__ void row_pair<double>(const double*, const double*, double*, double*, double*,
                                           int64_t, int64_t, LossOptions);
+
+// Entropy and its gradient in exact mode: sums in fixed point, scalars in float64.
+template <class S>
+__global__ void exact_entropy(const S* z, S* gradient, S* value, int64_t classes) {
+  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  z += row * classes, gradient += row * classes;
+  const float maximum = row_max(z, classes);
+  float second = -INFINITY;
+  for (int64_t c = 0; c < classes; ++c) {
+    if (z[c] < maximum) second = rows::max(second, z[c]);
+  }
+  const int bits = peak_exponent(double(second) - double(maximum));
+  const double unit = power_of_two(places(classes) - bits), apart = bits < 0 ? 1.0 : 0.0;
+  int64_t mass = 0, moment = 0, spread = 0;
+  const float reach = float(power_of_two(places(classes) - reach_exponent(double(-second))));
+  for (int64_t c = 0; c < classes; ++c) {
+    const float d = z[c] - maximum;
+    const float e = d == 0.0f && bits < 0 ? 0.0f : exp_nonpos(d) * float(unit);
+    mass += static_cast<int64_t>(e);
+    moment += static_cast<int64_t>(e * d);
+    spread += static_cast<int64_t>(d * reach);
+  }
+  ModelSums s{};
+  s.tail = double(mass) / unit + apart - 1.0;
+  s.mass = double(mass) / unit + apart;
+  s.moment = double(moment) / unit;
+  value[row] = canonical(float(entropy(s) + double(spread) / double(reach)));
+  for (int64_t c = 0; c < classes; ++c) {
+    const float d = z[c] - maximum;
+    gradient[c] =
+        canonical(softmax_gradient(exp_nonpos(d), d, float(s.moment), float(s.mass), 0.0f));
+  }
+}
+
+template __global__ void exact_entropy<float>(const float*, float*, float*, int64_t);
+
+// Each thread's numbers lie side by side; the sum so far, and its value in S.
+template <class S>
+__global__ void sum_exactly(const float* x, int64_t size, Superaccumulator* sums, S* values) {
+  const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  Superaccumulator sum{};
+  for (int64_t i = 0; i < size; ++i) sum.add(x[thread * size + i]);
+  sum.merge(sums[thread]);
+  sum.normalize();
+  sums[thread] = sum;
+  values[thread] = sum.round<S>();
+}
+
+template __global__ void sum_exactly<float>(const float*, int64_t, Superaccumulator*, float*);
+template __global__ void sum_exactly<double>(const float*, int64_t, Superaccumulator*, double*);
 
 }  // namespace

@@ -27,4 +27,8 @@ static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
 template <class S>
 inline constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);
 
+// Numbers the bits of exact mode and of exact sums: where it is the same, so are they, on every
+// machine and backend. A change of such bits takes the next number.
+inline constexpr int kExactSpec = 1;
+
 }  // namespace ck

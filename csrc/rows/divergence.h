@@ -10,21 +10,21 @@ namespace rows {
 
 // Symmetric KL: the two log masses cancel, SKL = first / mass_i - second / mass_j.
 // L1: first = sum of s p_i, second = sum of s p_j with s = sign(p_i - p_j); L1 = first - second.
-template <class V>
+template <class A>
 struct PairSums {
-  V first, second;
+  A first, second;
 };
 
-template <class V>
-CK_HD void add_skl(PairSums<V>& sums, V e_i, V e_j, V difference) {
-  sums.first = mul_add(e_i, difference, sums.first);
-  sums.second = mul_add(e_j, difference, sums.second);
+template <class A, class V>
+CK_HD void add_skl(PairSums<A>& sums, V e_i, V e_j, V difference) {
+  plus_product(sums.first, e_i, difference);
+  plus_product(sums.second, e_j, difference);
 }
 
-template <class V>
-CK_HD void add_l1(PairSums<V>& sums, V p_i, V p_j, V sign) {
-  sums.first = mul_add(sign, p_i, sums.first);
-  sums.second = mul_add(sign, p_j, sums.second);
+template <class A, class V>
+CK_HD void add_l1(PairSums<A>& sums, V p_i, V p_j, V sign) {
+  plus_product(sums.first, sign, p_i);
+  plus_product(sums.second, sign, p_j);
 }
 
 // KL(q || p) with q the teachers' mean softmax; 0 log 0 = 0. `log_p` = d - log(mass) of the

@@ -11,4 +11,5 @@
 // compiled for AVX-512 with its baseline twin.
 #if !defined(CK_ISA)
 #define CK_ISA portable
+#define CK_PORTABLE 1
 #endif

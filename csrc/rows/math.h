@@ -13,21 +13,45 @@ namespace ck {
 inline namespace CK_ISA {
 namespace rows {
 
-// a * b + c: one rounding where the target has fma, two where it has not (the x86 baseline). Every
-// lane of a vector and the scalar twin agree, because both follow the same rule.
+template <class To, class From>
+CK_HD To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+// a * b + c with one rounding, without the instruction. The product is exact in float64; the sum is
+// rounded to odd there, so that rounding it once more, to float32, cannot meet a false tie.
+CK_HD float software_fma(float a, float b, float c) {
+  const double product = static_cast<double>(a) * static_cast<double>(b);
+  const double sum = product + static_cast<double>(c);
+  const double part = sum - product;
+  const double lost = (product - (sum - part)) + (static_cast<double>(c) - part);
+  uint64_t bits = bits_as<uint64_t>(sum);
+  if ((lost < 0.0 || lost > 0.0) && bits % 2 == 0) bits += (lost > 0.0) == (sum > 0.0) ? 1 : -1;
+  return static_cast<float>(bits_as<double>(bits));
+}
+
+// a * b + c: one rounding where the target has fma, two where it has not (the x86 baseline, but for
+// its build of exact mode). Every lane of a vector and the scalar twin agree, because both follow
+// the same rule.
 CK_HD float mul_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
+#elif defined(CK_SOFTWARE_FMA)
+  return software_fma(a, b, c);
 #elif defined(__FMA__) || defined(__aarch64__)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
 #endif
 }
+
+// As above; but the portable build, which holds the scalars of a row, rounds twice on every
+// machine, so that these have the same bits everywhere.
 CK_HD double mul_add(double a, double b, double c) {
-#if defined(__CUDA_ARCH__)
-  return __fma_rn(a, b, c);
-#elif defined(__FMA__) || defined(__aarch64__)
+#if (defined(__FMA__) || defined(__aarch64__)) && !defined(CK_PORTABLE)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -39,18 +63,20 @@ CK_HD S max(S a, S b) {
   return a > b ? a : b;
 }
 
-template <class To, class From>
-CK_HD To bits_as(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To y;
-  memcpy(&y, &x, sizeof y);
-  return y;
-}
-
 // `value`, or 0 where x < limit. NaN in x keeps `value`.
 template <class S>
 CK_HD S zero_below(S x, S limit, S value) {
   return x < limit ? S(0) : value;
+}
+
+// Adds to a sum that is kept as floats; fixed point has overloads of its own.
+template <class V>
+CK_HD void plus(V& sum, V x) {
+  sum = sum + x;
+}
+template <class V>
+CK_HD void plus_product(V& sum, V a, V b) {
+  sum = mul_add(a, b, sum);
 }
 
 // The bit-level format of S, and the numbers that exp and log need in it.
@@ -66,6 +92,22 @@ struct Format<float> {
   static constexpr float kExpLowest = -87.0f;  // exp below this is 0: no subnormal ever appears
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr Int kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2), where log splits its argument
+
+  // Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9; the term of
+  // the highest power first.
+  static constexpr int kExpTerms = 5;
+  CK_HD static constexpr float exp_term(int i) {
+    constexpr float terms[kExpTerms] = {0x1.6db4eap-10f, 0x1.123bdep-7f, 0x1.55545ep-5f,
+                                        0x1.55548ep-3f, 0.5f};
+    return terms[i];
+  }
+  // Minimax of (2 atanh(s) - 2 s) / s^3 in s^2, for log(m) with s = (m - 1) / (m + 1).
+  static constexpr int kLogTerms = 4;
+  CK_HD static constexpr float log_term(int i) {
+    constexpr float terms[kLogTerms] = {0x1.e2fdd2p-3f, 0x1.2438a8p-2f, 0x1.999a7cp-2f,
+                                        0x1.555554p-1f};
+    return terms[i];
+  }
 };
 
 template <>
@@ -76,6 +118,23 @@ struct Format<double> {
   static constexpr double kExpLowest = -708.0;
   static constexpr double kLn2High = 0x1.62e42feep-1, kLn2Low = 0x1.a39ef35793c76p-33;
   static constexpr Int kSqrtHalf = 0x3fe6a09e667f3bcd;
+
+  // As above; relative error of exp 3e-18.
+  static constexpr int kExpTerms = 10;
+  CK_HD static constexpr double exp_term(int i) {
+    constexpr double terms[kExpTerms] = {
+        0x1.af85ffba526a0p-26, 0x1.28b0a6ca4c38ap-22, 0x1.71dddf8016519p-19, 0x1.a0199631010abp-16,
+        0x1.a01a01bb043c5p-13, 0x1.6c16c185cabbfp-10, 0x1.111111110d5d5p-7,  0x1.555555554ff92p-5,
+        0x1.5555555555561p-3,  0x1.000000000000cp-1};
+    return terms[i];
+  }
+  static constexpr int kLogTerms = 7;
+  CK_HD static constexpr double log_term(int i) {
+    constexpr double terms[kLogTerms] = {
+        0x1.2f0d8ef234f70p-3, 0x1.39a0f4f5f828fp-3, 0x1.7466462d33713p-3, 0x1.c71c51e7f3125p-3,
+        0x1.2492494217a8bp-2, 0x1.999999997fb31p-2, 0x1.5555555555593p-1};
+    return terms[i];
+  }
 };
 
 // p * 2^n for n = the integer that Format::kShift left in the low bits of `shifted`.
@@ -109,27 +168,6 @@ struct ScalarOf<double> {
   using type = double;
 };
 
-// Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9 and 3e-18.
-template <class V>
-CK_HD V exp_tail(V r, float) {
-  V q = mul_add(V(0x1.6db4eap-10f), r, V(0x1.123bdep-7f));
-  q = mul_add(q, r, V(0x1.55545ep-5f));
-  q = mul_add(q, r, V(0x1.55548ep-3f));
-  return mul_add(q, r, V(0.5f));
-}
-template <class V>
-CK_HD V exp_tail(V r, double) {
-  V q = mul_add(V(0x1.af85ffba526a0p-26), r, V(0x1.28b0a6ca4c38ap-22));
-  q = mul_add(q, r, V(0x1.71dddf8016519p-19));
-  q = mul_add(q, r, V(0x1.a0199631010abp-16));
-  q = mul_add(q, r, V(0x1.a01a01bb043c5p-13));
-  q = mul_add(q, r, V(0x1.6c16c185cabbfp-10));
-  q = mul_add(q, r, V(0x1.111111110d5d5p-7));
-  q = mul_add(q, r, V(0x1.555555554ff92p-5));
-  q = mul_add(q, r, V(0x1.5555555555561p-3));
-  return mul_add(q, r, V(0x1.000000000000cp-1));
-}
-
 // exp(d) for d <= 0; 0 below Format::kExpLowest; NaN stays NaN.
 template <class V>
 CK_HD V exp_nonpos(V d) {
@@ -139,25 +177,10 @@ CK_HD V exp_nonpos(V d) {
   const V n = shifted - V(F::kShift);
   V r = mul_add(n, V(-F::kLn2High), d);
   r = mul_add(n, V(-F::kLn2Low), r);
-  const V p = mul_add(mul_add(exp_tail(r, S()), r, V(S(1))), r, V(S(1)));
+  V p(F::exp_term(0));
+  for (int i = 1; i < F::kExpTerms; ++i) p = mul_add(p, r, V(F::exp_term(i)));
+  p = mul_add(mul_add(p, r, V(S(1))), r, V(S(1)));
   return zero_below(d, V(F::kExpLowest), add_to_exponent(p, shifted));
-}
-
-// Minimax of (2 atanh(s) - 2 s) / s^3 in s^2, for log(m) with s = (m - 1) / (m + 1).
-template <class V>
-CK_HD V log_tail(V z, float) {
-  V q = mul_add(V(0x1.e2fdd2p-3f), z, V(0x1.2438a8p-2f));
-  q = mul_add(q, z, V(0x1.999a7cp-2f));
-  return mul_add(q, z, V(0x1.555554p-1f));
-}
-template <class V>
-CK_HD V log_tail(V z, double) {
-  V q = mul_add(V(0x1.2f0d8ef234f70p-3), z, V(0x1.39a0f4f5f828fp-3));
-  q = mul_add(q, z, V(0x1.7466462d33713p-3));
-  q = mul_add(q, z, V(0x1.c71c51e7f3125p-3));
-  q = mul_add(q, z, V(0x1.2492494217a8bp-2));
-  q = mul_add(q, z, V(0x1.999999997fb31p-2));
-  return mul_add(q, z, V(0x1.5555555555593p-1));
 }
 
 // log(x) for normal x > 0.
@@ -170,9 +193,18 @@ CK_HD V log_pos(V x) {
   const V s = f / (f + V(S(2)));
   const V z = s * s;
   const V half_square = V(S(0.5)) * f * f;
+  V tail(F::log_term(0));
+  for (int i = 1; i < F::kLogTerms; ++i) tail = mul_add(tail, z, V(F::log_term(i)));
   // log(1 + f) = f - (f^2/2 - s (f^2/2 + z tail(z))): the small terms first, then the large ones.
-  const V correction = mul_add(s, mul_add(z, log_tail(z, S()), half_square), k * V(F::kLn2Low));
+  const V correction = mul_add(s, mul_add(z, tail, half_square), k * V(F::kLn2Low));
   return mul_add(k, V(F::kLn2High), f - (half_square - correction));
+}
+
+// log(1 + t) for t >= 0, with the digits of t that 1 + t has no room for.
+template <class V>
+CK_HD V log1p_nonneg(V t) {
+  const V one(1.0), sum = one + t;
+  return log_pos(sum) + (t - (sum - one)) / sum;
 }
 
 }  // namespace rows

@@ -9,7 +9,7 @@ namespace ck {
 
 enum class Regularizer : int64_t { kNone = 0, kEntropy = 1, kUniformSkl = 2 };
 enum class Divergence : int64_t { kNone = 0, kSkl = 1, kCrossEntropy = 2, kL1 = 3, kDistill = 4 };
-enum class Mode : int64_t { kFast = 0, kRunToRun = 1, kInvariant = 2 };
+enum class Mode : int64_t { kFast = 0, kRunToRun = 1, kInvariant = 2, kExact = 3 };
 enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2, kTerms = 3 };
 
 struct LossOptions {
@@ -23,8 +23,10 @@ struct LossOptions {
   int64_t ignore_index;
   double temperature;
   Reduction reduction;
-  Mode mode;  // the weakest that will do; the CPU keeps kInvariant whichever is asked for
+  // The weakest that will do; the CPU keeps kInvariant whichever of the first three is asked for.
+  Mode mode;
 
+  CK_HD bool exact() const { return mode == Mode::kExact; }
   CK_HD bool regularizes_top_k() const { return top_k > 0 && regularizer != Regularizer::kNone; }
   // Divergences whose sums need both models' masses first, hence a sweep of their own.
   CK_HD bool needs_second_sweep() const {

@@ -24,6 +24,10 @@ struct ModelSums {
   double top_moment;
   double top_spread;
   double weighted_spread;  // sum class_weight d
+  double broken;           // not 0 where fixed point met a NaN, which it cannot hold
+  // mass - 1 and top_mass - 1, in exact mode with more digits than the masses have. What else a row
+  // adds up to comes before.
+  double tail, top_tail;
 };
 
 // Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
@@ -45,7 +49,9 @@ struct ModelGradient {
 };
 
 CK_HD double log_or_nan(double x) { return x != x ? x : log_pos(x); }
-CK_HD double log_mass(const ModelSums& s) { return log_or_nan(s.mass); }
+CK_HD double log_mass(const ModelSums& s) {
+  return s.tail != s.tail ? s.tail : log1p_nonneg(s.tail);
+}
 CK_HD double entropy(const ModelSums& s) { return log_mass(s) - s.moment / s.mass; }
 
 CK_HD double top_count(const ModelSums& s, int64_t top_k) {
@@ -71,7 +77,8 @@ CK_HD double regularizer(const ModelSums& s, const LossOptions& o) {
   const double k = top_count(s, o.top_k);
   if (o.renormalize_top_k) {
     const double mean = s.top_moment / s.top_mass;
-    return entropic ? log_or_nan(s.top_mass) - mean : s.top_spread / k - mean;
+    const double log_top_mass = s.top_tail != s.top_tail ? s.top_tail : log1p_nonneg(s.top_tail);
+    return entropic ? log_top_mass - mean : s.top_spread / k - mean;
   }
   const double log_s = log_mass(s);
   if (entropic) return (log_s * s.top_mass - s.top_moment) / s.mass;
@@ -98,7 +105,7 @@ CK_HD void add_regularizer_gradient(ModelGradient& g, const ModelSums& s, const 
   }
   // R = sum over the top k of r(log p), so dR/dz = r' [in the top k] - p sum r'.
   //   entropy: r' = -p (log p + 1);  minus SKL: r' = -p (log p + log n + 1) + 1/n.
-  const double shift = (entropic ? 0.0 : log_pos(s.live)) - log_mass(s) + 1.0;
+  const double shift = 1.0 - log_or_nan(s.mass) + (entropic ? 0.0 : log_pos(s.live));
   const double uniform = entropic ? 0.0 : 1.0 / s.live;
   const double total =
       uniform * top_count(s, o.top_k) - (s.top_moment + shift * s.top_mass) / s.mass;
@@ -148,12 +155,13 @@ CK_HD void add_divergence_gradient(ModelGradient& g, double* slopes, double* oth
     return;
   }
   others[j] += w / mass_j;
-  g.tempered_constant += w / mass_i;
   if (o.divergence == Divergence::kSkl) {
     const double slope = w / (o.temperature * mass_i);
     slopes[i] += slope;
     slopes[j] -= slope;
-    g.tempered_constant -= w * mean / mass_i;
+    g.tempered_constant += (w - w * mean) / mass_i;
+  } else {
+    g.tempered_constant += w / mass_i;
   }
 }
 

@@ -11,22 +11,23 @@ namespace rows {
 // What a row of one model comes down to:
 //   CE = log(mass) - d_target,  H = log(mass) - moment / mass,
 //   SKL(p, U) = moment / mass - spread / classes.
-template <class V>
+// A is what a sum is kept in: V itself, or fixed point.
+template <class A>
 struct SoftmaxSums {
-  V mass;    // sum of e
-  V moment;  // sum of e d
-  V spread;  // sum of d
+  A mass;    // sum of e
+  A moment;  // sum of e d
+  A spread;  // sum of d
 };
 
-template <class V>
-CK_HD void add(SoftmaxSums<V>& sums, V e, V d) {
-  sums.mass = sums.mass + e;
-  sums.moment = mul_add(e, d, sums.moment);
+template <class A, class V>
+CK_HD void add(SoftmaxSums<A>& sums, V e, V d) {
+  plus(sums.mass, e);
+  plus_product(sums.moment, e, d);
 }
 
-template <class V>
-CK_HD void add_spread(SoftmaxSums<V>& sums, V d) {
-  sums.spread = sums.spread + d;
+template <class A, class V>
+CK_HD void add_spread(SoftmaxSums<A>& sums, V d) {
+  plus(sums.spread, d);
 }
 
 // Every softmax term's gradient has this shape in one row: e (constant + slope d) + uniform.

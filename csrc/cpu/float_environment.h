@@ -1,0 +1,45 @@
+// Floating point as IEEE 754 has it, whatever the process set: a library built with -ffast-math, or
+// torch.set_flush_denormal, makes subnormal numbers 0.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ck {
+
+// Rounds to nearest and keeps subnormal numbers in this thread while it lives.
+class StandardFloats {
+ public:
+  StandardFloats() : before_(get()) { set(kStandard); }
+  ~StandardFloats() { set(before_); }
+  StandardFloats(const StandardFloats&) = delete;
+  StandardFloats& operator=(const StandardFloats&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Word = uint32_t;
+  static constexpr Word kStandard = 0x1f80;  // all exceptions masked
+  static Word get() { return _mm_getcsr(); }
+  static void set(Word word) { _mm_setcsr(word); }
+#elif defined(__aarch64__)
+  using Word = uint64_t;
+  static constexpr Word kStandard = 0;
+  static Word get() {
+    Word word;
+    asm volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+  }
+  static void set(Word word) { asm volatile("msr fpcr, %0" : : "r"(word)); }
+#else
+  using Word = int;
+  static constexpr Word kStandard = 0;
+  static Word get() { return 0; }
+  static void set(Word) {}
+#endif
+  Word before_;
+};
+
+}  // namespace ck

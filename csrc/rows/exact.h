@@ -1,0 +1,59 @@
+// The arithmetic of exact mode. Terms of a sum are cut to a fixed number of binary places, as
+// integers, which add up to the same in any order. Everything else is IEEE arithmetic, each
+// operation rounded once, the same on every machine.
+//
+// A change here that moves a bit takes a new kExactSpec (constants.h).
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "math.h"
+
+namespace ck {
+inline namespace CK_ISA {
+namespace rows {
+
+// Terms of at most 1 (exp(d), exp(d) d, probabilities) keep this many binary places; fewer where so
+// many classes could overflow the sum. A conversion by way of float64 (AVX2) takes no more.
+inline constexpr int kMostPlaces = 50;
+CK_HD int places(int64_t classes) {
+  int bits = 0;
+  while (bits < 62 && (int64_t{1} << bits) < classes) ++bits;
+  return 62 - bits < kMostPlaces ? 62 - bits : kMostPlaces;
+}
+
+// Terms that have no bound (d, differences of two d) are scaled by the row: they keep `places` of
+// the binary places below 2^reach_exponent(reach), for the largest |term| `reach` in the row. Up to
+// 2^kReachBits it is the same for all rows, so that one sweep finds the sum and that it will do.
+inline constexpr int kReachBits = 8;
+inline constexpr float kReach = 256.0f;
+static_assert(kReach == 1 << kReachBits);
+
+CK_HD int reach_exponent(double reach) {
+  const int bits = static_cast<int>(bits_as<int64_t>(reach) >> 52) - 1023 + 1;  // reach < 2^bits
+  return bits > kReachBits ? bits : kReachBits;
+}
+
+// Where one class outweighs all others, sums of exp(d) and exp(d) d over the others keep more
+// places: they count the largest class apart, and are scaled by the second largest, whose d is
+// `gap`. Of the others no term reaches 2^peak_exponent(gap); 0 where the largest is not apart.
+CK_HD int peak_exponent(double gap) {
+  const double bound = exp_nonpos(gap) * max(1.0, -gap);
+  const int bits = static_cast<int>(bits_as<int64_t>(bound) >> 52) - 1023 + 1;  // bound < 2^bits
+  return bits > 0 ? 0 : bits < -75 ? -75 : bits;
+}
+
+CK_HD double power_of_two(int n) { return bits_as<double>(static_cast<int64_t>(n + 1023) << 52); }
+
+// What a result of exact mode looks like: one NaN, no -0, and 0 in place of subnormal numbers,
+// which a machine may flush.
+CK_HD float canonical(float x) {
+  if (x != x) return std::numeric_limits<float>::quiet_NaN();
+  constexpr float kSmallest = std::numeric_limits<float>::min();
+  return x < kSmallest && x > -kSmallest ? 0.0f : x;
+}
+
+}  // namespace rows
+}  // namespace CK_ISA
+}  // namespace ck
