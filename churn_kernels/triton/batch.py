@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.math import scalar
+from churn_kernels.triton.superaccumulator import WORDS, round_words, words_of
+from churn_kernels.triton.tuples import add_each
 
 COUNTERS = tl.constexpr(64)  # programs that count the rows, at most; a power of two
 COUNT_BLOCK = tl.constexpr(1024)
@@ -13,9 +15,9 @@ COUNT_BLOCK = tl.constexpr(1024)
 def target_weights(class_weight, label, S: tl.constexpr):
     """Weight of each label's cross entropy."""
     if S.weighted:
-        return tl.load(class_weight + label).to(S.compute)
+        return tl.load(class_weight + label).to(S.scalar)
     else:
-        return label.to(S.compute) * 0.0 + 1.0
+        return label.to(S.scalar) * 0.0 + 1.0
 
 
 @triton.jit
@@ -34,23 +36,42 @@ def labels(target, row, present, ignore_index, classes, S: tl.constexpr):
 def count_kernel(
     target,  # (N,)
     class_weight,  # (C,)
-    counts,  # (2, COUNTERS): rows that take part, and their weights, by program
+    counts,  # (3, COUNTERS): rows that take part, their weights, and the weights of all classes
     rows,
     classes,
     ignore_index,
     S: tl.constexpr,
 ):
     program = tl.program_id(0)
-    count = tl.zeros((COUNT_BLOCK,), S.compute)
-    weight = tl.zeros((COUNT_BLOCK,), S.compute)
+    count = tl.zeros((COUNT_BLOCK,), S.scalar)
+    weight = tl.zeros((COUNT_BLOCK,), S.scalar)
     for step in range(0, tl.cdiv(rows, tl.num_programs(0) * COUNT_BLOCK)):
         block = (step * tl.num_programs(0) + program).to(tl.int64)
         row = block * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
         y, active, _ = labels(target, row, row < rows, ignore_index, classes, S)
-        count += active.to(S.compute)
+        count += active.to(S.scalar)
         weight += tl.where(active, target_weights(class_weight, y, S), 0.0)
     tl.store(counts + program, tl.sum(count, 0))
     tl.store(counts + COUNTERS + program, tl.sum(weight, 0))
+    if S.exact and S.weighted:  # one program: sums of weights that have no order
+        exact_weights(target, class_weight, counts, rows, classes, ignore_index, S)
+
+
+@triton.jit
+def exact_weights(target, class_weight, counts, rows, classes, ignore_index, S: tl.constexpr):
+    lane = tl.arange(0, COUNT_BLOCK)
+    taken = repeat(tl.full((), 0, tl.int64), WORDS)
+    total = repeat(tl.full((), 0, tl.int64), WORDS)
+    for step in range(0, tl.cdiv(rows, COUNT_BLOCK)):
+        row = tl.full((), step, tl.int64) * COUNT_BLOCK + lane
+        y, active, _ = labels(target, row, row < rows, ignore_index, classes, S)
+        taken = add_each(taken, words_of(tl.load(class_weight + y), active))
+    for step in range(0, tl.cdiv(classes, COUNT_BLOCK)):
+        c = step * COUNT_BLOCK + lane
+        weight = tl.load(class_weight + c, mask=c < classes, other=0.0)
+        total = add_each(total, words_of(weight, c < classes))
+    tl.store(counts + COUNTERS, round_words(taken)[1])
+    tl.store(counts + 2 * COUNTERS, round_words(total)[1])
 
 
 @triton.jit
@@ -62,7 +83,7 @@ def divisors(counts, programs, rows, S: tl.constexpr):
         weight = tl.sum(tl.load(counts + COUNTERS + part, mask=part < programs, other=0.0), 0)
         return weight, count
     else:
-        count = tl.full((), rows, S.compute)
+        count = tl.full((), rows, S.scalar)
         return count, count
 
 
@@ -73,15 +94,22 @@ def weighted(weight, x):
 
 
 @triton.jit
+def row_weights(ce_weight, regularizer_weight, divergence_weight, S: tl.constexpr):
+    """Weight of CE, R and D in a row's own loss; 0 if left out."""
+    ce = scalar(ce_weight, S.scalar) if S.ce else scalar(0.0, S.scalar)
+    r = scalar(regularizer_weight, S.scalar) if S.r else scalar(0.0, S.scalar)
+    d = scalar(divergence_weight, S.scalar) if S.d else scalar(0.0, S.scalar)
+    if S.pairs > 1:
+        d = d / S.pairs
+    return ce, r, d
+
+
+@triton.jit
 def unit_weights(
     counts, programs, rows, ce_weight, regularizer_weight, divergence_weight, S: tl.constexpr
 ):
     """Weight of each row's CE, R and D when the loss's upstream gradient is 1; 0 if left out."""
-    ce = scalar(ce_weight, S.compute) if S.ce else scalar(0.0, S.compute)
-    r = scalar(regularizer_weight, S.compute) if S.r else scalar(0.0, S.compute)
-    d = scalar(divergence_weight, S.compute) if S.d else scalar(0.0, S.compute)
-    if S.pairs > 1:
-        d = d / S.pairs
+    ce, r, d = row_weights(ce_weight, regularizer_weight, divergence_weight, S)
     if S.reduction == 1:
         weight, count = divisors(counts, programs, rows, S)
         ce = tl.where(ce != 0, ce / weight, ce)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import log_pos
+from churn_kernels.triton.math import SMALLEST, SMALLEST_DOUBLE, log_pos
 
 
 @triton.jit
@@ -13,6 +13,8 @@ def sign(a, b):
 
 
 @triton.jit
-def kl_term(q, log_p):
+def kl_term(q, log_p, S: tl.constexpr):
     """KL(q || p) of a class, q the teachers' mean softmax; 0 log 0 = 0."""
-    return q * tl.where(q > 0, log_pos(tl.where(q > 0, q, 1.0)) - log_p, 0.0)
+    smallest: tl.constexpr = SMALLEST_DOUBLE if S.compute == tl.float64 else SMALLEST
+    log_q = log_pos(tl.maximum(q, smallest), S.exact)
+    return q * tl.where(q < smallest, 0.0, log_q - log_p)

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.divergence import sign
-from churn_kernels.triton.math import at_least_lowest, exp_nonpos, mul_add
-from churn_kernels.triton.second import probability, tempered
+from churn_kernels.triton.math import at_least_lowest, canonical, exp_nonpos, mul_add
+from churn_kernels.triton.second import tempered
 from churn_kernels.triton.softmax import softmax_gradient
 from churn_kernels.triton.sums import INFINITY
 from churn_kernels.triton.tile import across
@@ -13,10 +13,13 @@ from churn_kernels.triton.topk import in_top_k, order_key
 
 
 @triton.jit
-def gradients(z, c, weights, target, row, temperature, labelled: tl.constexpr, S: tl.constexpr):
+def gradients(
+    z, c, weights, target, row, inverse_temperature, labelled: tl.constexpr, S: tl.constexpr
+):
     """Gradient of each student at the classes c, whose logits are z; `row` is a `RowState`.
 
-    Without `labelled` the 1 of the target is left out: the caller writes that class again.
+    Without `labelled` the 1 of the target is left out: the caller writes that class again. The
+    order of operations is that of csrc/cpu/fused.h and general.h, as exact mode has one result.
     """
     x = ()
     d = ()
@@ -24,19 +27,32 @@ def gradients(z, c, weights, target, row, temperature, labelled: tl.constexpr, S
     p = ()
     for k in tl.static_range(S.models):
         x += (z[k].to(S.compute),)
-        d += (at_least_lowest(x[k] - across(row.sums.maximum[k], S)),)
-        f += (tempered(x[k], row.sums.maximum[k], temperature, S),)
+        difference = at_least_lowest(x[k] - across(row.maximum[k], S))
+        d += (tl.where(x[k] != -INFINITY, difference, 0.0) if S.exact else difference,)
+        f += (tempered(x[k], row.maximum[k], inverse_temperature, S),)
         if S.divergence == 3:
-            p += (probability(x[k], k, row.sums, temperature, S),)
+            p += (f[k] * across(row.inverse_masses[k], S),)
     result = ()
     for i in tl.static_range(S.students):
-        e = exp_nonpos(x[i] - across(row.sums.maximum[i], S)) if S.tempered else f[i]
+        e = f[i]
+        if S.tempered:
+            e = exp_nonpos(x[i] - across(row.maximum[i], S), S.exact)
         inner = mul_add(across(row.found.slope[i], S), d[i], across(row.found.constant[i], S))
-        if S.d and not S.tempered:
-            inner = add_partners(inner, i, d, p, row.found, S)
-        g = e * inner
+        rest = tl.zeros_like(x[i])
         if S.uniform and not S.top:
-            g += tl.where(x[i] != -INFINITY, across(row.found.uniform[i], S), 0.0)
+            rest = tl.where(x[i] != -INFINITY, across(row.found.uniform[i], S), 0.0)
+        if S.d:
+            if not S.tempered:
+                inner = add_partners(inner, i, d, p, row.found, S)
+            if S.divergence != 3:
+                for j in tl.static_range(S.models):
+                    if j != i:
+                        other = across(row.found.others[i * S.models + j], S)
+                        rest = mul_add(-other, f[j], rest)
+            if S.tempered:
+                own = across(row.found.slopes[i * S.models + i], S)
+                coupled = mul_add(own, d[i], across(row.found.tempered_constant[i], S))
+                rest = mul_add(f[i], add_partners(coupled, i, d, p, row.found, S), rest)
         if S.top:
             member = in_top_k(
                 order_key(x[i]), c, across(row.thresholds[i], S), across(row.last_ties[i], S)
@@ -48,21 +64,13 @@ def gradients(z, c, weights, target, row, temperature, labelled: tl.constexpr, S
                 across(row.found.top_slope[i], S),
                 across(row.found.top_uniform[i], S),
             )
-            g += tl.where(member & (x[i] != -INFINITY), more, 0.0)
+            rest += tl.where(member & (x[i] != -INFINITY), more, 0.0)
         if S.smooths:
-            g = mul_add(-across(row.found.smoothing[i], S), weights, g)
-        if S.d:
-            if S.tempered:
-                own = across(row.found.slopes[i * S.models + i], S)
-                coupled = mul_add(own, d[i], across(row.found.tempered_constant[i], S))
-                g = mul_add(f[i], add_partners(coupled, i, d, p, row.found, S), g)
-            if S.divergence != 3:
-                for j in tl.static_range(S.models):
-                    if j != i:
-                        g = mul_add(-across(row.found.others[i * S.models + j], S), f[j], g)
+            rest = mul_add(-across(row.found.smoothing[i], S), weights, rest)
+        g = mul_add(e, inner, rest)
         if S.ce and labelled:
             g -= tl.where(c == across(target, S), across(row.found.target[i], S), 0.0)
-        result += (g,)
+        result += (canonical(g) if S.exact else g,)
     return result
 
 

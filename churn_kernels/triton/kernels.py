@@ -12,9 +12,17 @@
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.batch import labels, repeat, target_weights, unit_weights, weighted
+from churn_kernels.triton.batch import (
+    COUNTERS,
+    labels,
+    repeat,
+    target_weights,
+    unit_weights,
+    weighted,
+)
+from churn_kernels.triton.exact import exact_second_sums, exact_sums
 from churn_kernels.triton.gradient import gradients
-from churn_kernels.triton.math import scalar
+from churn_kernels.triton.math import canonical, cast_exactly, scalar
 from churn_kernels.triton.record import (
     load_field,
     load_sums,
@@ -24,14 +32,15 @@ from churn_kernels.triton.record import (
     save_sums,
     save_top_k,
 )
-from churn_kernels.triton.row import RowState, coefficients
-from churn_kernels.triton.second import second_sums
+from churn_kernels.triton.row import RowState, cast_coefficients, cast_each, coefficients
+from churn_kernels.triton.second import inverse_mass, second_sums
 from churn_kernels.triton.select import best_two, select_top_k
 from churn_kernels.triton.sums import find_mismatches, finish_sums, row_sums
+from churn_kernels.triton.superaccumulator import WORDS
 from churn_kernels.triton.tile import (
     blocks,
     classes_of,
-    exact_places,
+    end_places,
     find,
     load_block,
     load_places,
@@ -39,9 +48,21 @@ from churn_kernels.triton.tile import (
     row_full,
     row_sum,
     rows_of_program,
-    store_exact,
+    store_ends,
     store_part,
 )
+
+
+@triton.jit
+def row_state(sums, found, thresholds, last_ties, S: tl.constexpr):
+    """What the gradient sweep takes of a row, in the dtype of the classes' arithmetic."""
+    inverse_masses = ()
+    if S.divergence == 3:
+        for k in tl.static_range(S.models):
+            inverse_masses += (inverse_mass(sums, k, S),)
+    maxima = cast_each(sums.maximum, S.compute)
+    found = cast_coefficients(found, S.compute)
+    return RowState(maxima, found, thresholds, last_ties, inverse_masses)
 
 
 @triton.jit
@@ -55,58 +76,88 @@ def write_block(
     target,
     class_weight,
     row,
-    temperature,
+    inverse_temperature,
     S: tl.constexpr,
 ):
-    """Gradients of a block, but for what `write_exact` is there for."""
+    """Gradients of a block, but for what `write_ends` is there for."""
     for part in tl.static_range(S.parts):
         c = classes_of(at, block, part, S)
         weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-        g = gradients(z[part], c, weights, target, row, temperature, labelled, S)
+        g = gradients(z[part], c, weights, target, row, inverse_temperature, labelled, S)
         for i in tl.static_range(S.students):
             store_part(out.starts[i], out, block, part, edge, g[i], S)
 
 
 @triton.jit
-def write_exact(at, out, target, class_weight, row, temperature, S: tl.constexpr):
+def write_ends(at, out, target, class_weight, row, inverse_temperature, S: tl.constexpr):
     """Gradients class by class: of the vectors at the row's ends, and of that with the target.
 
     A wide program's sweep leaves the target to this: one test for each class would cost more.
     """
-    t = exact_places(at, target, S)
+    t = end_places(at, target, S)
     c = t - at.shift
     weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
     z = load_places(at, t, S)
-    g = gradients(z, c, weights, target, row, temperature, True, S)
+    g = gradients(z, c, weights, target, row, inverse_temperature, True, S)
     tl.debug_barrier()  # the sweep's stores to the target's vector come first
     for i in tl.static_range(S.students):
-        store_exact(out.starts[i], out, t, g[i], S)
+        store_ends(out.starts[i], out, t, g[i], S)
 
 
 @triton.jit
-def write_rows(z, at, out, target, class_weight, row, temperature, S: tl.constexpr):
+def write_rows(z, at, out, target, class_weight, row, inverse_temperature, S: tl.constexpr):
     """Gradients of the program's rows, the last block first.
 
     Backwards, because what the sums read last is what the second-level cache still holds.
     """
     if S.resident:
         z = z if S.keeps else load_block(at, 0, True, S)
-        write_block(z, at, out, 0, True, not S.wide, target, class_weight, row, temperature, S)
+        write_block(
+            z, at, out, 0, True, not S.wide, target, class_weight, row, inverse_temperature, S
+        )
     else:
         count = blocks(at, S)
         parts = load_block(at, count - 1, True, S)
         last = count - 1
-        write_block(parts, at, out, last, True, False, target, class_weight, row, temperature, S)
+        write_block(
+            parts, at, out, last, True, False, target, class_weight, row, inverse_temperature, S
+        )
         for step in range(2, count):
             block = count - step
             parts = load_block(at, block, False, S)
             write_block(
-                parts, at, out, block, False, False, target, class_weight, row, temperature, S
+                parts,
+                at,
+                out,
+                block,
+                False,
+                False,
+                target,
+                class_weight,
+                row,
+                inverse_temperature,
+                S,
             )
         parts = load_block(at, 0, True, S)
-        write_block(parts, at, out, 0, True, False, target, class_weight, row, temperature, S)
+        write_block(
+            parts, at, out, 0, True, False, target, class_weight, row, inverse_temperature, S
+        )
     if S.wide:
-        write_exact(at, out, target, class_weight, row, temperature, S)
+        write_ends(at, out, target, class_weight, row, inverse_temperature, S)
+
+
+@triton.jit
+def class_weights(at, class_weight, counts, S: tl.constexpr):
+    """Sum of the weights of all classes."""
+    if S.exact:  # there is one order-free sum for all rows
+        return tl.load(counts + 2 * COUNTERS) + row_full(0.0, S.scalar, S)
+    else:
+        total = row_full(0.0, S.compute, S)
+        for block in range(0, blocks(at, S)):
+            for part in tl.static_range(S.parts):
+                c = classes_of(at, block, part, S)
+                total += row_sum(load_weights(class_weight, at, c, S), S)
+        return total
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index", "wanted"])
@@ -138,8 +189,9 @@ def rows_kernel(
     present = row < rows
     y, active, wrong = labels(target, row, present, ignore_index, classes, S)
     at = find(logits, row_strides, column_strides, row, active, classes, S)
-    smoothing = scalar(label_smoothing, S.compute)
-    temperature = scalar(temperature, S.compute)
+    smoothing = scalar(label_smoothing, S.scalar)
+    temperature = scalar(temperature, S.scalar)
+    inverse_temperature = (1.0 / temperature).to(S.compute)
     z = load_block(at, 0, True, S) if S.resident else ()
 
     thresholds = ()
@@ -149,19 +201,21 @@ def rows_kernel(
             threshold, last_tie = select_top_k(z, at, k, wanted, S)
             thresholds += (threshold,)
             last_ties += (last_tie,)
-    sums = row_sums(z, at, class_weight, thresholds, last_ties, temperature, S)
-    sums = finish_sums(sums, wrong, S)
-    if S.couples:
-        sums = find_mismatches(z, at, sums, S)
-    if S.sweeps_twice:
-        sums = second_sums(z, at, sums, temperature, S)
-    total_weight = tl.full((), classes, S.compute)
+    if S.exact:
+        sums = exact_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
+        sums = finish_sums(sums, wrong, S)
+        if S.sweeps_twice:
+            sums = exact_second_sums(z, at, sums, inverse_temperature, S)
+    else:
+        sums = row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
+        sums = finish_sums(sums, wrong, S)
+        if S.couples:
+            sums = find_mismatches(z, at, sums, S)
+        if S.sweeps_twice:
+            sums = second_sums(z, at, sums, inverse_temperature, S)
+    total_weight = tl.full((), classes, S.scalar)
     if S.smooths and S.weighted:
-        total_weight = row_full(0.0, S.compute, S)
-        for block in range(0, blocks(at, S)):
-            for part in tl.static_range(S.parts):
-                c = classes_of(at, block, part, S)
-                total_weight += row_sum(load_weights(class_weight, at, c, S), S)
+        total_weight = class_weights(at, class_weight, counts, S)
         save_field(record, rows, row, present, S.at_total_weight, (total_weight,))
 
     save_sums(record, rows, row, present, sums, S)
@@ -171,8 +225,8 @@ def rows_kernel(
         save_indices(record, rows, row, present, S.at_winner, winners, S)
         save_field(record, rows, row, present, S.at_runner_up, runners_up)
     if tl.program_id(0) == 0:
-        for i in tl.static_range(S.total_terms):
-            tl.store(totals + i, tl.full((), 0, S.compute))
+        for i in tl.static_range(S.total_terms * (WORDS if S.exact else 1)):
+            tl.store(totals + i, tl.full((), 0, totals.dtype.element_ty))
         tl.store(arrivals, 0)
 
     if out is not None:
@@ -195,8 +249,8 @@ def rows_kernel(
         to = find(
             out, repeat(classes.to(tl.int64), S.students), column_strides, row, present, classes, S
         )
-        state = RowState(sums, found, thresholds, last_ties)
-        write_rows(z, at, to, y, class_weight, state, temperature, S)
+        state = row_state(sums, found, thresholds, last_ties, S)
+        write_rows(z, at, to, y, class_weight, state, inverse_temperature, S)
 
 
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index"])
@@ -226,11 +280,12 @@ def gradient_kernel(
     present = row < rows
     y, active, _ = labels(target, row, present, ignore_index, classes, S)
     at = find(logits, row_strides, column_strides, row, active, classes, S)
-    smoothing = scalar(label_smoothing, S.compute)
-    temperature = scalar(temperature, S.compute)
+    smoothing = scalar(label_smoothing, S.scalar)
+    temperature = scalar(temperature, S.scalar)
+    inverse_temperature = (1.0 / temperature).to(S.compute)
     sums = load_sums(record, rows, row, present, S)
     thresholds, last_ties = load_top_k(record, rows, row, present, S)
-    total_weight = tl.full((), classes, S.compute)
+    total_weight = tl.full((), classes, S.scalar)
     if S.smooths and S.weighted:
         total_weight = load_field(record, rows, row, present, S.at_total_weight, 1)[0]
 
@@ -243,15 +298,15 @@ def gradient_kernel(
     if S.reduction == 3:
         first = upstream + row * (2 * S.students + S.term_pairs)
         for k in tl.static_range(S.students):
-            by_ce += (tl.load(first + k, mask=active, other=0.0).to(S.compute),)
-            by_r += (tl.load(first + S.students + k, mask=active, other=0.0).to(S.compute),)
+            by_ce += (tl.load(first + k, mask=active, other=0.0).to(S.scalar),)
+            by_r += (tl.load(first + S.students + k, mask=active, other=0.0).to(S.scalar),)
         for p in tl.static_range(S.pairs):
-            by_d += (tl.load(first + 2 * S.students + p, mask=active, other=0.0).to(S.compute),)
+            by_d += (tl.load(first + 2 * S.students + p, mask=active, other=0.0).to(S.scalar),)
     else:
         if S.reduction == 0:
-            factor = tl.load(upstream + row, mask=active, other=0.0).to(S.compute)
+            factor = tl.load(upstream + row, mask=active, other=0.0).to(S.scalar)
         else:
-            factor = tl.load(upstream).to(S.compute)
+            factor = tl.load(upstream).to(S.scalar)
         by_ce = repeat(tl.where(active, weighted(ce, factor), 0.0), S.students)
         by_r = repeat(tl.where(active, weighted(r, factor), 0.0), S.students)
         by_d = repeat(tl.where(active, weighted(d, factor), 0.0), S.pairs)
@@ -272,10 +327,10 @@ def gradient_kernel(
     )
     block = tl.program_id(1)
     z = load_block(at, block, True, S)
-    state = RowState(sums, found, thresholds, last_ties)
-    write_block(z, at, to, block, True, True, y, class_weight, state, temperature, S)
+    state = row_state(sums, found, thresholds, last_ties, S)
+    write_block(z, at, to, block, True, True, y, class_weight, state, inverse_temperature, S)
     if S.shift:
-        write_exact(at, to, y, class_weight, state, temperature, S)
+        write_ends(at, to, y, class_weight, state, inverse_temperature, S)
 
 
 @triton.jit
@@ -284,6 +339,7 @@ def scale_kernel(
     upstream,  # ()
     size,
     BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """In place times the upstream gradient; returns at once when that is 1."""
     factor = tl.load(upstream)
@@ -294,4 +350,6 @@ def scale_kernel(
             for k in tl.static_range(len(gradients)):
                 g = tl.load(gradients[k] + i, mask=i < size)
                 scaled = g.to(factor.dtype) * factor
+                if EXACT:
+                    scaled = cast_exactly(canonical(scaled), g.dtype)
                 tl.store(gradients[k] + i, scaled.to(g.dtype), mask=i < size)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
 
 from churn_kernels import _checks
+from churn_kernels._C import constants
 from churn_kernels._options import (
     DIVERGENCES,
     NO_REGULARIZER,
@@ -27,11 +29,13 @@ from churn_kernels._options import (
     LossOptions,
     pair_count,
 )
-from churn_kernels.triton import batch, finish, kernels
-from churn_kernels.triton.plan import SHORT, Plan, plan, widest_vector
-from churn_kernels.triton.spec import Spec, make_spec
+from churn_kernels.modes import MODES
+from churn_kernels.triton import batch, finish, kernels, superaccumulator
+from churn_kernels.triton.plan import MOST_REGISTERS, SHORT, Plan, plan, widest_vector
+from churn_kernels.triton.spec import EXACT, Spec, make_spec
 
-INVARIANT = 2
+INVARIANT = MODES.index("invariant")
+MOST_PLACES: int = constants.kMostPlaces
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 1024  # enough to fill any GPU, few enough to return early at no cost
 
@@ -112,7 +116,7 @@ def as_planned(logits: Logits, vector: int) -> Logits:
 
 @lru_cache(maxsize=512)
 def cached_spec(
-    options: LossOptions, tile: Plan, dtype: torch.dtype, models: int, **facts: bool
+    options: LossOptions, tile: Plan, dtype: torch.dtype, models: int, **facts: Any
 ) -> Spec:
     """`make_spec`, once for each set of arguments."""
     return make_spec(options, tile, dtype, models, **facts)
@@ -128,7 +132,13 @@ def kind_of(options: LossOptions) -> LossOptions:
         label_smoothing=float(options.label_smoothing != 0),
         temperature=float(options.temperature != 1) + 1,
         ignore_index=0,
+        mode=options.mode if options.mode == EXACT else 0,
     )
+
+
+def exact_places(options: LossOptions, classes: int) -> int:
+    """Binary places of a sum over so many classes (csrc/rows/exact.h); 0 without exact mode."""
+    return min(MOST_PLACES, 62 - (classes - 1).bit_length()) if options.mode == EXACT else 0
 
 
 def start(
@@ -145,6 +155,13 @@ def start(
     kernel[grid](*arguments, **options)
 
 
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A block whose current device is `device`."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
 @cache
 def on_nvidia() -> bool:
     """Whether kernels are compiled for an NVIDIA GPU."""
@@ -159,6 +176,7 @@ def is_plain(options: LossOptions, report: bool) -> bool:
         and options.label_smoothing == 0
         and options.temperature == 1
         and options.divergence in (0, DIVERGENCES["skl"], DIVERGENCES["ce"])
+        and options.mode != EXACT
         and not report
     )
 
@@ -186,7 +204,7 @@ class Call:
         self.rows, self.classes = first.shape
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.logits = matrices(self.models)
-        invariant = options.mode >= INVARIANT
+        invariant = options.mode == INVARIANT
         apart = self.rows * self.classes if logits[0].dim() == 3 else 0
         vector, shift = alignment(self.logits, self.classes, invariant, apart)
         if invariant and not self.logits.strided:
@@ -203,6 +221,8 @@ class Call:
         )
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
+        # The dtype of a row's scalars.
+        self.scalar = torch.float64 if options.mode == EXACT else self.dtype
         self.spec = cached_spec(
             kind_of(options),
             self.tile,
@@ -212,27 +232,28 @@ class Call:
             weighted=class_weight is not None,
             report=report,
             strided=self.logits.strided,
+            places=exact_places(options, self.classes),
         )
         self.programs = triton.cdiv(self.rows, 1 if self.tile.wide else self.tile.height)
         self.counters = 0
         self.counts: Tensor | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor, in the dtype of the row arithmetic unless another is named."""
+        """An uninitialised tensor, in the dtype of the loss unless another is named."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
 
     def guard(self) -> AbstractContextManager[Any]:
         """The device of the logits, where it is not the current one."""
-        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
-            return nullcontext()
-        return torch.cuda.device(self.device)
+        return on_device(self.device)
 
     def count(self) -> None:
         """Count the rows that take part: what "mean" and the report divide by."""
         if self.target is None:
             return
         self.counters = min(batch.COUNTERS.value, triton.cdiv(self.rows, batch.COUNT_BLOCK.value))
-        self.counts = self.empty(2, batch.COUNTERS.value)
+        if self.spec.exact.value and self.spec.weighted.value:
+            self.counters = 1
+        self.counts = self.empty(3, batch.COUNTERS.value, dtype=self.scalar)
         start(
             batch.count_kernel,
             (self.counters,),
@@ -277,8 +298,9 @@ def fake_record(
         weighted=class_weight is not None,
         report=bool(want & WANT_TERMS),
         strided=False,
+        places=exact_places(options, 1),
     )
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if spec.scalar.value == tl.float64 else torch.float32
     return first.new_empty((spec.fields.value, rows), dtype=dtype)
 
 
@@ -301,7 +323,7 @@ def loss(
     spec = call.spec
     value = call.empty(*shape)
     terms = call.empty(5 * students + pairs + 1 if report else 0)
-    record = call.empty(spec.fields.value, call.rows)
+    record = call.empty(spec.fields.value, call.rows, dtype=call.scalar)
     gradients = new_gradients(logits, options.teachers) if want & WANT_GRADIENTS else []
     if call.rows == 0:
         return (
@@ -312,10 +334,18 @@ def loss(
         )
     programs = triton.cdiv(call.rows, finish.FINISH_ROWS.value)
     partial = call.empty(spec.total_terms.value, programs)
-    totals = call.empty(spec.total_terms.value)
+    exact = spec.exact.value
+    words = (superaccumulator.WORDS.value,) if exact else ()
+    totals = call.empty(spec.total_terms.value, *words, dtype=torch.int64 if exact else None)
     arrivals = call.empty(1, dtype=torch.int32)
+    # A row a thread: the parts of two rows' exact sums do not fit its registers.
+    warps, registers = (8, MOST_REGISTERS) if exact else (4, 0)
     with call.guard():
-        if report or options.reduction == REDUCTIONS["mean"]:
+        if (
+            report
+            or options.reduction == REDUCTIONS["mean"]
+            or (exact and class_weight is not None)
+        ):
             call.count()
         start(
             kernels.rows_kernel,
@@ -341,7 +371,7 @@ def loss(
         start(
             finish.finish_kernel,
             (programs,),
-            4,
+            warps,
             *call.logits,
             call.target,
             call.class_weight,
@@ -359,6 +389,7 @@ def loss(
             *call.weights(),
             options.mode == 0,
             spec,
+            registers=registers,
         )
     return value, record, terms, gradients
 
@@ -402,13 +433,12 @@ def loss_backward(
     return gradients
 
 
-def scale_(gradients: Sequence[Tensor], upstream: Tensor) -> None:
+def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
     """In place times a scalar, unless it is 1; the GPU decides."""
     size = gradients[0].numel()
     if size == 0:
         return
     programs = min(triton.cdiv(size, SCALE_BLOCK), SCALE_PROGRAMS)
-    device = gradients[0].device
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with guard:
-        start(kernels.scale_kernel, (programs,), 4, tuple(gradients), upstream, size, SCALE_BLOCK)
+    with on_device(gradients[0].device):
+        arguments = tuple(gradients), upstream, size, SCALE_BLOCK, exact
+        start(kernels.scale_kernel, (programs,), 4, *arguments)

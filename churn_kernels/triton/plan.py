@@ -13,7 +13,8 @@ barrier another has to compute, so two of them must fit. 16-bit logits are summe
 side by side, which leaves no room to keep them as well: the gradient reads them again, from the
 first-level cache. Rows in blocks are read again from the second-level cache, which holds the fewer
 of them the longer they are: beyond FEW_PROGRAMS classes one program a multiprocessor is better than
-two.
+two. A bound is named even where it is the hardware's own: left to itself the compiler may take
+fewer registers, and spill.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ RESIDENT_WARPS = 8
 SWEEP_WARPS = 16
 VALUES = 64  # logits, of all models together, that a thread holds
 REGISTERS = 65536  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
 FEW_PROGRAMS = 65536  # classes
 SHORT = 256  # classes of rows that the vector before would make too much longer
 
@@ -92,7 +94,8 @@ def plan(
     few = power_of_two(needed)
     if 4 * few <= WARP * depth:
         height = WARP * depth // (4 * few)
-        return Plan(False, height, few, 1, 0, vector, shift, True, False, 1, 0)
+        registers = 0 if plain else MOST_REGISTERS
+        return Plan(False, height, few, 1, 0, vector, shift, True, False, 1, registers)
     warps = power_of_two(-(-needed // (WARP * depth)))
     if warps <= RESIDENT_WARPS:
         width = warps * WARP * vector
@@ -105,8 +108,6 @@ def plan(
     parts = max(1, depth // 8 // vector)
     resident = needed <= width * parts  # of many models little more is held at a time
     inner = classes // width if resident else 0
-    # Named even where it is the hardware's own bound: left to itself the compiler may take less,
-    # and spill.
     programs = 2 if bounded and classes < FEW_PROGRAMS else 1
     registers = registers_for(programs, SWEEP_WARPS)
     return Plan(

@@ -1,9 +1,9 @@
 """A row's sums in memory, between the kernel that finds them and those that use them.
 
-A record is (fields, N) in the dtype of the row arithmetic: each field holds the rows side by side.
-Which fields there are, and where, `spec.make_spec` says. Class indices travel as bits: below 2^30
-they are no NaN, which whoever compares records would take for a difference. What is loaded for a
-row that is not there is 1, of which every function has a value.
+A record is (fields, N) in the dtype of the row arithmetic, float64 in exact mode: each field holds
+the rows side by side. Which fields there are, and where, `spec.make_spec` says. Class indices
+travel as bits: below 2^30 they are no NaN, which whoever compares records would take for a
+difference. What is loaded for a row that is not there is 1, of which every function has a value.
 """
 
 import triton
@@ -16,7 +16,7 @@ from churn_kernels.triton.topk import logit_of, order_key
 
 @triton.jit
 def bits_of(x, S: tl.constexpr):
-    if S.compute == tl.float64:
+    if S.scalar == tl.float64:
         return x.to(tl.int64).to(tl.float64, bitcast=True)
     else:
         return x.to(tl.int32).to(tl.float32, bitcast=True)
@@ -24,7 +24,7 @@ def bits_of(x, S: tl.constexpr):
 
 @triton.jit
 def index_of(x, S: tl.constexpr):
-    if S.compute == tl.float64:
+    if S.scalar == tl.float64:
         return x.to(tl.int64, bitcast=True).to(tl.int32)
     else:
         return x.to(tl.int32, bitcast=True)
@@ -84,7 +84,7 @@ def load_top_k(record, rows, row, present, S: tl.constexpr):
     logits = load_field(record, rows, row, present, S.at_threshold, count)
     thresholds = ()
     for k in tl.static_range(count):
-        thresholds += (order_key(logits[k]),)
+        thresholds += (order_key(logits[k].to(S.compute)),)
     return thresholds, load_indices(record, rows, row, present, S.at_last_tie, count, S)
 
 
@@ -105,6 +105,8 @@ def save_sums(record, rows, row, present, sums, S: tl.constexpr):
     save_field(record, rows, row, present, S.at_first, sums.first)
     save_field(record, rows, row, present, S.at_second, sums.second)
     save_field(record, rows, row, present, S.at_reach, sums.reach)
+    save_field(record, rows, row, present, S.at_tail, sums.tail)
+    save_field(record, rows, row, present, S.at_top_tail, sums.top_tail)
 
 
 @triton.jit
@@ -129,10 +131,12 @@ def load_sums(record, rows, row, present, S: tl.constexpr):
         (),
         load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
         load_field(record, rows, row, present, S.at_second, S.at_reach - S.at_second),
-        load_field(record, rows, row, present, S.at_reach, S.at_total_weight - S.at_reach),
+        load_field(record, rows, row, present, S.at_reach, S.at_tail - S.at_reach),
+        load_field(record, rows, row, present, S.at_tail, S.at_top_tail - S.at_tail),
+        load_field(record, rows, row, present, S.at_top_tail, S.at_total_weight - S.at_top_tail),
     )
     if S.tempered:
         tempered = load_field(record, rows, row, present, S.at_tempered_mass, models)
     else:
         tempered = sums.mass
-    return with_masses(sums, sums.mass, sums.moment, tempered)
+    return with_masses(sums, sums.mass, sums.moment, tempered, sums.tail)

@@ -11,7 +11,6 @@ multiple of elements at which the rows begin; never on the number of rows.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from itertools import combinations, product
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from churn_kernels.triton.launch import start
+from churn_kernels.triton.launch import on_device, start
 from churn_kernels.triton.math import at_least_lowest, exp_nonpos, log_pos, mul_add, scalar
 from churn_kernels.triton.plan import VECTOR_BYTES, WARP, power_of_two
 from churn_kernels.triton.spec import Spec
@@ -260,7 +259,7 @@ def launch(logits: Sequence[Tensor], split: int, alpha: float) -> tuple[Tensor, 
     # In the range of the arithmetic, where neither 0 nor infinity meets an infinite logit.
     alpha = min(max(alpha, torch.finfo(dtype).tiny), torch.finfo(dtype).max)
     strides = tuple(run.stride(0) for run in logits)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         start(
             report_kernel, (rows,), spec.warps.value,
             tuple(logits), strides, predicted, values, distances, classes, alpha, spec,

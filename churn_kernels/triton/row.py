@@ -1,4 +1,4 @@
-"""The scalars of one row; the twin of csrc/rows/row.h, in the dtype of the row arithmetic.
+"""The scalars of one row; the twin of csrc/rows/row.h, in the dtype of the row's record.
 
 Values are scalars, or vectors of rows. `S` is the kernel's `spec.Spec`.
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import log_pos
+from churn_kernels.triton.math import log1p_nonneg, log_pos
 
 
 class Sums(NamedTuple):
@@ -32,6 +32,8 @@ class Sums(NamedTuple):
     first: tl.tuple  # pairs: see divergence() below
     second: tl.tuple
     reach: tl.tuple  # largest |d_i - d_j|; inf where a class is at -inf in one of the two only
+    tail: tl.tuple  # exact mode: mass - 1, with more digits than the mass has
+    top_tail: tl.tuple  # top_mass - 1
 
 
 class Coefficients(NamedTuple):
@@ -56,10 +58,11 @@ class Coefficients(NamedTuple):
 class RowState(NamedTuple):
     """All that the gradient sweep has to know of a row."""
 
-    sums: Sums
+    maximum: tl.tuple
     found: Coefficients
     thresholds: tl.tuple  # of each student's top k
     last_ties: tl.tuple
+    inverse_masses: tl.tuple  # what makes exponentials probabilities, for L1
 
 
 @triton.jit
@@ -69,8 +72,24 @@ def kept(weight, x):
 
 
 @triton.jit
-def entropy(mass, moment):
-    return log_pos(mass) - moment / mass
+def log_mass(sums, k: tl.constexpr, S: tl.constexpr):
+    if S.exact:
+        return log1p_nonneg(sums.tail[k])
+    else:
+        return log_pos(sums.mass[k])
+
+
+@triton.jit
+def log_top_mass(sums, k: tl.constexpr, S: tl.constexpr):
+    if S.exact:
+        return log1p_nonneg(sums.top_tail[k])
+    else:
+        return log_pos(sums.top_mass[k])
+
+
+@triton.jit
+def entropy(sums, k: tl.constexpr, S: tl.constexpr):
+    return log_mass(sums, k, S) - sums.moment[k] / sums.mass[k]
 
 
 @triton.jit
@@ -85,10 +104,10 @@ def cross_entropy(
     S: tl.constexpr,
 ):
     """(1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy."""
-    log_mass = log_pos(sums.mass[k])
-    hard = target_weight * (log_mass - d_target)
+    lse = log_mass(sums, k, S)  # relative to the maximum
+    hard = target_weight * (lse - d_target)
     if S.smooths:
-        soft = (total_weight * log_mass - sums.weighted_spread[k]) / classes
+        soft = (total_weight * lse - sums.weighted_spread[k]) / classes
         smooth = kept(1.0 - smoothing, (1.0 - smoothing) * hard) + smoothing * soft
         dead = (sums.live[k] < classes) & (sums.mass[k] == sums.mass[k])
         return tl.where(dead, float("inf"), smooth)
@@ -102,19 +121,19 @@ def regularizer(sums, k: tl.constexpr, S: tl.constexpr):
     mass, moment = sums.mass[k], sums.moment[k]
     if not S.top:
         if S.entropic:
-            value = entropy(mass, moment)
+            value = entropy(sums, k, S)
         else:
             value = sums.spread[k] / sums.live[k] - moment / mass
     elif S.renormalize:
         mean = sums.top_moment[k] / sums.top_mass[k]
         if S.entropic:
-            value = log_pos(sums.top_mass[k]) - mean
+            value = log_top_mass(sums, k, S) - mean
         else:
             value = sums.top_spread[k] / sums.top_live[k] - mean
     elif S.entropic:
-        value = (log_pos(mass) * sums.top_mass[k] - sums.top_moment[k]) / mass
+        value = (log_mass(sums, k, S) * sums.top_mass[k] - sums.top_moment[k]) / mass
     else:
-        shift = log_pos(sums.live[k]) - log_pos(mass)
+        shift = log_pos(sums.live[k], S.exact) - log_mass(sums, k, S)
         value = (sums.top_spread[k] + sums.top_live[k] * shift) / sums.live[k]
         value -= (sums.top_moment[k] + shift * sums.top_mass[k]) / mass
     return value
@@ -128,10 +147,10 @@ def regularizer_gradient(sums, k: tl.constexpr, weight, S: tl.constexpr):
         # R = sum over the top k of r(log p), so dR/dz = r' [in the top k] - p sum r'.
         #   entropy: r' = -p (log p + 1);  minus SKL: r' = -p (log p + log n + 1) + 1/n.
         mass = sums.mass[k]
-        shift = 1.0 - log_pos(mass)
+        shift = 1.0 - log_pos(mass, S.exact)
         uniform = zero
         if not S.entropic:
-            shift += log_pos(sums.live[k])
+            shift += log_pos(sums.live[k], S.exact)
             uniform = 1.0 / sums.live[k]
         total = -(sums.top_moment[k] + shift * sums.top_mass[k]) / mass
         if not S.entropic:
@@ -240,6 +259,32 @@ def divergence_gradient(
         kept(weight, found[1]),
         kept(weight, found[2]),
         kept(weight, found[3]),
+    )
+
+
+@triton.jit
+def cast_each(values, dtype: tl.constexpr):
+    cast = ()
+    for i in tl.static_range(len(values)):
+        cast += (values[i].to(dtype),)
+    return cast
+
+
+@triton.jit
+def cast_coefficients(found, dtype: tl.constexpr):
+    """The coefficients as the gradient sweep takes them."""
+    return Coefficients(
+        cast_each(found.constant, dtype),
+        cast_each(found.slope, dtype),
+        cast_each(found.uniform, dtype),
+        cast_each(found.top_constant, dtype),
+        cast_each(found.top_slope, dtype),
+        cast_each(found.top_uniform, dtype),
+        cast_each(found.smoothing, dtype),
+        cast_each(found.target, dtype),
+        cast_each(found.tempered_constant, dtype),
+        cast_each(found.slopes, dtype),
+        cast_each(found.others, dtype),
     )
 
 

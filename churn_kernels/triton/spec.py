@@ -15,7 +15,10 @@ from churn_kernels._options import (
     LossOptions,
     pair_count,
 )
+from churn_kernels.modes import MODES
 from churn_kernels.triton.plan import Plan
+
+EXACT = MODES.index("exact")
 
 
 class Spec:
@@ -57,6 +60,8 @@ _FIELDS = (
     "first",
     "second",
     "reach",
+    "tail",
+    "top_tail",
     "total_weight",
     "winner",
     "runner_up",
@@ -73,14 +78,19 @@ def make_spec(
     weighted: bool,
     report: bool,
     strided: bool,
+    places: int,
 ) -> Spec:
-    """The facts that `options` on `models` models come down to, on a tile as `plan` has it."""
+    """The facts that `options` on `models` models come down to, on a tile as `plan` has it.
+
+    `places`: binary places of exact mode's sums; 0 in the others.
+    """
     students = models - options.teachers
     pairs = pair_count(students, options.teachers) if options.divergence else 0
     regularizes = options.regularizer != NO_REGULARIZER
     top = regularizes and options.top_k > 0
     uniform = options.regularizer == REGULARIZERS["uniform_skl"]
     smooths = has_target and options.label_smoothing != 0.0
+    exact = options.mode == EXACT
     couples = options.divergence in (DIVERGENCES["skl"], DIVERGENCES["ce"])
     sweeps_twice = options.divergence in (DIVERGENCES["l1"], DISTILLATION)
     tempered = options.temperature != 1.0 and options.divergence != 0
@@ -101,6 +111,8 @@ def make_spec(
         "first": pairs,
         "second": pairs * (options.divergence != DISTILLATION),
         "reach": pairs * (options.divergence != DIVERGENCES["l1"]),
+        "tail": models * exact,
+        "top_tail": students * (top and exact),
         "total_weight": int(smooths and weighted),
         "winner": models * report,
         "runner_up": students * report,
@@ -108,6 +120,10 @@ def make_spec(
     term_pairs = pair_count(students, options.teachers)
     by_term = options.reduction == ROW_TERMS  # the upstream gradient alone weighs the terms
     reduces = options.reduction in (REDUCTIONS["mean"], REDUCTIONS["sum"])
+    terms = 2 * students + pairs
+    # Exact mode adds up the loss, its cross entropy and the rest; its terms are the report's.
+    loss_sums = 3 * (exact and reduces)
+    total_terms = loss_sums + terms * (report or (reduces and not exact))
     facts: dict[str, Any] = {}
     width = 0
     for name in _FIELDS:
@@ -118,6 +134,10 @@ def make_spec(
         students=students,
         pairs=pairs,
         compute=tl.float64 if dtype == torch.float64 else tl.float32,
+        scalar=tl.float64 if exact or dtype == torch.float64 else tl.float32,  # of a row
+        exact=exact,
+        places=places,
+        unit=2.0**places,
         element_size=dtype.itemsize,
         regularizer=options.regularizer,
         entropic=options.regularizer == REGULARIZERS["entropy"],
@@ -140,7 +160,9 @@ def make_spec(
         strided=strided,
         fields=width,
         term_pairs=term_pairs,  # places for pairs in what is returned; `pairs` of them are computed
-        total_terms=(2 * students + pairs) * (reduces or report) + (3 * students + 1) * report,
+        total_terms=total_terms + (3 * students + 1) * report,
+        reduces=reduces,
+        loss_sums=loss_sums,  # before those of the report
         keeps=plan.resident and not plan.again,  # a resident row, to the gradient
         **facts,
         **plan._asdict(),

@@ -24,6 +24,7 @@ from churn_kernels.triton.tile import (
     to_lane,
 )
 from churn_kernels.triton.topk import in_top_k, order_key
+from churn_kernels.triton.tuples import add_each, larger_each, largest_each, take, total_each
 
 INFINITY = tl.constexpr(float("inf"))
 ANY_TIE = tl.constexpr(2**30 - 1)  # behind every class: all ties belong
@@ -63,11 +64,13 @@ def no_sums(maximum, S: tl.constexpr):
         zeros(pairs, S),
         zeros(pairs, S),
         zeros(pairs, S),
+        (),
+        (),
     )
 
 
 @triton.jit
-def add_part(a, z, c, weights, thresholds, last_ties, temperature, S: tl.constexpr):
+def add_part(a, z, c, weights, thresholds, last_ties, inverse_temperature, S: tl.constexpr):
     """Adds a part's logits z to the sums a, class by class of the tile; c are their indices."""
     mass = ()
     moment = ()
@@ -95,7 +98,7 @@ def add_part(a, z, c, weights, thresholds, last_ties, temperature, S: tl.constex
         if S.uniform and not S.top:
             spread += (a.spread[k] + tl.where(x != -INFINITY, d[k], 0.0),)
         if S.tempered:
-            f += (exp_nonpos(raw / temperature),)
+            f += (exp_nonpos(raw * inverse_temperature),)
             tempered_mass += (a.tempered_mass[k] + f[k],)
         else:
             f += (e,)
@@ -138,11 +141,15 @@ def add_part(a, z, c, weights, thresholds, last_ties, temperature, S: tl.constex
         first,
         second,
         reach,
+        (),
+        (),
     )
 
 
 @triton.jit
-def block_sums(z, at, block, class_weight, thresholds, last_ties, temperature, S: tl.constexpr):
+def block_sums(
+    z, at, block, class_weight, thresholds, last_ties, inverse_temperature, S: tl.constexpr
+):
     """Sums of one block, for each lane: relative to the row's maxima where the block is the row."""
     maximum = ()
     for k in tl.static_range(S.models):
@@ -154,7 +161,7 @@ def block_sums(z, at, block, class_weight, thresholds, last_ties, temperature, S
     for part in tl.static_range(S.parts):
         c = classes_of(at, block, part, S)
         weights = load_weights(class_weight, at, c, S) if S.smooths else 0.0
-        a = add_part(a, z[part], c, weights, thresholds, last_ties, temperature, S)
+        a = add_part(a, z[part], c, weights, thresholds, last_ties, inverse_temperature, S)
     return Sums(
         maximum,
         fold_each(a.mass, S),
@@ -171,6 +178,8 @@ def block_sums(z, at, block, class_weight, thresholds, last_ties, temperature, S
         fold_each(a.first, S),
         fold_each(a.second, S),
         fold_reach(a.reach, S),
+        (),
+        (),
     )
 
 
@@ -201,7 +210,7 @@ def fold_reach(a, S: tl.constexpr):
 
 
 @triton.jit
-def rebase(sums, maximum, temperature, S: tl.constexpr):
+def rebase(sums, maximum, inverse_temperature, S: tl.constexpr):
     """The same sums relative to other, larger maxima: d shifts by delta, exp(d) by exp(delta)."""
     mass = ()
     moment = ()
@@ -224,7 +233,7 @@ def rebase(sums, maximum, temperature, S: tl.constexpr):
         if S.uniform and not S.top:
             spread += (mul_add(by, sums.live[k], sums.spread[k]),)
         if S.tempered:
-            tempered_scale += (exp_nonpos(by / temperature),)
+            tempered_scale += (exp_nonpos(by * inverse_temperature),)
             tempered_mass += (tempered_scale[k] * sums.tempered_mass[k],)
         else:
             tempered_scale += (scale,)
@@ -262,66 +271,17 @@ def rebase(sums, maximum, temperature, S: tl.constexpr):
         first,
         second,
         sums.reach,
+        (),
+        (),
     )
 
 
 @triton.jit
-def add_each(a, b):
-    """Entry by entry, two tuples."""
-    total = ()
-    for i in tl.static_range(len(a)):
-        total += (a[i] + b[i],)
-    return total
-
-
-@triton.jit
-def larger_each(a, b):
-    total = ()
-    for i in tl.static_range(len(a)):
-        total += (tl.maximum(a[i], b[i]),)
-    return total
-
-
-@triton.jit
-def add4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def total_each(a):
-    """Sum over the lanes of each entry; four at a time, for threads to meet but once for them."""
-    total = ()
-    fours: tl.constexpr = len(a) // 4 * 4
-    for i in tl.static_range(0, fours, 4):
-        total += tl.reduce((a[i], a[i + 1], a[i + 2], a[i + 3]), 0, add4)
-    for i in tl.static_range(fours, len(a)):
-        total += (tl.sum(a[i], 0),)
-    return total
-
-
-@triton.jit
-def largest_each(a):
-    total = ()
-    for i in tl.static_range(len(a)):
-        total += (tl.max(a[i], 0),)
-    return total
-
-
-@triton.jit
-def take(a, start: tl.constexpr, count: tl.constexpr):
-    """Entries [start, start + count)."""
-    taken = ()
-    for i in tl.static_range(count):
-        taken += (a[start + i],)
-    return taken
-
-
-@triton.jit
-def combine(a, b, temperature, S: tl.constexpr):
+def combine(a, b, inverse_temperature, S: tl.constexpr):
     """Sums of two blocks, lane by lane."""
     maximum = larger_each(a.maximum, b.maximum)
-    a = rebase(a, maximum, temperature, S)
-    b = rebase(b, maximum, temperature, S)
+    a = rebase(a, maximum, inverse_temperature, S)
+    b = rebase(b, maximum, inverse_temperature, S)
     return Sums(
         maximum,
         add_each(a.mass, b.mass),
@@ -338,17 +298,19 @@ def combine(a, b, temperature, S: tl.constexpr):
         add_each(a.first, b.first),
         add_each(a.second, b.second),
         larger_each(a.reach, b.reach),
+        (),
+        (),
     )
 
 
 @triton.jit
-def over_lanes(a, temperature, S: tl.constexpr):
+def over_lanes(a, inverse_temperature, S: tl.constexpr):
     """Sums of the row, out of those of its lanes."""
     if S.wide:
         maximum = a.maximum
-        if not S.resident:
+        if not S.resident and not S.exact:
             maximum = largest_each(a.maximum)
-            a = rebase(a, maximum, temperature, S)
+            a = rebase(a, maximum, inverse_temperature, S)
         flat = total_each(
             a.mass
             + a.moment
@@ -389,27 +351,33 @@ def over_lanes(a, temperature, S: tl.constexpr):
             take(flat, 2 * models, pairs),
             take(flat, 2 * models + pairs, pairs),
             largest_each(a.reach),
+            (),
+            (),
         )
     return a
 
 
 @triton.jit
-def row_sums(z, at, class_weight, thresholds, last_ties, temperature, S: tl.constexpr):
+def row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S: tl.constexpr):
     """Sums of the row; z holds it where it is resident."""
     first = z if S.resident else load_block(at, 0, True, S)
-    sums = block_sums(first, at, 0, class_weight, thresholds, last_ties, temperature, S)
+    sums = block_sums(first, at, 0, class_weight, thresholds, last_ties, inverse_temperature, S)
     if not S.resident:
         count = blocks(at, S)
         for block in range(1, count - 1):
             inner = load_block(at, block, False, S)
-            part = block_sums(inner, at, block, class_weight, thresholds, last_ties, temperature, S)
-            sums = combine(sums, part, temperature, S)
+            part = block_sums(
+                inner, at, block, class_weight, thresholds, last_ties, inverse_temperature, S
+            )
+            sums = combine(sums, part, inverse_temperature, S)
         # The last block, if it is not the first: a loop, which compiles where a branch would not.
         for block in range(tl.maximum(count - 1, 1), count):
             last = load_block(at, block, True, S)
-            part = block_sums(last, at, block, class_weight, thresholds, last_ties, temperature, S)
-            sums = combine(sums, part, temperature, S)
-    return over_lanes(sums, temperature, S)
+            part = block_sums(
+                last, at, block, class_weight, thresholds, last_ties, inverse_temperature, S
+            )
+            sums = combine(sums, part, inverse_temperature, S)
+    return over_lanes(sums, inverse_temperature, S)
 
 
 @triton.jit
@@ -431,6 +399,8 @@ def with_pairs(sums, first, second, reach):
         first,
         second,
         reach,
+        sums.tail,
+        sums.top_tail,
     )
 
 
@@ -461,11 +431,12 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
 def finish_sums(sums, broken, S: tl.constexpr):
     """Poison a row that means nothing: a target out of range, or no class above -inf.
 
-    Sets the tempered masses where there is no temperature, too.
+    Sets the tempered masses where there is no inverse_temperature, too.
     """
     mass = ()
     moment = ()
     tempered_mass = ()
+    tail = ()
     for k in tl.static_range(S.models):
         poison = tl.where(broken | (sums.maximum[k] == -INFINITY), float("nan"), 0.0)
         mass += (sums.mass[k] + poison,)
@@ -474,11 +445,13 @@ def finish_sums(sums, broken, S: tl.constexpr):
             tempered_mass += (sums.tempered_mass[k] + poison,)
         else:
             tempered_mass += (sums.mass[k] + poison,)
-    return with_masses(sums, mass, moment, tempered_mass)
+        if S.exact:
+            tail += (sums.tail[k] + poison,)
+    return with_masses(sums, mass, moment, tempered_mass, tail)
 
 
 @triton.jit
-def with_masses(sums, mass, moment, tempered_mass):
+def with_masses(sums, mass, moment, tempered_mass, tail):
     return Sums(
         sums.maximum,
         mass,
@@ -495,4 +468,6 @@ def with_masses(sums, mass, moment, tempered_mass):
         sums.first,
         sums.second,
         sums.reach,
+        tail,
+        sums.top_tail,
     )

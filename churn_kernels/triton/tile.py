@@ -12,6 +12,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from churn_kernels.triton.math import cast_exactly
+
 
 class Rows(NamedTuple):
     """The rows of a program: scalars in a wide tile, columns (height, 1) in the others."""
@@ -160,8 +162,17 @@ def load_weights(class_weight, at, c, S: tl.constexpr):
 
 
 @triton.jit
+def narrow(g, start, S: tl.constexpr):
+    """Gradients in the dtype that they are stored in."""
+    if S.exact:
+        return cast_exactly(g, start.dtype.element_ty)
+    else:
+        return g.to(start.dtype.element_ty)
+
+
+@triton.jit
 def store_part(start, at, block, part: tl.constexpr, edge: tl.constexpr, g, S: tl.constexpr):
-    """Writes the vectors of a part that lie in the row whole; `store_exact` writes the rest."""
+    """Writes the vectors of a part that lie in the row whole; `store_ends` writes the rest."""
     t = places(block, part, S)
     within = at.limit > t * 0
     if has_edge(part, edge, S):
@@ -169,11 +180,11 @@ def store_part(start, at, block, part: tl.constexpr, edge: tl.constexpr, g, S: t
         within = first + S.vector <= at.limit
         if S.shift:
             within = within & (first >= at.shift)
-    tl.store(start + t, g.to(start.dtype.element_ty), mask=within)
+    tl.store(start + t, narrow(g, start, S), mask=within)
 
 
 @triton.jit
-def exact_places(at, target, S: tl.constexpr):
+def end_places(at, target, S: tl.constexpr):
     """Places that take more care than the vectors of a sweep: (1, 4 vectors).
 
     The first and the last vector of a row, which it may share with its neighbours, and that of its
@@ -188,9 +199,9 @@ def exact_places(at, target, S: tl.constexpr):
 
 
 @triton.jit
-def store_exact(start, at, t, g, S: tl.constexpr):
+def store_ends(start, at, t, g, S: tl.constexpr):
     within = (t >= at.shift) & (t < at.limit)
-    tl.store(start + t, g.to(start.dtype.element_ty), mask=within)
+    tl.store(start + t, narrow(g, start, S), mask=within)
 
 
 @triton.jit

@@ -1,0 +1,309 @@
+"""What decides how exact mode scales a row's sums: its extremes, which have no order.
+
+The twin of `RowWork::set_scales` and of csrc/rows/exact.h.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from churn_kernels._C import constants
+from churn_kernels.triton.math import LOWEST_FLOAT, at_least_lowest, exp_nonpos, number
+from churn_kernels.triton.second import tempered
+from churn_kernels.triton.sums import INFINITY
+from churn_kernels.triton.tile import (
+    across,
+    any_row,
+    blocks,
+    classes_of,
+    has_edge,
+    lane_max,
+    load_block,
+    load_weights,
+    row_full,
+)
+from churn_kernels.triton.topk import logit_of
+
+REACH = tl.constexpr(2.0**constants.kReachBits)
+REACH_BITS = tl.constexpr(constants.kReachBits)
+LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32
+
+
+class Extremes(NamedTuple):
+    """What decides a row's scales, of each model, by row."""
+
+    maximum: tl.tuple
+    second: tl.tuple  # the next logit
+    least: tl.tuple  # of the classes that are not at -inf
+    broken: tl.tuple  # not 0: a NaN or +inf is among them
+    alone: tl.tuple  # of pairs, not 0: a class is at -inf in one of the two only
+
+
+class Scales(NamedTuple):
+    """What a term is times as an integer."""
+
+    unit: tl.tuple  # of exp(d) and exp(d) d
+    peak: tl.tuple  # 1, or 0 where those sums count the largest class apart
+    spread: tl.tuple
+    top_spread: tl.tuple
+    weighted_spread: tl.tuple
+    pair: tl.tuple
+
+
+@triton.jit
+def lanes_full(value, dtype: tl.constexpr, S: tl.constexpr):
+    """A value for each lane of a tile."""
+    return lane_max(tl.full((S.height, S.width), value, dtype), S)
+
+
+@triton.jit
+def row_largest(lanes, S: tl.constexpr):
+    """Largest over the lanes of a row."""
+    return tl.max(lanes, 0) if S.wide else lanes
+
+
+@triton.jit
+def larger(a, b):
+    """The larger of the two; NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def two_largest(first, second, other_first, other_second):
+    """The largest and the second largest of two such pairs."""
+    next_first = tl.minimum(first, other_first)
+    return larger(first, other_first), tl.maximum(next_first, tl.maximum(second, other_second))
+
+
+@triton.jit
+def lane_two_largest(x, S: tl.constexpr):
+    """Of the classes of each lane."""
+    none = tl.full((S.height, S.width), -INFINITY, S.compute)
+    if S.wide:
+        x = tl.reshape(x, (S.width // S.vector, S.vector))
+        none = tl.reshape(none, (S.width // S.vector, S.vector))
+    return tl.reduce((x, none), 1, two_largest)
+
+
+@triton.jit
+def extremes(z, at, S: tl.constexpr):
+    maximum = ()
+    second = ()
+    least = ()  # here as the largest of -x
+    for _ in tl.static_range(S.models):
+        maximum += (lanes_full(-INFINITY, S.compute, S),)
+        second += (lanes_full(-INFINITY, S.compute, S),)
+        least += (lanes_full(-INFINITY, S.compute, S),)
+    if S.resident:
+        for part in tl.static_range(S.parts):
+            maximum, second, least = extend(maximum, second, least, at, 0, part, z[part], S)
+    else:
+        for block in range(0, blocks(at, S)):
+            parts = load_block(at, block, True, S)
+            for part in tl.static_range(S.parts):
+                maximum, second, least = extend(
+                    maximum, second, least, at, block, part, parts[part], S
+                )
+    largest = ()
+    following = ()
+    lowest = ()
+    smallest = ()
+    broken = ()
+    for k in tl.static_range(S.models):
+        top, after = maximum[k], second[k]
+        if S.wide:
+            top, after = tl.reduce((top, after), 0, two_largest)
+        broken += (((top != top) | (top == INFINITY)).to(tl.int32),)
+        largest += (tl.where(top == top, top, -INFINITY),)
+        following += (after,)
+        bottom = -row_largest(least[k], S)
+        lowest += (bottom,)
+        if any_row(bottom == -INFINITY, S):
+            bottom = least_live(at, k, S)
+        smallest += (bottom,)
+    alone = ()
+    if S.couples:
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                alone += (find_alone(at, i, j, lowest, S),)
+    return Extremes(largest, following, smallest, broken, alone)
+
+
+@triton.jit
+def extend(maximum, second, least, at, block, part: tl.constexpr, z, S: tl.constexpr):
+    """Extremes of the lanes with one part more."""
+    largest = ()
+    following = ()
+    smallest = ()
+    for k in tl.static_range(S.models):
+        x = z[k].to(S.compute)
+        top, after = lane_two_largest(x, S)
+        top, after = two_largest(maximum[k], second[k], top, after)
+        largest += (top,)
+        following += (after,)
+        if has_edge(part, True, S):  # what lies outside the row is no class at -inf
+            c = classes_of(at, block, part, S)
+            x = tl.where((c >= 0) & (c < at.classes), x, INFINITY)
+        smallest += (tl.maximum(least[k], lane_max(-x, S)),)
+    return largest, following, smallest
+
+
+@triton.jit
+def least_live(at, k: tl.constexpr, S: tl.constexpr):
+    """The smallest logit of a model that is not -inf."""
+    least = lanes_full(-INFINITY, S.compute, S)
+    for block in range(0, blocks(at, S)):
+        parts = load_block(at, block, True, S)
+        for part in tl.static_range(S.parts):
+            x = parts[part][k].to(S.compute)
+            least = tl.maximum(least, lane_max(tl.where(x == -INFINITY, x, -x), S))
+    return -row_largest(least, S)
+
+
+@triton.jit
+def find_alone(at, i: tl.constexpr, j: tl.constexpr, lowest, S: tl.constexpr):
+    """Whether a class of the row is at -inf in one of two models only: not 0 then."""
+    alone = row_full(0, tl.int32, S)
+    if any_row(tl.minimum(lowest[i], lowest[j]) == -INFINITY, S):
+        found = lanes_full(0, tl.int32, S)
+        for block in range(0, blocks(at, S)):
+            parts = load_block(at, block, True, S)
+            for part in tl.static_range(S.parts):
+                differ = (parts[part][i] == -INFINITY) != (parts[part][j] == -INFINITY)
+                found = tl.maximum(found, lane_max(differ.to(tl.int32), S))
+        alone = row_largest(found, S)
+    return alone
+
+
+@triton.jit
+def scale(reach, S: tl.constexpr):
+    """2^(places - E), reach < 2^E."""
+    bits = ((reach.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    bits = tl.maximum(bits, REACH_BITS)  # at most 128, as no term is inf
+    return ((-bits + (S.places + 127)) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def peak_scale(row, k: tl.constexpr, S: tl.constexpr):
+    """(unit, peak): sums of exp(d) keep more places where one class outweighs all others."""
+    gap = row.second[k].to(tl.float64) - row.maximum[k].to(tl.float64)
+    lowest = number(LOWEST_FLOAT, tl.float64)
+    one = number(1.0, tl.float64)
+    gap = tl.where(gap > lowest, gap, lowest)
+    bound = exp_nonpos(gap, True) * tl.maximum(one, -gap)
+    bits = (bound.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
+    bits = tl.minimum(tl.maximum(bits, -75), 0)
+    unit = ((-bits + (S.places + 127)) << 23).to(tl.float32, bitcast=True)
+    return unit, tl.where(bits < 0, 0.0, 1.0)
+
+
+@triton.jit
+def reach_of(row, k: tl.constexpr, least):
+    """The largest |d| down to the logit `least`."""
+    return tl.minimum(row.maximum[k] - least, -LOWEST_FLOAT)
+
+
+@triton.jit
+def difference(x, maximum, S: tl.constexpr):
+    """d of each class; 0 at -inf."""
+    return tl.where(x == -INFINITY, 0.0, at_least_lowest(x - across(maximum, S)))
+
+
+@triton.jit
+def weigh(weight, d):
+    """class weight d, a number even where float32 has none."""
+    return tl.maximum(weight * d, LOWEST)
+
+
+@triton.jit
+def weighted_reach(at, row, class_weight, S: tl.constexpr):
+    """The largest |class weight d| of each model."""
+    reach = ()
+    for k in tl.static_range(S.models):
+        largest = lanes_full(0.0, S.compute, S)
+        for block in range(0, blocks(at, S)):
+            parts = load_block(at, block, True, S)
+            for part in tl.static_range(S.parts):
+                c = classes_of(at, block, part, S)
+                d = difference(parts[part][k].to(S.compute), row.maximum[k], S)
+                term = weigh(load_weights(class_weight, at, c, S), d)
+                largest = tl.maximum(largest, lane_max(tl.abs(term), S))
+        reach += (row_largest(largest, S),)
+    return reach
+
+
+@triton.jit
+def pair_reach(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
+    """The largest |d_i - d_j| of the classes that count: not both exponentials are 0.
+
+    With teachers, the largest |d_i| / T where teacher j's exponential is not 0, twice: what a term
+    has besides it is less.
+    """
+    largest = lanes_full(0.0, S.compute, S)
+    for block in range(0, blocks(at, S)):
+        parts = load_block(at, block, True, S)
+        for part in tl.static_range(S.parts):
+            a = parts[part][i].to(S.compute)
+            b = parts[part][j].to(S.compute)
+            counts = tempered(b, row.maximum[j], inverse_temperature, S)
+            apart = difference(a, row.maximum[i], S)
+            if S.divergence == 4:
+                apart = apart * inverse_temperature * 2.0
+            else:
+                apart -= difference(b, row.maximum[j], S)
+                counts = tl.maximum(counts, tempered(a, row.maximum[i], inverse_temperature, S))
+            apart = tl.where(counts > 0, tl.abs(apart), 0.0)
+            largest = tl.maximum(largest, lane_max(apart, S))
+    return row_largest(largest, S)
+
+
+@triton.jit
+def pair_scales(at, row, inverse_temperature, S: tl.constexpr):
+    """Scales of the pairs' sums: with a sweep of its own where logits lie far apart."""
+    bound = row_full(0.0, S.compute, S)
+    for k in tl.static_range(S.models):
+        bound = tl.maximum(bound, reach_of(row, k, row.least[k]))
+    if S.divergence == 4:
+        bound = reach_of(row, 0, row.least[0]) * inverse_temperature * 2.0
+    found = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            if S.divergence != 4:
+                reach = row_full(0.0, S.compute, S)
+                if any_row((bound < REACH) == 0, S):
+                    reach = pair_reach(at, row, i, j, inverse_temperature, S)
+                found += (scale(reach, S),)
+    if S.divergence == 4:
+        reach = row_full(0.0, S.compute, S)
+        if any_row((bound < REACH) == 0, S):
+            for t in tl.static_range(1, S.models):
+                reach = tl.maximum(reach, pair_reach(at, row, 0, t, inverse_temperature, S))
+        found += (scale(reach, S),)
+    return found
+
+
+@triton.jit
+def find_scales(at, row, class_weight, thresholds, inverse_temperature, S: tl.constexpr):
+    unit = ()
+    peak = ()
+    spread = ()
+    top_spread = ()
+    weighted = ()
+    for k in tl.static_range(S.models):
+        unit_of_model, peak_of_model = peak_scale(row, k, S)
+        unit += (unit_of_model,)
+        peak += (peak_of_model,)
+        if S.uniform and not S.top:
+            spread += (scale(reach_of(row, k, row.least[k]), S),)
+        if S.uniform and S.top and k < S.students:
+            least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
+            top_spread += (scale(reach_of(row, k, least), S),)
+    if S.smooths:
+        reach = weighted_reach(at, row, class_weight, S)
+        for k in tl.static_range(S.models):
+            weighted += (scale(reach[k], S),)
+    pair = ()
+    if S.couples or S.divergence == 4:
+        pair = pair_scales(at, row, inverse_temperature, S)
+    return Scales(unit, peak, spread, top_spread, weighted, pair)
