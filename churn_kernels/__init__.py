@@ -1,8 +1,9 @@
 """Fused losses, reduction modes and metrics for reproducible predictions."""
 
-from churn_kernels import metrics
+from churn_kernels import distributed, metrics
 from churn_kernels._backend import available_backends, backend, build_info
 from churn_kernels._checks import TargetError
+from churn_kernels.exact import EXACT_SPEC, ExactSum, exact_sum
 from churn_kernels.losses import (
     LossTerms,
     RowTerms,
@@ -25,8 +26,10 @@ from churn_kernels.modules import (
 )
 
 __all__ = [
+    "EXACT_SPEC",
     "CodistillationLoss",
     "DistillationLoss",
+    "ExactSum",
     "LossTerms",
     "RegularizedCrossEntropy",
     "RowTerms",
@@ -40,6 +43,8 @@ __all__ = [
     "codistillation_loss",
     "codistillation_terms",
     "distillation_loss",
+    "distributed",
+    "exact_sum",
     "get_reduction_mode",
     "metrics",
     "reduction_mode",

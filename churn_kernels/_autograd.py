@@ -32,9 +32,11 @@ from churn_kernels._options import (
     pair_count,
 )
 from churn_kernels._reduction import reduce_terms, row_counts
+from churn_kernels.modes import MODES
 
 _requires_grad = attrgetter("requires_grad")
 
+_EXACT = MODES.index("exact")
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
 # The functions below take the logits last, behind this many arguments without a gradient.
@@ -77,8 +79,12 @@ def _traced(
     """The loss as torch.compile is to see it: the op's row terms, weighed by PyTorch.
 
     The op takes its weights as numbers, and the compiler would compile anew for each new number;
-    outside of it they become inputs of the graph, and alpha and beta may ramp.
+    outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
+    an order, so exact mode stays with the op.
     """
+    if options.mode == _EXACT:
+        loss, _, terms, _ = ops.loss(logits, target, class_weight, *options, want)
+        return loss, terms
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
     )
@@ -130,7 +136,7 @@ class _FusedLoss(Function):
             )
         else:
             ctx.gradients = None  # handed out below, to be changed by whoever holds them
-            ops.scale_(gradients, upstream)
+            ops.scale_(gradients, upstream, ctx.options.mode == _EXACT)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
 

@@ -19,21 +19,19 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from churn_kernels import _autograd, _checks, _ops, modes, reference
-from churn_kernels._ops import OpSet
+from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
-BUILD_COMMAND = "pip install --no-build-isolation ."
 
 # The strongest mode a backend keeps: PyTorch's own reductions may depend on the batch's shape.
-_KEEPS = {"cpu": "invariant", "triton": "invariant", "reference": "run_to_run"}
+_KEEPS = {"cpu": "exact", "triton": "exact", "reference": "run_to_run"}
 
 # The oldest GPU generation whose instructions the Triton kernels are tested for.
 OLDEST_GPU = (8, 0)
@@ -67,7 +65,7 @@ def _remedy(name: str) -> str:
     if name == "cpu":
         return f"build the library with `{BUILD_COMMAND}`, or"
     if name == "cuda":
-        return "this version has no such kernel yet;"
+        return "this version has no such kernel yet, GPUs have 'triton';"
     missing = _ops.triton_missing()
     if missing is not None:
         return f"{missing};"
@@ -216,6 +214,11 @@ def evaluate(
         mode = modes.default
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
+        if mode == "exact" and first.dtype == torch.float64:
+            raise ValueError(
+                "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
+                "pass logits.float(), or mode='invariant'"
+            )
     if name == "reference":
         return reference.loss(logits, target, class_weight, options)
     strength = modes.MODES.index(mode or modes.get_reduction_mode())
@@ -229,7 +232,7 @@ def build_info() -> dict[str, Any]:
 
     Returns: `{"built": False, "build_command": ...}` where it was not built.
     """
-    if find_spec("churn_kernels._C") is None:
+    if _ops.CONSTANTS is None:
         return {"built": False, "build_command": BUILD_COMMAND}
     return {"built": True, **import_module("churn_kernels._C").build_info()}
 
@@ -241,3 +244,24 @@ def uses_triton(tensor: Tensor) -> bool:
     if tensor.device.type != "cuda" or _chosen not in (None, "triton"):
         return False
     return _gpu_problem(tensor.device.index) is None
+
+
+def exact_ops(x: Tensor) -> OpSet:
+    """The ops that sum `x` exactly. They have the same bits on every backend, so none is chosen.
+
+    Raises: RuntimeError where the ops of x's device are missing, saying what to do.
+    """
+    if uses_triton(x):
+        return _OPS["triton"]
+    if x.is_cpu and "cpu" in _OPS:
+        return _OPS["cpu"]
+    if not _ops.LOADED:
+        problem: str | None = "the compiled library is missing"
+        remedy = f"build it with `{BUILD_COMMAND}`"
+    else:
+        gpu = x.device.type == "cuda"
+        problem = _gpu_problem(x.device.index) if gpu else "churn_kernels has no kernel for it"
+        remedy = "pass x.cpu()"
+    if problem is None:
+        return _OPS["triton"]
+    raise RuntimeError(f"cannot sum exactly on {x.device}: {problem}; {remedy}")

@@ -110,6 +110,17 @@ def top_k_fits(k: int, classes: int) -> None:
 # Tensors ------------------------------------------------------------------------------------------
 
 
+def summand(name: str, value: object) -> Tensor:
+    """`value` as a tensor of a dtype that exact sums take."""
+    wants = f"{name} must be a float32, float16 or bfloat16 tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{wants}, got {type(value).__name__}; pass torch.tensor({name})")
+    if value.dtype not in DTYPES or value.dtype == torch.float64:
+        remedy = f"{name}.real and {name}.imag" if value.is_complex() else f"{name}.float()"
+        raise TypeError(f"{wants}, got {value.dtype}; pass {remedy}")
+    return value
+
+
 def models(name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """The logits of K models as the ops take them: K tensors (N, C), or one (K, N, C) in a list."""
     if isinstance(logits, Tensor):

@@ -1,12 +1,14 @@
 """The ops: loading what computes them, and the shapes they return, for torch.compile.
 
 Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton,
-declared here. They take `LossOptions` field by field; `_autograd` is their only caller.
+declared here. The loss's take `LossOptions` field by field; `_autograd` is their only caller.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,14 @@ from churn_kernels._options import (
 )
 
 LIBRARY = Path(__file__).with_name("libchurn_kernels.so")
+BUILD_COMMAND = "pip install --no-build-isolation ."
+OLDEST_TRITON = (3, 6)
+INSTALL_TRITON = "`pip install 'triton>=3.6'`"
+
+# What Python shares with csrc/rows; None where the library was not built.
+CONSTANTS: Any = (
+    import_module("churn_kernels._C").constants if find_spec("churn_kernels._C") else None
+)
 
 
 def _load() -> bool:
@@ -78,11 +88,13 @@ def _gradient_like(logits: Sequence[Tensor], options: LossOptions) -> list[Tenso
 
 
 class OpSet(NamedTuple):
-    """The three ops of one backend."""
+    """The ops of one backend."""
 
     loss: Any
     loss_backward: Any
     scale_: Any
+    exact_words: Any
+    exact_round: Any
 
 
 def _fake_loss(
@@ -124,8 +136,16 @@ def _fake_loss_backward(
     return _gradient_like(logits, LossOptions(*options))
 
 
-def _fake_scale_(gradients: Sequence[Tensor], upstream: Tensor) -> None:
+def _fake_scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
     return None
+
+
+def _fake_exact_words(x: Tensor) -> Tensor:
+    return x.new_empty((CONSTANTS.kSumWords,), dtype=torch.int64)
+
+
+def _fake_exact_round(words: Tensor) -> Tensor:
+    return words.new_empty((), dtype=torch.float32)
 
 
 def _compiled_stats(
@@ -143,11 +163,15 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
     )
     torch.library.register_fake(f"churn_kernels::{prefix}loss_backward", _fake_loss_backward)
     torch.library.register_fake(f"churn_kernels::{prefix}scale_", _fake_scale_)
+    torch.library.register_fake(f"churn_kernels::{prefix}exact_words", _fake_exact_words)
+    torch.library.register_fake(f"churn_kernels::{prefix}exact_round", _fake_exact_round)
     namespace = torch.ops.churn_kernels
     return OpSet(
         getattr(namespace, f"{prefix}loss").default,
         getattr(namespace, f"{prefix}loss_backward").default,
         getattr(namespace, f"{prefix}scale_").default,
+        getattr(namespace, f"{prefix}exact_words").default,
+        getattr(namespace, f"{prefix}exact_round").default,
     )
 
 
@@ -157,9 +181,15 @@ COMPILED = _op_set("", _compiled_stats) if LOADED else None
 def triton_missing() -> str | None:
     """What the Triton ops lack here, and how to get it; None if nothing."""
     if find_spec("triton") is None:
-        return "Triton is not installed; `pip install triton`"
-    if find_spec("churn_kernels._C") is None:
-        return "the compiled library, whose constants its kernels use, was not built"
+        return f"Triton is not installed: {INSTALL_TRITON}"
+    if CONSTANTS is None:
+        return (
+            "the compiled library, whose constants the Triton kernels use, was not built: "
+            f"`{BUILD_COMMAND}`"
+        )
+    found = version("triton")
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST_TRITON:
+        return f"Triton {found} is too old: {INSTALL_TRITON}"
     return None
 
 
@@ -167,6 +197,7 @@ def triton_missing() -> str | None:
 def triton() -> OpSet:
     """The ops on Triton, which is imported at the first call."""
     launch = import_module("churn_kernels.triton.launch")
+    exact_sum = import_module("churn_kernels.triton.exact_sum")
     kinds = {float: "float", int: "int", bool: "bool"}
     options = ", ".join(
         f"{kinds[kind]} {name}" for name, kind in LossOptions.__annotations__.items()
@@ -178,11 +209,15 @@ def triton() -> OpSet:
     library.define(
         f"triton_loss_backward({inputs}, Tensor stats, Tensor upstream, {options}) -> Tensor[]"
     )
-    library.define("triton_scale_(Tensor(a!)[] gradients, Tensor upstream) -> ()")
+    library.define("triton_scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()")
+    library.define("triton_exact_words(Tensor x) -> Tensor")
+    library.define("triton_exact_round(Tensor words) -> Tensor")
     for device in ("CUDA", "CPU"):  # CPU tensors are for Triton's interpreter
         library.impl("triton_loss", launch.loss, device)
         library.impl("triton_loss_backward", launch.loss_backward, device)
         library.impl("triton_scale_", launch.scale_, device)
+        library.impl("triton_exact_words", exact_sum.exact_words, device)
+        library.impl("triton_exact_round", exact_sum.exact_round, device)
     _libraries.append(library)  # an op lives as long as the library that declared it
     return _op_set("triton_", launch.fake_record)
 

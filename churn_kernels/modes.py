@@ -5,11 +5,11 @@
 | `"fast"` | none: on a GPU the last bits may move from run to run |
 | `"run_to_run"` | same machine, same call: same bits |
 | `"invariant"` | as above, and a row's loss and gradient do not depend on the batch around it |
-| `"exact"` | as above, and the same bits on every backend; not implemented yet |
+| `"exact"` | as above, and the same bits on every backend and machine |
 
 A stronger mode may stand in for a weaker one, never the other way round: a mode that a backend
-cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the three is asked for; the
-Triton kernels do just what is asked for.
+cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the first three is asked for;
+the Triton kernels do just what is asked for. docs/determinism.md has the whole contract.
 """
 
 import os
@@ -22,18 +22,15 @@ import torch
 MODES = ("fast", "run_to_run", "invariant", "exact")
 
 
-def check(mode: object, keeps: str = "invariant", backend: str = "") -> str:
-    """`mode`, if it exists, is implemented, and is no stronger than what the backend keeps."""
+def check(mode: object, keeps: str = "exact", backend: str = "") -> str:
+    """`mode`, if it exists and is no stronger than what the backend keeps."""
     if not isinstance(mode, str) or mode not in MODES:
         names = ", ".join(repr(name) for name in MODES)
         raise ValueError(f"mode must be one of {names}, got {mode!r}; pass one of these names")
-    if mode == "exact":
-        raise NotImplementedError(
-            "mode 'exact' is not implemented yet; 'invariant' is the strongest mode available now"
-        )
     if MODES.index(mode) > MODES.index(keeps):
         raise NotImplementedError(
-            f"the {backend} backend cannot keep mode {mode!r}; {keeps!r} is the strongest it keeps"
+            f"the {backend} backend cannot keep mode {mode!r}; {keeps!r} is the strongest: "
+            "pass that, or choose another backend"
         )
     return mode
 
@@ -44,8 +41,8 @@ def _from_environment() -> str | None:
         return None
     try:
         return check(mode)
-    except (ValueError, NotImplementedError) as error:
-        raise type(error)(f"CHURN_REDUCTION_MODE={mode}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"CHURN_REDUCTION_MODE={mode}: {error}") from None
 
 
 # The default that was set for the process; None: PyTorch's own determinism switch decides.
@@ -68,8 +65,8 @@ def set_reduction_mode(mode: str | None) -> None:
     """Set the process's default reduction mode.
 
     Args:
-        mode: `"fast"`, `"run_to_run"` or `"invariant"`; None leaves it to PyTorch's switch again.
-    Raises: ValueError for another name; NotImplementedError for `"exact"`, until it is there.
+        mode: one of `MODES`; None leaves it to PyTorch's switch again.
+    Raises: ValueError for another name.
     """
     global default
     default = None if mode is None else check(mode)
