@@ -14,7 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "cpu"
 
 OURS, COPY, COMPILED, EAGER = "churn_kernels", "copy", "torch.compile", "eager"
-CROSS_ENTROPY, CONTROL = "F.cross_entropy", "gradients alone"
+CROSS_ENTROPY, ROUNDED_SUM, CONTROL = "F.cross_entropy", "torch.sum", "gradients alone"
 
 SPEEDUP_OVER_EAGER = 50.0
 SPEEDUP_OVER_COMPILED = 20.0
@@ -117,6 +117,18 @@ def overhead_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
     return markdown("Host overhead, forward + backward, us", header, rows), targets
 
 
+def exact_sum_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """An exact sum against a copy of its numbers and the sum that rounds at every step."""
+    table = medians(cases(record, "exact sum"), "shape")
+    peers = [OURS, ROUNDED_SUM, COPY]
+    rows = [
+        [shape, *(f"{1e3 * t[peer]:.3g}" for peer in peers), f"{t[OURS] / t[ROUNDED_SUM]:.2g}"]
+        for shape, t in table.items()
+    ]
+    header = ["float32 numbers", *peers, f"ours / {ROUNDED_SUM}"]
+    return markdown("Exact sum, microseconds", header, rows), []
+
+
 def memory_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """Bytes a row beyond inputs and gradients at the peak, and what stays when those are freed."""
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -159,6 +171,7 @@ SECTIONS = {
     "pair": pair_section,
     "variants": variants_section,
     "overhead": overhead_section,
+    "exact sum": exact_sum_section,
     "memory": memory_section,
 }
 

@@ -1,7 +1,9 @@
-"""`python -m benchmarks.compiled [--target NAME] [--only GLOB] [--check] [--keep DIR]`.
+"""`python -m benchmarks.compiled [--target NAME] [--only GLOB] [--check | --lint] [--keep DIR]`.
 
 Compiles every kernel and writes benchmarks/results/compiled/, or shows part of what would be there.
-Triton's cache is build/triton, so that a second run takes seconds for what has not changed.
+With --lint it compiles the kernels of exact mode and says what they hold that they must not; see
+`lint` and, for the compiled library, `host`. Triton's cache is build/triton, so that a second run
+takes seconds for what has not changed.
 """
 
 import argparse
@@ -12,7 +14,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.compiled.cases import cases_like
+from benchmarks.compiled.cases import EXACT_GLOBS, cases_like
+from benchmarks.compiled.host import library_findings, objects
 from benchmarks.compiled.pool import compile_all
 from benchmarks.compiled.table import page
 from benchmarks.compiled.targets import TARGETS
@@ -40,23 +43,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="cases such as 'sm_90/pair/8142/*', whose tables are printed and not written",
     )
     parser.add_argument("--check", action="store_true", help="compare with the files, write none")
-    parser.add_argument("--keep", type=Path, help="folder for the TTGIR, PTX, SASS of each kernel")
+    parser.add_argument(
+        "--lint",
+        action="store_true",
+        help="what breaks exact mode; its cases, if --only is not given",
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the TTGIR, LLVM IR, PTX, SASS of each kernel"
+    )
     options = parser.parse_args(arguments)
 
     # Both are read when Triton is imported, which is in the workers.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
     targets = options.target or TARGETS
-    jobs = [job for job in cases_like(options.only or ["*"]) if job[0] in targets]
+    globs = options.only or (EXACT_GLOBS if options.lint else ["*"])
+    jobs = [job for job in cases_like(globs) if job[0] in targets]
     if not jobs:
         parser.error("no case matches --only; a case is TARGET/LOSS/CLASSES/DTYPE")
-    outcomes = compile_all(jobs, options.keep)
+    outcomes = compile_all(jobs, options.keep, options.lint)
     failures = [outcome for _, _, outcome in outcomes if isinstance(outcome, str)]
     if failures:
         print("\n\n".join(failures), file=sys.stderr)
         print(f"{len(failures)} of {len(jobs)} cases did not compile", file=sys.stderr)
         if not options.only:  # half a page is no page
             return 1
+    if options.lint:
+        done = [outcome for _, _, outcome in outcomes if not isinstance(outcome, str)]
+        kernels = [kernel for outcome in done for kernel in outcome]
+        findings = [finding for kernel in kernels for finding in kernel]
+        looked_at = f"{len(kernels)} kernels"
+        if not options.only:
+            findings += library_findings()
+            looked_at += f" and {len(objects())} objects"
+        print("\n".join([*findings, f"{len(findings)} findings in {looked_at}"]))
+        return int(bool(failures or findings))
     changed = False
     for target in dict.fromkeys(target for target, _ in jobs):
         compiled = [

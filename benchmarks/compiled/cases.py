@@ -27,21 +27,24 @@ PADDED = "padded"  # rows begin at multiples of 64 bytes
 OFFSET = "offset"  # the first row begins behind an odd number of elements
 TRANSPOSED = "transposed"
 
+EXACT_GLOBS = ["sm_*/exact*"]  # every kernel of exact mode
+
 
 class Case(NamedTuple):
-    """A loss of one shape, or `churn_report` of as many runs as `models` says.
+    """A loss of one shape, `churn_report` of as many runs as `models` says, or `exact_sum`.
 
     What either is compiled for does not depend on the number of rows.
     """
 
     name: str
-    options: LossOptions | None  # None: the report
+    options: LossOptions | None  # None: no loss
     classes: int
     dtype: torch.dtype = torch.bfloat16
     models: int = 2
     weighted: bool = False
     report: bool = False
     layout: str = CONTIGUOUS
+    sums: bool = False  # `exact_sum` of the logits
 
     @property
     def label(self) -> str:
@@ -57,6 +60,7 @@ PAIR = LossOptions(
     0.9, 0.1, 1.5, regularizer=REGULARIZERS["entropy"], divergence=DIVERGENCES["skl"]
 )
 INVARIANT = PAIR._replace(mode=MODES.index("invariant"))
+EXACT = PAIR._replace(mode=MODES.index("exact"))
 ONE_MODEL = PAIR._replace(divergence=0, divergence_weight=0.0)
 DISTILL = LossOptions(0.5, 0.0, 4.5, divergence=DISTILLATION, teachers=2, temperature=3.0)
 
@@ -90,16 +94,36 @@ def option_cases(classes: int) -> Iterator[Case]:
         yield Case(f"churn_report_{runs}", None, classes, models=runs)
 
 
+def exact_cases(classes: int) -> Iterator[Case]:
+    """Exact mode with every option that adds code of its own."""
+    for case in option_cases(classes):
+        if case.options and case.options.mode == 0 and case.dtype != torch.float64:
+            yield case._replace(
+                name=f"exact_{case.name}", options=case.options._replace(mode=EXACT.mode)
+            )
+
+
+def sum_cases() -> Iterator[Case]:
+    """`exact_sum`, which is compiled for any number of numbers."""
+    for dtype in DTYPES:
+        yield Case("exact_words", None, 1000, dtype, models=1, sums=True)
+
+
 def all_cases() -> Iterator[tuple[str, Case]]:
     """Each case after the target it is compiled for, in the order of the tables."""
     for target in TARGETS:
         for classes in CLASS_COUNTS:
             for dtype in DTYPES:
                 yield target, Case("pair", PAIR, classes, dtype)
+                yield target, Case("exact", EXACT, classes, dtype)
+        for case in sum_cases():
+            yield target, case
         if target == "sm_90":
             for classes in (8142, 128256):
                 for case in option_cases(classes):
                     yield target, case
+            for case in exact_cases(8142):
+                yield target, case
 
 
 def cases_like(globs: Sequence[str]) -> list[tuple[str, Case]]:

@@ -6,7 +6,8 @@ target is the current device, and stops where the kernel would start.
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from triton.runtime.jit import JITFunction
 from benchmarks.compiled import cases
 from benchmarks.compiled.cases import Case
 from benchmarks.compiled.code import Kernel, read_amd, read_sass
+from benchmarks.compiled.lint import findings
 from benchmarks.compiled.targets import TARGETS
 from churn_kernels._options import REDUCTIONS, WANT_GRADIENTS, WANT_TERMS
-from churn_kernels.triton import launch, report
+from churn_kernels.triton import exact_sum, launch, report
 from churn_kernels.triton.plan import Plan
-from churn_kernels.triton.spec import Spec
+from churn_kernels.triton.spec import EXACT, Spec
 
 ROWS = 16
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -64,8 +66,11 @@ def logits_of(case: Case) -> list[Tensor]:
 
 
 def launch_kernels(case: Case) -> None:
-    """The library's ops as it calls them: loss, gradients of any upstream, scaling; or a report."""
+    """The library's ops as it calls them: loss, gradients of any upstream, scaling; or another."""
     logits = logits_of(case)
+    if case.sums:
+        exact_sum.exact_round(exact_sum.exact_words(logits[0]))
+        return
     if case.options is None:
         report.row_results(logits, 0.5)
         return
@@ -76,7 +81,7 @@ def launch_kernels(case: Case) -> None:
     value, record, _, gradients = launch.loss(logits, target, weight, *case.options, want)
     launch.loss_backward(logits, target, weight, record, value, *case.options)
     if gradients:
-        launch.scale_(gradients, value)
+        launch.scale_(gradients, value, case.options.mode == EXACT)
 
 
 def plan_of(kernel: str, arguments: Sequence[Any]) -> Plan | None:
@@ -87,8 +92,8 @@ def plan_of(kernel: str, arguments: Sequence[Any]) -> Plan | None:
     return Plan(*(getattr(spec, name).value for name in Plan._fields))
 
 
-def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
-    """The kernels that the case launches, each once, with the plan it was launched for."""
+def compiled_by(launch_all: Callable[[], object], target: str) -> list[tuple[Any, Plan | None]]:
+    """The kernels that `launch_all` launches, each once, with the plan it was launched for."""
     found = {}
     run = JITFunction.run
 
@@ -100,7 +105,7 @@ def compiled_by(case: Case, target: str) -> list[tuple[Any, Plan | None]]:
     launch.on_nvidia.cache_clear()  # a process of the library has one kind of GPU
     JITFunction.run = compile_only
     try:
-        launch_kernels(case)
+        launch_all()
     finally:
         JITFunction.run = run
     return list(found.values())
@@ -119,22 +124,45 @@ def disassemble(compiled: Any) -> str:
     return listing.read_text()
 
 
-def compile_case(target: str, case: Case, keep: Path | None) -> list[Kernel]:
-    """The kernels of a case, with their code; files of it below `keep`, if that is given."""
-    found = []
-    for compiled, plan in compiled_by(case, target):
-        kinds = ("ttgir", "ptx", "amdgcn")
-        texts = {kind: compiled.asm[kind] for kind in kinds if kind in compiled.asm}
-        if "amdgcn" in texts:
-            code = read_amd(texts["amdgcn"], compiled.name)
-        else:
-            texts["sass"] = disassemble(compiled)
-            code = read_sass(texts["sass"])
+def texts_of(compiled: Any) -> dict[str, str]:
+    """What the kernel compiled to, by kind: Triton's and LLVM's code, assembly, SASS."""
+    kinds = ("ttgir", "llir", "ptx", "amdgcn")
+    texts = {kind: compiled.asm[kind] for kind in kinds if kind in compiled.asm}
+    if "ptx" in texts:
+        texts["sass"] = disassemble(compiled)
+    return texts
+
+
+def kernels_of(
+    target: str, case: Case, keep: Path | None
+) -> Iterator[tuple[Any, Plan | None, dict[str, str]]]:
+    """The kernels of a case with their plans and texts; files of those below `keep`, if given."""
+    for compiled, plan in compiled_by(partial(launch_kernels, case), target):
+        texts = texts_of(compiled)
         if keep is not None:
             folder = keep / case.key(target)
             folder.mkdir(parents=True, exist_ok=True)
             for kind, text in texts.items():
                 (folder / f"{compiled.name}.{kind}").write_text(text)
+        yield compiled, plan, texts
+
+
+def compile_case(target: str, case: Case, keep: Path | None) -> list[Kernel]:
+    """The kernels of a case, with their code."""
+    found = []
+    for compiled, plan, texts in kernels_of(target, case, keep):
+        if "sass" in texts:
+            code = read_sass(texts["sass"])
+        else:
+            code = read_amd(texts["amdgcn"], compiled.name)
         metadata = compiled.metadata
         found.append(Kernel(compiled.name, plan, metadata.num_warps, metadata.shared, code))
     return found
+
+
+def lint_case(target: str, case: Case, keep: Path | None) -> list[list[str]]:
+    """What each kernel of a case holds that exact mode must not; see `lint`."""
+    return [
+        findings(f"{case.key(target)}: {compiled.name}", texts)
+        for compiled, _, texts in kernels_of(target, case, keep)
+    ]

@@ -3,19 +3,22 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.compiled.cases import Case
 from benchmarks.compiled.code import Kernel
 
+Outcome = list[Kernel] | list[list[str]] | str
 
-def compile_one(target: str, case: Case, keep: Path | None) -> list[Kernel] | str:
-    """What the case compiles to, or why it does not."""
-    from benchmarks.compiled.compiler import compile_case  # only workers load Triton
+
+def compile_one(target: str, case: Case, keep: Path | None, lint: bool) -> Outcome:
+    """What the case compiles to, or the findings in each of its kernels; or why it does not."""
+    from benchmarks.compiled.compiler import compile_case, lint_case  # only workers load Triton
 
     try:
-        return compile_case(target, case, keep)
+        return (lint_case if lint else compile_case)(target, case, keep)
     except Exception as error:
         reasons = [case.key(target)]
         cause: BaseException | None = error
@@ -26,10 +29,10 @@ def compile_one(target: str, case: Case, keep: Path | None) -> list[Kernel] | st
 
 
 def compile_all(
-    jobs: Sequence[tuple[str, Case]], keep: Path | None
-) -> list[tuple[str, Case, list[Kernel] | str]]:
+    jobs: Sequence[tuple[str, Case]], keep: Path | None, lint: bool = False
+) -> list[tuple[str, Case, Outcome]]:
     """Every job's outcome, in the order of the jobs; as many at a time as there are cores."""
     targets, cases = zip(*jobs, strict=True)
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        outcomes = pool.map(compile_one, targets, cases, [keep] * len(jobs))
+        outcomes = pool.map(compile_one, targets, cases, repeat(keep), repeat(lint))
         return list(zip(targets, cases, outcomes, strict=True))

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((256, 10), (128, 1000), (32, 8142), (16, 21841), (8, 128256))
 BIT_SHAPES = ((2048, 1000), (256, 8142), (32, 128256), (4, 1_000_000))
 BIT_DTYPES = (torch.bfloat16, torch.float32)
-REPLAYED_MODES = ("run_to_run", "invariant")
+REPLAYED_MODES = ("run_to_run", "invariant", "exact")
 REPLAYS = 100
 IGNORED = -100
 
@@ -128,6 +128,10 @@ class Results(NamedTuple):
     loss: Tensor
     terms: list[Tensor]
     gradients: list[Tensor]
+
+    def to(self, device: str) -> "Results":
+        move = partial(_moved, device=device)
+        return Results(move(self.loss), [*map(move, self.terms)], [*map(move, self.gradients)])
 
     def by_kind(self) -> dict[str, list[Tensor]]:
         return {"loss": [self.loss], "terms": self.terms, "gradient": self.gradients}
@@ -240,6 +244,16 @@ def alone(
     return {"rows": rows, "differing": differing, "passed": not differing}
 
 
+def bits_of_the_cpu(
+    name: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str
+) -> dict[str, Any]:
+    """Whether exact mode gives the same bytes as on the CPU."""
+    option = OPTIONS[name]._replace(arguments={**OPTIONS[name].arguments, "mode": "exact"})
+    given = inputs(option, dtype, shape)
+    got, want = evaluate(option, given.to(device), backend), evaluate(option, given, "cpu")
+    return {"passed": _same(got.to("cpu"), want)}
+
+
 def churn(device: str, runs: int = 4, shape: tuple[int, int] = (2000, 1000)) -> dict[str, Any]:
     """The churn report on a device against the same on the CPU."""
     logits, target, *_ = inputs(Option({}, models=runs), torch.float32, shape)
@@ -276,6 +290,9 @@ def cases(
         for reduction in ("sum", "none"):
             run = partial(alone, reduction, dtype, shape, device, backend)
             found.append(Case({"check": "row alone", "reduction": reduction, **facts}, run))
+        for name in OPTIONS:
+            run = partial(bits_of_the_cpu, name, dtype, shape, device, backend)
+            found.append(Case({"check": "bits of the cpu", "options": name, **facts}, run))
     grid = [
         Case(
             {
