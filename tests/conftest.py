@@ -24,7 +24,7 @@ def round_in_interpreter():
     def rounding(self, source, dtype):
         if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
             bits = source.data.view(np.uint32)
-            nearest = (bits + 0x7FFF + (bits >> 16 & 1)).view(np.float32)
+            nearest = (bits + 0x7FFF + (bits >> 16 & 1) & 0xFFFF0000).view(np.float32)
             data = np.where(np.isfinite(source.data), nearest, source.data)
             source = interpreter.TensorHandle(data, source.dtype)
         return cast(self, source, dtype)

@@ -39,6 +39,8 @@ def record(ours=0.002, ours_overhead=50e-6, peak=1_000):
         cases.append(case("variants", time, shape="1024x8142", variant="bfloat16", peer=peer))
     for peer, time in (("churn_kernels", ours_overhead), ("F.cross_entropy", 25e-6)):
         cases.append(case("overhead", time, shape="8x10", peer=peer))
+    for peer, time in (("churn_kernels", 0.003), ("torch.sum", 0.001), ("copy", 0.002)):
+        cases.append(case("exact sum", time, shape="1000", peer=peer))
     peaks = {"churn_kernels": peak, "torch.compile": 2e6, "eager": 4e6, "gradients alone": 0}
     for peer, size in peaks.items():
         cases.append(
@@ -84,6 +86,7 @@ def test_the_table_says_medians_ratios_and_machine(tmp_path):
     assert "| 64x131072 | 2 | 1 | 44 | 104 | 52 | 22 | 2 |" in text
     assert "| bfloat16 | 3 | 0.5 | 6 |" in text
     assert "| 8x10 | 50 | 25 | 2 |" in text
+    assert "| 1000 | 3e+03 | 1e+03 | 2e+03 | 3 |" in text
     assert "| 100x64 | 10 | 20,000 | 40,000 | 0 | 0 |" in text
 
 

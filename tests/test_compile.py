@@ -179,6 +179,6 @@ def test_fakes_promise_what_the_ops_return(ops, stacked):
 
 def test_scale_changes_its_gradients_only(ops):
     gradients = [torch.ones(3, 2), torch.ones(3, 2)]
-    torch.library.opcheck(ops.scale_, (gradients, torch.tensor(3.0)))
-    ops.scale_(gradients, torch.tensor(3.0))
+    torch.library.opcheck(ops.scale_, (gradients, torch.tensor(3.0), False))
+    ops.scale_(gradients, torch.tensor(3.0), False)
     assert all((g == 3).all() for g in gradients)

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/compiled"
 NVIDIA_GLOBS = ["sm_90/pair/*/bfloat16", "sm_80/pair/8142/bfloat16", "sm_100/pair/8142/bfloat16"]
 INVARIANT_GLOBS = [f"sm_90/invariant{layout}/8142/*" for layout in ("", "_padded", "_offset")]
-OTHER_GLOBS = ["gfx942/pair/*/bfloat16", "sm_90/top_k/8142/*", "sm_90/label_smoothing/128256/*"]
+OTHER_GLOBS = [
+    "gfx942/pair/*/bfloat16",
+    "sm_90/exact/8142/*",
+    "sm_90/top_k/8142/*",
+    "sm_90/label_smoothing/128256/*",
+]
 GLOBS = [*NVIDIA_GLOBS, *INVARIANT_GLOBS, *OTHER_GLOBS]
 CASES = cases_like(GLOBS)
 NVIDIA_PAIRS = cases_like(NVIDIA_GLOBS)

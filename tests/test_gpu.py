@@ -45,6 +45,26 @@ def test_nothing_waits_for_the_gpu(options):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_an_exact_sum_does_not_wait_and_can_be_captured():
+    x = torch.randn(100_001, device="cuda")
+    want, total = ck.exact_sum(x.cpu()), ck.ExactSum().add(x)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        value = ck.exact_sum(x)
+        total.add(x[::2])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(value.cpu(), want)
+    assert total == ck.ExactSum().add(x.cpu()).add(x[::2].cpu())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = ck.exact_sum(x)
+    x.neg_()
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(value.cpu(), -want)
+
+
 @pytest.mark.parametrize("mode", ["fast", "run_to_run", "invariant"])
 @pytest.mark.parametrize("classes", [10, 1001, 21841])
 def test_cuda_graph(classes, mode):

@@ -44,7 +44,7 @@ class TestPage:
     def test_modes_memory_and_calls(self):
         text = table.page(synthetic())
         modes = section(text, "Reduction modes")
-        assert "| bfloat16 | 1000x1000 | 0.5 | 0.5 | 0.51 | 1 | 1.02 |" in modes
+        assert "| bfloat16 | 1000x1000 | 0.5 | 0.5 | 0.51 | 0.7 | 1 | 1.02 | 1.4 |" in modes
         assert "| bfloat16 | 1000x1000 | 64 | 64 | 64 | -1 |" in section(text, "Peak memory")
         assert "| a pair 8x10, churn_kernels | 0.1 |" in section(text, "Wall time")
 
@@ -56,6 +56,7 @@ class TestPage:
             "speed over Liger, geometric mean of 1 of 2 shapes": ("10x", "met"),
             "time of run_to_run over fast, largest": ("1x", "met"),
             "time of invariant over fast, largest": ("1.02x", "met"),
+            "time of exact over fast, bfloat16, largest": ("1.4x", "met"),
             "memory beyond inputs and gradients, largest": ("64 bytes a row", "met"),
             "host overhead over one F.cross_entropy": ("2x", "met"),
         }

@@ -38,16 +38,21 @@ def test_a_block():
     assert ck.get_reduction_mode() == "run_to_run"
 
 
-def test_exact_is_not_there_yet():
-    message = "^mode 'exact' is not implemented yet; 'invariant' is the strongest mode available"
+def test_exact_asks_for_a_backend_that_keeps_it():
     logits, _ = cases.batch()
-    with pytest.raises(NotImplementedError, match=message):
+    message = "^the reference backend cannot keep mode 'exact'; 'run_to_run' is the strongest"
+    with ck.backend("reference"), pytest.raises(NotImplementedError, match=message):
         ck.codistillation_loss(logits, mode="exact")
-    with pytest.raises(NotImplementedError, match=message):
-        ck.set_reduction_mode("exact")
-    with pytest.raises(NotImplementedError, match=message), ck.reduction_mode("exact"):
-        pass
-    assert ck.get_reduction_mode() == "run_to_run"
+
+
+@pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+def test_exact_asks_for_float32_at_most():
+    logits, _ = cases.batch(dtype=torch.float64)
+    message = (
+        "^mode 'exact' takes float32, float16 or bfloat16 logits, got float64; pass logits.float"
+    )
+    with ck.backend("cpu"), pytest.raises(ValueError, match=message):
+        ck.codistillation_loss(logits, mode="exact")
 
 
 @pytest.mark.parametrize("mode", ["Fast", "", 1, None])
@@ -69,7 +74,7 @@ def test_the_reference_does_not_pretend():
 
 
 @pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
-@pytest.mark.parametrize("mode", ["fast", "run_to_run", "invariant"])
+@pytest.mark.parametrize("mode", ["fast", "run_to_run", "invariant", "exact"])
 def test_every_mode_is_invariant_on_the_cpu(mode):
     """A row's loss and gradient have the same bits alone, in a batch, and on a second call."""
     logits, target = cases.batch(rows=33, classes=1031)

@@ -88,6 +88,8 @@ def test_what_goes_wrong_under_way_has_a_message_and_a_status(
 
 # The command line itself, which tells when the training is under way.
 TELLING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a job runs in background
 from churn_trainer import cli
 run_study = cli.run_study
 
