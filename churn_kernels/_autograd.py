@@ -32,11 +32,10 @@ from churn_kernels._options import (
     pair_count,
 )
 from churn_kernels._reduction import reduce_terms, row_counts
-from churn_kernels.modes import MODES
+from churn_kernels.modes import EXACT
 
 _requires_grad = attrgetter("requires_grad")
 
-_EXACT = MODES.index("exact")
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
 # The functions below take the logits last, behind this many arguments without a gradient.
@@ -82,7 +81,7 @@ def _traced(
     outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
     an order, so exact mode stays with the op.
     """
-    if options.mode == _EXACT:
+    if options.mode == EXACT:
         loss, _, terms, _ = ops.loss(logits, target, class_weight, *options, want)
         return loss, terms
     unweighted = options._replace(
@@ -136,7 +135,7 @@ class _FusedLoss(Function):
             )
         else:
             ctx.gradients = None  # handed out below, to be changed by whoever holds them
-            ops.scale_(gradients, upstream, ctx.options.mode == _EXACT)
+            ops.scale_(gradients, upstream, ctx.options.mode == EXACT)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
 

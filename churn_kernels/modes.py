@@ -21,6 +21,9 @@ import torch
 # From the weakest to the strongest.
 MODES = ("fast", "run_to_run", "invariant", "exact")
 
+# Their codes among the ops' arguments.
+INVARIANT, EXACT = map(MODES.index, ("invariant", "exact"))
+
 
 def check(mode: object, keeps: str = "exact", backend: str = "") -> str:
     """`mode`, if it exists and is no stronger than what the backend keeps."""

@@ -75,9 +75,11 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kLowestDouble") = ck::kLowest<double>;
   constants.attr("kSumLanes") = ck::kSumLanes;
   constants.attr("kSumWords") = ck::kSumWords;
-  constants.attr("kMostPlaces") = ck::rows::kMostPlaces;
   constants.attr("kReachBits") = ck::rows::kReachBits;
   constants.attr("Float") = format<float>();
   constants.attr("Double") = format<double>();
+  constants.def(
+      "places", [](int64_t classes) { return ck::rows::places(classes); }, py::arg("classes"),
+      "Binary places that exact mode's sums over so many classes keep.");
   constants.attr("kExactSpec") = ck::kExactSpec;
 }

@@ -75,3 +75,11 @@ def backend(request):
         pytest.skip(f"backend {request.param!r} was not built")
     with ck.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads, and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

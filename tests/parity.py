@@ -5,7 +5,7 @@ import zlib
 import torch
 from tolerances import gradient_error_bound, loss_error_bound
 
-from churn_kernels import _autograd, _backend, reference
+from churn_kernels import _autograd, _backend, modes, reference
 from churn_kernels._options import LossOptions
 
 INF = float("inf")
@@ -40,6 +40,13 @@ OPTIONS = {
         0.7, 0.3, 2.0, 2, 4, False, 3, 0, label_smoothing=0.2, ignore_index=1, temperature=1.5
     ),
 }
+
+
+EXACT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXACT = {name: options._replace(mode=modes.EXACT) for name, options in OPTIONS.items()}
+
+# What `special_logits` makes.
+KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "equal", "tied", "huge"]
 
 
 def seeded(*name: object) -> torch.Generator:

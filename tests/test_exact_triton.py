@@ -3,7 +3,8 @@
 import pytest
 import torch
 from parity import (
-    OPTIONS,
+    EXACT,
+    EXACT_DTYPES,
     PLAIN,
     bytes_of,
     kernel,
@@ -21,9 +22,6 @@ pytestmark = pytest.mark.skipif(
     reason="no GPU, and TRITON_INTERPRET was not set",
 )
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXACT = {name: options._replace(mode=3) for name, options in OPTIONS.items()}
-
 
 def differences(logits, target, options, weight=None, upstream=None):
     """The results whose bytes are not the CPU's."""
@@ -39,7 +37,7 @@ def differences(logits, target, options, weight=None, upstream=None):
 @pytest.mark.parametrize("models", [1, 2, 3])
 @pytest.mark.parametrize("name", EXACT)
 def test_options(name, models):
-    dtype = DTYPES[models - 1]
+    dtype = EXACT_DTYPES[models - 1]
     generator = seeded("triton", name, models)
     options = EXACT[name]
     logits = random_logits(generator, models, 5, 37, dtype)

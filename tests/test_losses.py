@@ -46,14 +46,6 @@ def isa(request):
     torch.ops.churn_kernels.cpu_isa(best)
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's threads, and puts them back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("models", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", OPTIONS)

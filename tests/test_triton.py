@@ -10,6 +10,7 @@ import pytest
 import torch
 from parity import (
     DTYPES,
+    KINDS,
     OPTIONS,
     PLAIN,
     bytes_of,
@@ -90,9 +91,6 @@ def test_every_option_of_wide_rows(name, classes, models):
     weight = torch.rand(classes, generator=generator) if models % 2 == 0 else None
     target = random_target(generator, 1, classes)
     check(logits, target, OPTIONS[name], class_weight=weight, backend="triton")
-
-
-KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "equal", "tied", "huge"]
 
 
 @pytest.mark.parametrize(

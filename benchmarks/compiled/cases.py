@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.compiled.targets import TARGETS
+from churn_kernels import modes
 from churn_kernels._options import (
     DISTILLATION,
     DIVERGENCES,
@@ -15,7 +16,6 @@ from churn_kernels._options import (
     ROW_TERMS,
     LossOptions,
 )
-from churn_kernels.modes import MODES
 
 # CIFAR-10; ImageNet; iNaturalist 2018; ImageNet-21k; the vocabulary of Llama 3.
 CLASS_COUNTS = [10, 1000, 8142, 21841, 128256]
@@ -59,8 +59,8 @@ class Case(NamedTuple):
 PAIR = LossOptions(
     0.9, 0.1, 1.5, regularizer=REGULARIZERS["entropy"], divergence=DIVERGENCES["skl"]
 )
-INVARIANT = PAIR._replace(mode=MODES.index("invariant"))
-EXACT = PAIR._replace(mode=MODES.index("exact"))
+INVARIANT = PAIR._replace(mode=modes.INVARIANT)
+EXACT = PAIR._replace(mode=modes.EXACT)
 ONE_MODEL = PAIR._replace(divergence=0, divergence_weight=0.0)
 DISTILL = LossOptions(0.5, 0.0, 4.5, divergence=DISTILLATION, teachers=2, temperature=3.0)
 

@@ -24,9 +24,10 @@ from benchmarks.compiled.code import Kernel, read_amd, read_sass
 from benchmarks.compiled.lint import findings
 from benchmarks.compiled.targets import TARGETS
 from churn_kernels._options import REDUCTIONS, WANT_GRADIENTS, WANT_TERMS
+from churn_kernels.modes import EXACT
 from churn_kernels.triton import exact_sum, launch, report
 from churn_kernels.triton.plan import Plan
-from churn_kernels.triton.spec import EXACT, Spec
+from churn_kernels.triton.spec import Spec
 
 ROWS = 16
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

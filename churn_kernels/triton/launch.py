@@ -29,13 +29,11 @@ from churn_kernels._options import (
     LossOptions,
     pair_count,
 )
-from churn_kernels.modes import MODES
+from churn_kernels.modes import EXACT, INVARIANT
 from churn_kernels.triton import batch, finish, kernels, superaccumulator
 from churn_kernels.triton.plan import MOST_REGISTERS, SHORT, Plan, plan, widest_vector
-from churn_kernels.triton.spec import EXACT, Spec, make_spec
+from churn_kernels.triton.spec import Spec, make_spec
 
-INVARIANT = MODES.index("invariant")
-MOST_PLACES: int = constants.kMostPlaces
 SCALE_BLOCK = 4096
 SCALE_PROGRAMS = 1024  # enough to fill any GPU, few enough to return early at no cost
 
@@ -138,7 +136,7 @@ def kind_of(options: LossOptions) -> LossOptions:
 
 def exact_places(options: LossOptions, classes: int) -> int:
     """Binary places of a sum over so many classes (csrc/rows/exact.h); 0 without exact mode."""
-    return min(MOST_PLACES, 62 - (classes - 1).bit_length()) if options.mode == EXACT else 0
+    return int(constants.places(classes)) if options.mode == EXACT else 0
 
 
 def start(

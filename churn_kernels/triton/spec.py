@@ -15,10 +15,8 @@ from churn_kernels._options import (
     LossOptions,
     pair_count,
 )
-from churn_kernels.modes import MODES
+from churn_kernels.modes import EXACT
 from churn_kernels.triton.plan import Plan
-
-EXACT = MODES.index("exact")
 
 
 class Spec:

@@ -283,6 +283,9 @@ void find_largest(const Schedule& schedule, int size, double* largest, double le
 void find_two_largest(RowWork& work, const Schedule& schedule) {
   const int models = work.view().models;
   double* best = work.maxima();
+  if (!schedule.splits_rows()) {
+    return work.kernels().maxima(work.view(), 0, work.view().classes, best);
+  }
   std::fill_n(best, 2 * models, -std::numeric_limits<double>::infinity());
   std::vector<double> partial(schedule.chunks() * 2 * models, best[0]);
   schedule.sweep([&](int64_t begin, int64_t end, int64_t chunk) {
