@@ -76,6 +76,7 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kSumLanes") = ck::kSumLanes;
   constants.attr("kSumWords") = ck::kSumWords;
   constants.attr("kReachBits") = ck::rows::kReachBits;
+  constants.attr("kLeastPeak") = ck::rows::kLeastPeak;
   constants.attr("Float") = format<float>();
   constants.attr("Double") = format<double>();
   constants.def(

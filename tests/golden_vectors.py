@@ -38,6 +38,7 @@ CASES = {
     ),
     "rows": (EXACT._replace(reduction=0), 2, 10, "float32"),
     "far_apart": (EXACT._replace(regularizer=2), 2, 47, "float32"),
+    "equally_sure": (EXACT._replace(temperature=1.5), 2, 26, "float32"),
 }  # fmt: skip
 ROWS = 4
 
@@ -61,6 +62,9 @@ def inputs(name: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | 
         for z in logits:
             z[1, 3] = -float("inf")
             z[2, 5] = torch.finfo(z.dtype).min
+    if name == "equally_sure":
+        for z in logits:
+            z[:, 7] = z.max() + 25.0
     target = torch.tensor([draw.randrange(classes) for _ in range(ROWS)])
     target[2] = options.ignore_index
     weighted = options.label_smoothing > 0

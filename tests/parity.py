@@ -46,7 +46,7 @@ EXACT_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXACT = {name: options._replace(mode=modes.EXACT) for name, options in OPTIONS.items()}
 
 # What `special_logits` makes.
-KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "equal", "tied", "huge"]
+KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "sure", "equal", "tied", "huge"]
 
 
 def seeded(*name: object) -> torch.Generator:
@@ -150,6 +150,9 @@ def special_logits(kind, generator, models, dtype):
         elif kind == "one_hot":
             z[:] = -200.0
             z[:, 3 + k] = 200.0
+        elif kind == "sure":  # all models of one class, but of the last row
+            z[:, 5] = 30.0 + k
+            z[3, 6 + k] = 60.0
         elif kind == "equal":
             z[:] = 0.5
         elif kind == "tied":

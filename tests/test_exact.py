@@ -74,6 +74,20 @@ def test_special_rows(name, kind):
         check(logits, torch.tensor([1, 2, 3, 40]), EXACT[name]._replace(reduction=0))
 
 
+@pytest.mark.parametrize("lead", [4.0, 12.0, 30.0, 60.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_models_that_are_equally_sure(lead, temperature):
+    """What is left of their divergence, which may be very small, keeps its digits."""
+    models = random_logits(seeded("sure", lead), 2, 20, 300)
+    for z in models:
+        z[:, 7] = z.max() + lead
+    options = {"beta": 1.0, "temperature": temperature, "reduction": "none"}
+    got = ck.codistillation_loss(models, mode="exact", **options)
+    with ck.backend("reference"):
+        want = ck.codistillation_loss([z.double() for z in models], **options)
+    torch.testing.assert_close(got.double(), want, rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("teachers", [1, 3])
 def test_distillation(teachers):
     generator = seeded("distillation", teachers)

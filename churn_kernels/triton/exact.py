@@ -7,27 +7,13 @@ the CPU's. Extremes come first; they decide what terms are times as integers (`s
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.divergence import sign
-from churn_kernels.triton.math import exp_nonpos
-from churn_kernels.triton.row import Sums, pair_index
-from churn_kernels.triton.scales import difference, extremes, find_scales, pair_scales, weigh
-from churn_kernels.triton.second import probability, teacher_terms, tempered
-from churn_kernels.triton.sums import INFINITY, over_lanes, with_pairs
+from churn_kernels.triton.math import INFINITY, exp_nonpos
+from churn_kernels.triton.row import Sums
+from churn_kernels.triton.scales import difference, extremes, find_scales, integers, real, weigh
+from churn_kernels.triton.softmax import tempered
+from churn_kernels.triton.sums import add_sums, over_lanes
 from churn_kernels.triton.tile import across, blocks, classes_of, lane_sum, load_block, load_weights
 from churn_kernels.triton.topk import in_top_k, order_key
-from churn_kernels.triton.tuples import add_each, largest_each, total_each
-
-
-@triton.jit
-def real(total, by):
-    """A sum of integers as the number that it stands for."""
-    return total.to(tl.float64) / by.to(tl.float64)
-
-
-@triton.jit
-def integers(x, S: tl.constexpr):
-    """Sum of x, cut to integers, for each lane."""
-    return lane_sum(x.to(tl.int64), S)
 
 
 @triton.jit
@@ -101,29 +87,6 @@ def part_sums(z, c, weights, row, by, thresholds, last_ties, inverse_temperature
         (),
         first,
         second,
-        (),
-        (),
-        (),
-    )
-
-
-@triton.jit
-def add_sums(a, b):
-    return Sums(
-        a.maximum,
-        add_each(a.mass, b.mass),
-        add_each(a.moment, b.moment),
-        add_each(a.spread, b.spread),
-        add_each(a.live, b.live),
-        add_each(a.tempered_mass, b.tempered_mass),
-        add_each(a.top_mass, b.top_mass),
-        add_each(a.top_moment, b.top_moment),
-        add_each(a.top_spread, b.top_spread),
-        add_each(a.top_live, b.top_live),
-        add_each(a.weighted_spread, b.weighted_spread),
-        (),
-        add_each(a.first, b.first),
-        add_each(a.second, b.second),
         (),
         (),
         (),
@@ -225,73 +188,3 @@ def exact_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, 
         tail,
         top_tail,
     )
-
-
-@triton.jit
-def second_part(z, sums, by, inverse_temperature, S: tl.constexpr):
-    """(first, second, only in teachers) of a part, for each lane."""
-    first = ()
-    second = ()
-    alone = ()
-    if S.divergence == 4:
-        kl, only = teacher_terms(z, sums, inverse_temperature, S)
-        first += (integers(kl * across(by[0], S), S),)
-        alone += (lane_sum(only.to(tl.int64), S),)
-    else:
-        p = ()
-        for k in tl.static_range(S.models):
-            p += (probability(z[k].to(S.compute), k, sums, inverse_temperature, S),)
-        for i in tl.static_range(S.models):
-            for j in tl.static_range(i + 1, S.models):
-                s = sign(p[i], p[j])
-                first += (integers(s * S.unit * p[i], S),)
-                second += (integers(s * S.unit * p[j], S),)
-    return first, second, alone
-
-
-@triton.jit
-def exact_second_sums(z, at, sums, inverse_temperature, S: tl.constexpr):
-    """The row's sums, with those that need its masses: L1, and KL to the teachers."""
-    by = ()
-    if S.divergence == 4:
-        by = pair_scales(at, extremes(z, at, S), inverse_temperature, S)
-    count: tl.constexpr = 1 if S.divergence == 4 else S.pairs
-    zero = lane_sum(tl.zeros((S.height, S.width), tl.int64), S)
-    first = ()
-    second = ()
-    alone = ()
-    for _ in tl.static_range(count):
-        first += (zero,)
-        if S.divergence == 4:
-            alone += (zero,)
-        else:
-            second += (zero,)
-    for block in range(0, blocks(at, S)):
-        parts = z if S.resident else load_block(at, block, True, S)
-        for part in tl.static_range(S.parts):
-            f, s, a = second_part(parts[part], sums, by, inverse_temperature, S)
-            first, second, alone = add_each(first, f), add_each(second, s), add_each(alone, a)
-    if S.wide:
-        first, second, alone = total_each(first), total_each(second), largest_each(alone)
-    reach = ()
-    if S.divergence == 4:
-        poison = sums.mass[0] * 0.0
-        for t in tl.static_range(1, S.models):
-            poison += sums.mass[t] * 0.0
-        first = (real(first[0], by[0]) + poison,)
-        reach = (tl.where(alone[0] > 0, INFINITY, 0.0),)
-        return with_pairs(sums, first, (), reach)
-    else:
-        return with_pairs(sums, poisoned(first, sums, S), poisoned(second, sums, S), ())
-
-
-@triton.jit
-def poisoned(totals, sums, S: tl.constexpr):
-    """L1's sums as numbers; NaN where one of the two models is."""
-    found = ()
-    for i in tl.static_range(S.models):
-        for j in tl.static_range(i + 1, S.models):
-            poison = (sums.tempered_mass[i] + sums.tempered_mass[j]) * 0.0
-            total = totals[pair_index(i, j, S.models)].to(tl.float64) / S.unit
-            found += (total + poison,)
-    return found

@@ -4,10 +4,14 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.divergence import sign
-from churn_kernels.triton.math import at_least_lowest, canonical, exp_nonpos, mul_add
-from churn_kernels.triton.second import tempered
-from churn_kernels.triton.softmax import softmax_gradient
-from churn_kernels.triton.sums import INFINITY
+from churn_kernels.triton.math import (
+    INFINITY,
+    at_least_lowest,
+    canonical,
+    exp_nonpos,
+    mul_add,
+)
+from churn_kernels.triton.softmax import softmax_gradient, tempered
 from churn_kernels.triton.tile import across
 from churn_kernels.triton.topk import in_top_k, order_key
 

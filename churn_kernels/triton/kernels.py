@@ -20,7 +20,7 @@ from churn_kernels.triton.batch import (
     unit_weights,
     weighted,
 )
-from churn_kernels.triton.exact import exact_second_sums, exact_sums
+from churn_kernels.triton.exact import exact_sums
 from churn_kernels.triton.gradient import gradients
 from churn_kernels.triton.math import canonical, cast_exactly, scalar
 from churn_kernels.triton.record import (
@@ -204,15 +204,13 @@ def rows_kernel(
     if S.exact:
         sums = exact_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
         sums = finish_sums(sums, wrong, S)
-        if S.sweeps_twice:
-            sums = exact_second_sums(z, at, sums, inverse_temperature, S)
     else:
         sums = row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
         sums = finish_sums(sums, wrong, S)
         if S.couples:
             sums = find_mismatches(z, at, sums, S)
-        if S.sweeps_twice:
-            sums = second_sums(z, at, sums, inverse_temperature, S)
+    if S.sweeps_twice:
+        sums = second_sums(z, at, sums, inverse_temperature, S)
     total_weight = tl.full((), classes, S.scalar)
     if S.smooths and S.weighted:
         total_weight = class_weights(at, class_weight, counts, S)

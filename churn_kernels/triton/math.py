@@ -11,6 +11,7 @@ import triton.language as tl
 from churn_kernels._C import constants
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
 LOWEST_FLOAT = tl.constexpr(constants.kLowestFloat)
 LOWEST_DOUBLE = tl.constexpr(constants.kLowestDouble)
 FLOAT = tl.constexpr(constants.Float)

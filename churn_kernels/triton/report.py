@@ -21,7 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from churn_kernels.triton.launch import on_device, start
-from churn_kernels.triton.math import at_least_lowest, exp_nonpos, log_pos, mul_add, scalar
+from churn_kernels.triton.math import (
+    INFINITY,
+    at_least_lowest,
+    exp_nonpos,
+    log_pos,
+    mul_add,
+    scalar,
+)
 from churn_kernels.triton.plan import VECTOR_BYTES, WARP, power_of_two
 from churn_kernels.triton.spec import Spec
 from churn_kernels.triton.tile import aligned
@@ -37,7 +44,6 @@ WARP_CLASSES = 4096
 
 MAX_WARPS = 8
 
-INFINITY = tl.constexpr(float("inf"))
 NO_CLASS = tl.constexpr(2**31 - 1)
 
 

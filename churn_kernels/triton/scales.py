@@ -9,9 +9,14 @@ import triton
 import triton.language as tl
 
 from churn_kernels._C import constants
-from churn_kernels.triton.math import LOWEST_FLOAT, at_least_lowest, exp_nonpos, number
-from churn_kernels.triton.second import tempered
-from churn_kernels.triton.sums import INFINITY
+from churn_kernels.triton.math import (
+    INFINITY,
+    LOWEST_FLOAT,
+    at_least_lowest,
+    exp_nonpos,
+    number,
+)
+from churn_kernels.triton.softmax import tempered
 from churn_kernels.triton.tile import (
     across,
     any_row,
@@ -19,6 +24,7 @@ from churn_kernels.triton.tile import (
     classes_of,
     has_edge,
     lane_max,
+    lane_sum,
     load_block,
     load_weights,
     row_full,
@@ -27,6 +33,7 @@ from churn_kernels.triton.topk import logit_of
 
 REACH = tl.constexpr(2.0**constants.kReachBits)
 REACH_BITS = tl.constexpr(constants.kReachBits)
+LEAST_PEAK = tl.constexpr(constants.kLeastPeak)
 LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32
 
 
@@ -177,25 +184,48 @@ def find_alone(at, i: tl.constexpr, j: tl.constexpr, lowest, S: tl.constexpr):
 
 
 @triton.jit
-def scale(reach, S: tl.constexpr):
-    """2^(places - E), reach < 2^E."""
-    bits = ((reach.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    bits = tl.maximum(bits, REACH_BITS)  # at most 128, as no term is inf
+def power(bits, S: tl.constexpr):
+    """2^(places - bits): what terms below 2^bits are times as integers."""
     return ((-bits + (S.places + 127)) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def peak_scale(row, k: tl.constexpr, S: tl.constexpr):
-    """(unit, peak): sums of exp(d) keep more places where one class outweighs all others."""
+def real(total, by):
+    """A sum of integers as the number that it stands for."""
+    return total.to(tl.float64) / by.to(tl.float64)
+
+
+@triton.jit
+def integers(x, S: tl.constexpr):
+    """Sum of x, cut to integers, for each lane."""
+    return lane_sum(x.to(tl.int64), S)
+
+
+@triton.jit
+def reach_bits(reach):
+    """The least E with reach < 2^E, from REACH_BITS on."""
+    bits = ((reach.to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    return tl.maximum(bits, REACH_BITS)  # at most 128, as no term is inf
+
+
+@triton.jit
+def scale(reach, S: tl.constexpr):
+    return power(reach_bits(reach), S)
+
+
+@triton.jit
+def peak_bits(row, k: tl.constexpr, inverse_temperature):
+    """No exp(d / T) nor exp(d / T) d but those of the largest class reaches 2^peak_bits.
+
+    0 where it is not apart.
+    """
     gap = row.second[k].to(tl.float64) - row.maximum[k].to(tl.float64)
     lowest = number(LOWEST_FLOAT, tl.float64)
     one = number(1.0, tl.float64)
-    gap = tl.where(gap > lowest, gap, lowest)
+    gap = tl.where(gap > lowest, gap, lowest) * inverse_temperature.to(tl.float64)
     bound = exp_nonpos(gap, True) * tl.maximum(one, -gap)
     bits = (bound.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
-    bits = tl.minimum(tl.maximum(bits, -75), 0)
-    unit = ((-bits + (S.places + 127)) << 23).to(tl.float32, bitcast=True)
-    return unit, tl.where(bits < 0, 0.0, 1.0)
+    return tl.minimum(tl.maximum(bits, LEAST_PEAK), 0)
 
 
 @triton.jit
@@ -259,6 +289,29 @@ def pair_reach(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S
 
 
 @triton.jit
+def shared_peak(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
+    """Peak bits of the terms of a pair, 0 where its models have not the same largest class.
+
+    The difference of two d is 0 at a class that is the largest of both models, so where it
+    outweighs all others in both, what is left is as small as the exponentials of the rest.
+    """
+    peak_i = peak_bits(row, i, inverse_temperature)
+    peak_j = peak_bits(row, j, inverse_temperature)
+    peaked = (peak_i < 0) & (peak_j < 0)
+    shared = row_full(0, tl.int32, S)
+    if any_row(peaked, S):
+        found = lanes_full(0, tl.int32, S)
+        for block in range(0, blocks(at, S)):
+            parts = load_block(at, block, True, S)
+            for part in tl.static_range(S.parts):
+                largest_i = parts[part][i].to(S.compute) == across(row.maximum[i], S)
+                largest_j = parts[part][j].to(S.compute) == across(row.maximum[j], S)
+                found = tl.maximum(found, lane_max((largest_i & largest_j).to(tl.int32), S))
+        shared = row_largest(found, S)
+    return tl.where(peaked & (shared > 0), tl.maximum(peak_i, peak_j), 0)
+
+
+@triton.jit
 def pair_scales(at, row, inverse_temperature, S: tl.constexpr):
     """Scales of the pairs' sums: with a sweep of its own where logits lie far apart."""
     bound = row_full(0.0, S.compute, S)
@@ -273,7 +326,8 @@ def pair_scales(at, row, inverse_temperature, S: tl.constexpr):
                 reach = row_full(0.0, S.compute, S)
                 if any_row((bound < REACH) == 0, S):
                     reach = pair_reach(at, row, i, j, inverse_temperature, S)
-                found += (scale(reach, S),)
+                bits = reach_bits(reach) + shared_peak(at, row, i, j, inverse_temperature, S)
+                found += (power(bits, S),)
     if S.divergence == 4:
         reach = row_full(0.0, S.compute, S)
         if any_row((bound < REACH) == 0, S):
@@ -291,9 +345,9 @@ def find_scales(at, row, class_weight, thresholds, inverse_temperature, S: tl.co
     top_spread = ()
     weighted = ()
     for k in tl.static_range(S.models):
-        unit_of_model, peak_of_model = peak_scale(row, k, S)
-        unit += (unit_of_model,)
-        peak += (peak_of_model,)
+        bits = peak_bits(row, k, tl.full((), 1.0, tl.float64))
+        unit += (power(bits, S),)
+        peak += (tl.where(bits < 0, 0.0, 1.0),)
         if S.uniform and not S.top:
             spread += (scale(reach_of(row, k, row.least[k]), S),)
         if S.uniform and S.top and k < S.students:

@@ -4,19 +4,12 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.divergence import kl_term, sign
-from churn_kernels.triton.math import at_least_lowest, exp_nonpos, log_pos, mul_add
-from churn_kernels.triton.sums import INFINITY, with_pairs
-from churn_kernels.triton.tile import across, blocks, lane_max, lane_sum, load_block
+from churn_kernels.triton.math import INFINITY, at_least_lowest, log_pos, mul_add
+from churn_kernels.triton.scales import extremes, integers, pair_scales, real
+from churn_kernels.triton.softmax import tempered
+from churn_kernels.triton.sums import with_pairs
+from churn_kernels.triton.tile import across, blocks, lane_max, lane_sum, load_block, row_full
 from churn_kernels.triton.tuples import add_each, larger_each, largest_each, total_each
-
-
-@triton.jit
-def tempered(x, maximum, inverse_temperature, S: tl.constexpr):
-    """exp((x - maximum) / T) of a class."""
-    d = x - across(maximum, S)
-    if S.tempered:
-        d = at_least_lowest(d) * inverse_temperature
-    return tl.where(x == -INFINITY, 0.0, exp_nonpos(d, S.exact))
 
 
 @triton.jit
@@ -52,14 +45,23 @@ def teacher_terms(z, sums, inverse_temperature, S: tl.constexpr):
 
 
 @triton.jit
-def part_terms(z, sums, inverse_temperature, S: tl.constexpr):
+def added(x, by, S: tl.constexpr):
+    """Sum of x for each lane: of floats, or of integers `by` times as large, by row."""
+    if S.exact:
+        return integers(x * across(by, S), S)
+    else:
+        return lane_sum(x, S)
+
+
+@triton.jit
+def part_terms(z, sums, by, inverse_temperature, S: tl.constexpr):
     """(first, second, reach) of a part, for each lane."""
     first = ()
     second = ()
     reach = ()
     if S.divergence == 4:
         kl, alone = teacher_terms(z, sums, inverse_temperature, S)
-        first += (lane_sum(kl, S),)
+        first += (added(kl, by, S),)
         reach += (lane_max(tl.where(alone > 0, INFINITY, 0.0), S),)
     else:
         p = ()
@@ -68,30 +70,50 @@ def part_terms(z, sums, inverse_temperature, S: tl.constexpr):
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
                 s = sign(p[i], p[j])
-                first += (lane_sum(s * p[i], S),)
-                second += (lane_sum(s * p[j], S),)
+                first += (added(s * p[i], by, S),)
+                second += (added(s * p[j], by, S),)
     return first, second, reach
 
 
 @triton.jit
-def block_terms(z, sums, inverse_temperature, S: tl.constexpr):
-    first, second, reach = part_terms(z[0], sums, inverse_temperature, S)
+def block_terms(z, sums, by, inverse_temperature, S: tl.constexpr):
+    first, second, reach = part_terms(z[0], sums, by, inverse_temperature, S)
     for part in tl.static_range(1, S.parts):
-        f, s, r = part_terms(z[part], sums, inverse_temperature, S)
+        f, s, r = part_terms(z[part], sums, by, inverse_temperature, S)
         first, second, reach = add_each(first, f), add_each(second, s), larger_each(reach, r)
     return first, second, reach
 
 
 @triton.jit
+def real_pairs(totals, by, sums, S: tl.constexpr):
+    """Sums of pairs as numbers; NaN where one of the two models is, as integers cannot be."""
+    found = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            if len(found) < len(totals):
+                poison = (sums.tempered_mass[i] + sums.tempered_mass[j]) * 0.0
+                if S.divergence == 4:
+                    for t in tl.static_range(2, S.models):
+                        poison += sums.tempered_mass[t] * 0.0
+                found += (real(totals[len(found)], by) + poison,)
+    return found
+
+
+@triton.jit
 def second_sums(z, at, sums, inverse_temperature, S: tl.constexpr):
-    """The row's sums, with those of the second sweep."""
+    """The row's sums, with those that need its masses."""
+    by = row_full(S.unit, S.compute, S)
+    if S.exact and S.divergence == 4:
+        by = pair_scales(at, extremes(z, at, S), inverse_temperature, S)[0]
     parts = z if S.resident else load_block(at, 0, True, S)
-    first, second, reach = block_terms(parts, sums, inverse_temperature, S)
+    first, second, reach = block_terms(parts, sums, by, inverse_temperature, S)
     if not S.resident:
         for block in range(1, blocks(at, S)):
             parts = load_block(at, block, True, S)
-            f, s, r = block_terms(parts, sums, inverse_temperature, S)
+            f, s, r = block_terms(parts, sums, by, inverse_temperature, S)
             first, second, reach = add_each(first, f), add_each(second, s), larger_each(reach, r)
     if S.wide:
         first, second, reach = total_each(first), total_each(second), largest_each(reach)
+    if S.exact:
+        first, second = real_pairs(first, by, sums, S), real_pairs(second, by, sums, S)
     return with_pairs(sums, first, second, reach)

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.sums import ANY_TIE, INFINITY
+from churn_kernels.triton.math import INFINITY
+from churn_kernels.triton.sums import ANY_TIE
 from churn_kernels.triton.tile import (
     across,
     any_row,

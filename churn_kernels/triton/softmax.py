@@ -4,9 +4,21 @@ d = logit - row maximum, e = exp(d), p = e / mass.
 """
 
 import triton
-import triton.language as tl  # noqa: F401 - the interpreter looks for it in each module
+import triton.language as tl
 
-from churn_kernels.triton.math import mul_add
+from churn_kernels.triton.math import INFINITY, at_least_lowest, exp_nonpos, mul_add
+from churn_kernels.triton.tile import across
+
+
+@triton.jit
+def tempered(x, maximum, inverse_temperature, S: tl.constexpr):
+    """exp((x - maximum) / T) of a class, maximum by row; 0 at -inf."""
+    d = x - across(maximum, S)
+    if S.tempered:
+        d = at_least_lowest(d) * inverse_temperature
+        return tl.where(x == -INFINITY, 0.0, exp_nonpos(d, S.exact))
+    else:
+        return exp_nonpos(d, S.exact)
 
 
 @triton.jit

@@ -8,7 +8,13 @@ and lanes come together in the same way. The order depends on the plan alone.
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import LOWEST_FLOAT, at_least_lowest, exp_nonpos, mul_add
+from churn_kernels.triton.math import (
+    INFINITY,
+    LOWEST_FLOAT,
+    at_least_lowest,
+    exp_nonpos,
+    mul_add,
+)
 from churn_kernels.triton.row import Sums, pair_index
 from churn_kernels.triton.tile import (
     across,
@@ -26,7 +32,6 @@ from churn_kernels.triton.tile import (
 from churn_kernels.triton.topk import in_top_k, order_key
 from churn_kernels.triton.tuples import add_each, larger_each, largest_each, take, total_each
 
-INFINITY = tl.constexpr(float("inf"))
 ANY_TIE = tl.constexpr(2**30 - 1)  # behind every class: all ties belong
 # Differences of two d beyond this come from a class at -inf, or from a mask.
 FAR = tl.constexpr(-0.25 * LOWEST_FLOAT.value)
@@ -277,13 +282,10 @@ def rebase(sums, maximum, inverse_temperature, S: tl.constexpr):
 
 
 @triton.jit
-def combine(a, b, inverse_temperature, S: tl.constexpr):
-    """Sums of two blocks, lane by lane."""
-    maximum = larger_each(a.maximum, b.maximum)
-    a = rebase(a, maximum, inverse_temperature, S)
-    b = rebase(b, maximum, inverse_temperature, S)
+def add_sums(a, b):
+    """Sums relative to the same maxima, lane by lane."""
     return Sums(
-        maximum,
+        a.maximum,
         add_each(a.mass, b.mass),
         add_each(a.moment, b.moment),
         add_each(a.spread, b.spread),
@@ -301,6 +303,15 @@ def combine(a, b, inverse_temperature, S: tl.constexpr):
         (),
         (),
     )
+
+
+@triton.jit
+def combine(a, b, inverse_temperature, S: tl.constexpr):
+    """Sums of two blocks, lane by lane."""
+    maximum = larger_each(a.maximum, b.maximum)
+    a = rebase(a, maximum, inverse_temperature, S)
+    b = rebase(b, maximum, inverse_temperature, S)
+    return add_sums(a, b)
 
 
 @triton.jit

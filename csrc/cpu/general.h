@@ -462,6 +462,18 @@ struct General {
     out->index = nth_equal(row, model, static_cast<S>(out->first), 1);
   }
 
+  static bool shares_maximum(const RowView& row, int i, int j, int64_t begin, int64_t end) {
+    const V none(S(0)), one(S(1));
+    const V largest_i(static_cast<S>(row.maxima[i])), largest_j(static_cast<S>(row.maxima[j]));
+    for (int64_t c = begin; c < end; c += kWidth) {
+      const int n = static_cast<int>(std::min<int64_t>(kWidth, end - c));
+      const V in_i = where_equal(load_any(row, i, c, n, -kInfinity), largest_i, one, none);
+      const V in_j = where_equal(load_any(row, j, c, n, -kInfinity), largest_j, one, none);
+      if (any_nonzero(in_i * in_j)) return true;
+    }
+    return false;
+  }
+
   static double logit(const RowView& row, int model, int64_t index) {
     const T* z = static_cast<const T*>(row.logits[model]);
     return static_cast<double>(to_compute(z[index * row.column_strides[model]]));

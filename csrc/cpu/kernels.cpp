@@ -25,8 +25,9 @@ void scale(void* data, int64_t begin, int64_t end, double factor) {
 template <class T, class A, class Sweeps>
 constexpr Kernels table() {
   using Any = General<T, A>;
-  return {&Sweeps::maxima,   &Any::bounds, &Sweeps::sums, &Any::second_sums,
-          &Sweeps::gradient, &Any::top_k,  &Any::top_two, &Any::logit};
+  return {&Sweeps::maxima,   &Any::bounds,         &Sweeps::sums,
+          &Any::second_sums, &Sweeps::gradient,    &Any::top_k,
+          &Any::top_two,     &Any::shares_maximum, &Any::logit};
 }
 
 template <class T, class A>

@@ -83,6 +83,8 @@ struct Kernels {
   void (*top_k)(const RowView&, int model, int64_t k, void* heap, double* threshold,
                 int64_t* last_tie);
   void (*top_two)(const RowView&, int model, TopTwo*);
+  // Whether a class of [begin, end) is the largest of both models.
+  bool (*shares_maximum)(const RowView&, int i, int j, int64_t begin, int64_t end);
   double (*logit)(const RowView&, int model, int64_t index);
 };
 

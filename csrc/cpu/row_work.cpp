@@ -120,25 +120,40 @@ void RowWork::set_scales() {
   for (int k = 0; k < view_.models; ++k) {
     const double* bound = &bounds_[k * kModelBounds];
     float* s = &scales_[k * kModelSums];
-    const double gap = maxima_[view_.models + k] - maxima_[k];
-    const int bits = rows::peak_exponent(gap > kLowest<float> ? gap : kLowest<float>);
-    peaks_[k] = bits < 0 ? 0.0f : 1.0f;
-    s[0] = s[1] = s[5] = s[6] = scale(bits);
+    const int peak = peak_exponent(k, 1.0f);
+    peaks_[k] = peak < 0 ? 0.0f : 1.0f;
+    s[0] = s[1] = s[5] = s[6] = scale(peak);
     s[4] = scale(0);
     s[2] = scale(rows::reach_exponent(bound[0]));
     s[7] = scale(rows::reach_exponent(bound[1]));
     s[8] = scale(rows::reach_exponent(bound[2]));
   }
-  for (int p = 0; p < in_.pairs(); ++p) {
-    const double reach = bounds_[view_.models * kModelBounds + p];
-    float* s = &scales_[view_.models * kModelSums + p * kPairSums];
-    // A term of KL to the teachers is at most reach + log C + 88.
-    const int bits = in_.options.divergence == Divergence::kL1 ? 0
-                     : in_.options.divergence == Divergence::kDistill
-                         ? rows::reach_exponent(2 * reach)
-                         : rows::reach_exponent(reach);
-    s[0] = s[1] = scale(bits);
+  const double* reach = &bounds_[view_.models * kModelBounds];
+  float* s = &scales_[view_.models * kModelSums];
+  if (in_.options.teachers > 0) {
+    s[0] = scale(rows::reach_exponent(2 * *reach));  // a term is at most reach + log C + 88
+    return;
   }
+  const bool probabilities = in_.options.divergence == Divergence::kL1;
+  const auto bits_of = [&](int i, int j) {
+    const auto inverse_temperature = static_cast<float>(1.0 / in_.options.temperature);
+    const int peak_i = peak_exponent(i, inverse_temperature);
+    const int peak_j = peak_exponent(j, inverse_temperature);
+    const bool shares =
+        peak_i < 0 && peak_j < 0 && kernels_->shares_maximum(view_, i, j, 0, view_.classes);
+    return rows::pair_exponent(*reach, shares, peak_i, peak_j);
+  };
+  for (int i = 0; i < view_.models && in_.pairs() > 0; ++i) {
+    for (int j = i + 1; j < view_.models; ++j, ++reach, s += kPairSums) {
+      s[0] = s[1] = scale(probabilities ? 0 : bits_of(i, j));
+    }
+  }
+}
+
+int RowWork::peak_exponent(int k, float inverse_temperature) const {
+  const double gap = maxima_[view_.models + k] - maxima_[k];
+  return rows::peak_exponent(
+      (gap > kLowest<float> ? gap : kLowest<float>)*static_cast<double>(inverse_temperature));
 }
 
 void RowWork::make_real(int begin, int end) {

@@ -73,6 +73,7 @@ class RowWork {
   }
   const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
   void use_general();
+  int peak_exponent(int k, float inverse_temperature) const;
   void make_real(int begin, int end);
 
   const LossInputs& in_;

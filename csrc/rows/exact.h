@@ -38,10 +38,17 @@ CK_HD int reach_exponent(double reach) {
 // Where one class outweighs all others, sums of exp(d) and exp(d) d over the others keep more
 // places: they count the largest class apart, and are scaled by the second largest, whose d is
 // `gap`. Of the others no term reaches 2^peak_exponent(gap); 0 where the largest is not apart.
+inline constexpr int kLeastPeak = -75;
 CK_HD int peak_exponent(double gap) {
   const double bound = exp_nonpos(gap) * max(1.0, -gap);
   const int bits = static_cast<int>(bits_as<int64_t>(bound) >> 52) - 1023 + 1;  // bound < 2^bits
-  return bits > 0 ? 0 : bits < -75 ? -75 : bits;
+  return bits > 0 ? 0 : bits < kLeastPeak ? kLeastPeak : bits;
+}
+
+// The difference of two d is 0 at a class that is the largest of both models, so where it outweighs
+// all others in both, what is left of the pair's sums is as small as the exponentials of the rest.
+CK_HD int pair_exponent(double reach, bool shares_maximum, int peak_i, int peak_j) {
+  return reach_exponent(reach) + (!shares_maximum ? 0 : peak_i > peak_j ? peak_i : peak_j);
 }
 
 CK_HD double power_of_two(int n) { return bits_as<double>(static_cast<int64_t>(n + 1023) << 52); }
