@@ -59,12 +59,17 @@ def evaluate(
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
         loss, _, terms, _ = _call(ops, logits, target, class_weight, options, want)
         return loss, terms
-    elif options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16:
+    elif comes_with_gradients(options, logits):
         want |= WANT_GRADIENTS
         return _FusedLoss.apply(ops, target, class_weight, options, want, *logits)
     want |= WANT_STATS
     loss, _, terms = _Loss.apply(ops, target, class_weight, options, want, *logits)
     return loss, terms
+
+
+def comes_with_gradients(options: LossOptions, logits: Sequence[Tensor]) -> bool:
+    """Whether the loss computes its gradients at once, for its upstream to scale."""
+    return options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16
 
 
 def _traced(

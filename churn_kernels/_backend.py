@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from churn_kernels import _autograd, _checks, _ops, modes, reference
+from churn_kernels import _autograd, _checks, _class_shards, _ops, modes, reference
 from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
@@ -53,6 +53,10 @@ def _load() -> dict[str, OpSet]:
 
 
 _OPS = _load()
+
+# Set in a block of `distributed.class_parallel`: logits hold some of the classes, and the losses
+# are those of all that this brings together.
+class_exchange: _class_shards.Exchange | None = None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -205,26 +209,55 @@ def evaluate(
     first = logits[0]
     if target is not None:
         _checks.target(target, first.shape[-2], first.device)
-    if class_weight is not None:
-        class_weight = _checks.class_weight(class_weight, first)
-    if options.top_k:
-        _checks.top_k_fits(options.top_k, first.shape[-1])
     name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0])
     if mode is None:
         mode = modes.default
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
-        if mode == "exact" and first.dtype == torch.float64:
-            raise ValueError(
-                "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
-                "pass logits.float(), or mode='invariant'"
-            )
+    if class_exchange is not None:
+        return _evaluate_shard(name, logits, target, class_weight, options, with_terms)
+    if mode == "exact":
+        _takes_exact(first)
+    if class_weight is not None:
+        class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
+    if options.top_k:
+        _checks.top_k_fits(options.top_k, first.shape[-1])
     if name == "reference":
         return reference.loss(logits, target, class_weight, options)
     strength = modes.MODES.index(mode or modes.get_reduction_mode())
     if strength:
         options = options._replace(mode=strength)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
+
+
+def _takes_exact(logits: Tensor) -> None:
+    if logits.dtype == torch.float64:
+        raise ValueError(
+            "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
+            "pass logits.float(), or mode='invariant'"
+        )
+
+
+@torch.compiler.disable  # the processes talk to each other in between
+def _evaluate_shard(
+    name: str,
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
+    if name != "cpu":
+        raise ValueError(
+            f"class_parallel takes CPU tensors, on backend 'cpu', got logits on "
+            f"{logits[0].device} and backend '{name}'; pass logits.cpu(), or gather the classes "
+            f"and call the loss outside the block"
+        )
+    _takes_exact(logits[0])
+    assert class_exchange is not None
+    options = options._replace(mode=modes.EXACT)
+    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, class_exchange)
 
 
 def build_info() -> dict[str, Any]:

@@ -251,9 +251,8 @@ def target_given(value: object) -> None:
         )
 
 
-def class_weight(value: object, logits: Tensor) -> Tensor:
+def class_weight(value: object, logits: Tensor, classes: int) -> Tensor:
     """The weights of C classes in the dtype the losses are computed in."""
-    classes = logits.shape[-1]
     if not isinstance(value, Tensor):
         raise TypeError(
             f"class_weight must be a tensor of shape ({classes},), got {type(value).__name__}; "

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/buffers.h"
+#include "cpu/class_shard.h"
 #include "cpu/exact_sum.h"
 #include "cpu/float_environment.h"
 #include "cpu/isa.h"
@@ -59,8 +60,10 @@ struct Inputs {
   std::optional<Tensor> target, class_weight;
 };
 
+// `shard`: where the logits hold a part of the classes only.
 Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& class_weight, const ck::LossOptions& options) {
+                   const std::optional<Tensor>& class_weight, const ck::LossOptions& options,
+                   const ck::ClassShard* shard = nullptr) {
   ck::active_isa();  // a wrong CHURN_CPU_ISA raises here, not in the middle of a thread's work
   STD_TORCH_CHECK(!logits.empty(), "logits must hold at least one tensor");
   const Tensor& first = logits[0];
@@ -72,6 +75,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
   in.loss.rows = first.size(stacked ? 1 : 0);
   in.loss.classes = first.size(stacked ? 2 : 1);
   in.loss.options = options;
+  in.loss.shard = shard;
   const auto add = [&](const void* data, int64_t row_stride, int64_t column_stride) {
     // A single class has no second column; its stride may be anything.
     in.loss.logits.push_back({data, row_stride, in.loss.classes == 1 ? 1 : column_stride});
@@ -100,7 +104,10 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
   STD_TORCH_CHECK(options.mode <= ck::Mode::kExact, "mode must be 0, 1, 2 or 3");
   STD_TORCH_CHECK(!options.exact() || in.loss.dtype != ck::DType::kFloat64,
                   "mode 3 (exact) takes logits of at most float32");
-  STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.classes,
+  STD_TORCH_CHECK(!shard || (options.exact() && shard->first_class >= 0 &&
+                             shard->first_class + in.loss.classes <= shard->classes),
+                  "shards of classes are for mode 3 (exact), and lie in [0, classes)");
+  STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.all_classes(),
                   "top_k must be in [0, C]");
   if (target) {
     STD_TORCH_CHECK(target->is_cpu() && target->dim() == 1 && target->size(0) == in.loss.rows &&
@@ -113,7 +120,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
   }
   if (class_weight) {
     STD_TORCH_CHECK(class_weight->is_cpu() && class_weight->dim() == 1 &&
-                        class_weight->size(0) == in.loss.classes,
+                        class_weight->size(0) == in.loss.all_classes(),
                     "class_weight must be a tensor of shape (C,)");
     in.class_weight =
         torch::stable::contiguous(torch::stable::to(*class_weight, result_type(in.loss.dtype)));
@@ -208,11 +215,9 @@ int64_t count(const std::vector<int64_t>& shape) {
   "int top_k, bool renormalize_top_k, int divergence, int teachers, float label_smoothing, " \
   "int ignore_index, float temperature, int reduction, int mode"
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> loss(std::vector<Tensor> logits,
-                                                             std::optional<Tensor> target,
-                                                             std::optional<Tensor> class_weight,
-                                                             CK_LOSS_OPTIONS, int64_t want) {
-  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
+using Results = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+Results forward(const std::vector<Tensor>& logits, const Inputs& in, int64_t want) {
   const Tensor& first = logits[0];
   const ScalarType type = result_type(in.loss.dtype);
   const std::vector<int64_t> shape = loss_shape(in.loss);
@@ -239,10 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> loss(std::vector<Tensor>
   return {value, stats, terms, gradients};
 }
 
-std::vector<Tensor> loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
-                                  std::optional<Tensor> class_weight, Tensor stats, Tensor upstream,
-                                  CK_LOSS_OPTIONS) {
-  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
+std::vector<Tensor> backward(const std::vector<Tensor>& logits, const Inputs& in,
+                             const Tensor& stats, const Tensor& upstream) {
   STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Double && stats.dim() == 2 &&
                       stats.size(0) == in.loss.rows && stats.size(1) == in.loss.stats_width() &&
                       stats.is_contiguous(),
@@ -254,6 +257,85 @@ std::vector<Tensor> loss_backward(std::vector<Tensor> logits, std::optional<Tens
   ck::loss_backward(in.loss, static_cast<const double*>(stats.const_data_ptr()),
                     read(upstream).data(), pointers, parallel());
   return gradients;
+}
+
+Results loss(std::vector<Tensor> logits, std::optional<Tensor> target,
+             std::optional<Tensor> class_weight, CK_LOSS_OPTIONS, int64_t want) {
+  return forward(logits, read_inputs(logits, target, class_weight, CK_PACK_OPTIONS), want);
+}
+
+std::vector<Tensor> loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
+                                  std::optional<Tensor> class_weight, Tensor stats, Tensor upstream,
+                                  CK_LOSS_OPTIONS) {
+  return backward(logits, read_inputs(logits, target, class_weight, CK_PACK_OPTIONS), stats,
+                  upstream);
+}
+
+// The tables of the stages so far, and the tensors that keep their memory alive.
+struct Shard {
+  ck::ClassShard classes;
+  std::vector<Tensor> tables;
+};
+
+Shard read_shard(int64_t first_class, int64_t classes, const std::vector<Tensor>& tables) {
+  Shard shard{{first_class, classes, {}}, {}};
+  STD_TORCH_CHECK(tables.size() <= ck::kStages, "tables must be those of at most ", ck::kStages,
+                  " stages");
+  for (const Tensor& table : tables) shard.tables.push_back(torch::stable::contiguous(table));
+  for (const Tensor& table : shard.tables) shard.classes.tables.push_back(table.const_data_ptr());
+  return shard;
+}
+
+ScalarType table_type(int stage) {
+  return stage < static_cast<int>(ck::Stage::kSums) ? ScalarType::Double : ScalarType::Long;
+}
+
+void check_tables(const ck::LossInputs& in, const std::vector<Tensor>& tables) {
+  for (size_t i = 0; i < tables.size(); ++i) {
+    const Tensor& table = tables[i];
+    const int stage = static_cast<int>(i);
+    STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == table_type(stage) &&
+                        table.dim() == 2 && table.size(0) == in.rows &&
+                        table.size(1) == ck::stage_width(in, ck::Stage(stage)),
+                    "tables[", i, "] must be merged of what churn_kernels::class_table returned");
+  }
+}
+
+Tensor class_table(std::vector<Tensor> logits, std::optional<Tensor> target,
+                   std::optional<Tensor> class_weight, std::vector<Tensor> tables,
+                   int64_t first_class, int64_t classes, CK_LOSS_OPTIONS) {
+  const Shard shard = read_shard(first_class, classes, tables);
+  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
+  check_tables(in.loss, tables);
+  const int stage = static_cast<int>(tables.size());
+  STD_TORCH_CHECK(stage < ck::kStages, "there is no stage after the last");
+  Tensor table = new_empty(logits[0], {in.loss.rows, ck::stage_width(in.loss, ck::Stage(stage))},
+                           table_type(stage));
+  ck::run_stage(in.loss, table.mutable_data_ptr(), parallel());
+  return table;
+}
+
+std::tuple<Tensor, Tensor, Tensor> class_loss(std::vector<Tensor> logits,
+                                              std::optional<Tensor> target,
+                                              std::optional<Tensor> class_weight,
+                                              std::vector<Tensor> tables, int64_t first_class,
+                                              int64_t classes, CK_LOSS_OPTIONS, int64_t want) {
+  const Shard shard = read_shard(first_class, classes, tables);
+  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
+  check_tables(in.loss, tables);
+  STD_TORCH_CHECK(tables.size() == ck::kStages, "tables must be those of all stages");
+  auto [value, stats, terms, gradients] = forward(logits, in, want & ~kWantGradients);
+  return {value, stats, terms};
+}
+
+std::vector<Tensor> class_loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
+                                        std::optional<Tensor> class_weight, Tensor stats,
+                                        Tensor upstream, int64_t first_class, int64_t classes,
+                                        CK_LOSS_OPTIONS) {
+  const Shard shard = read_shard(first_class, classes, {});
+  return backward(logits,
+                  read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes), stats,
+                  upstream);
 }
 
 std::string plan(std::vector<Tensor> logits, CK_LOSS_OPTIONS) {
@@ -306,6 +388,15 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
   m.def(
       "loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
       "Tensor upstream, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
+  m.def(
+      "class_table(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor[] tables, "
+      "int first_class, int classes, " CK_OPTIONS_SCHEMA ") -> Tensor");
+  m.def(
+      "class_loss(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor[] tables, "
+      "int first_class, int classes, " CK_OPTIONS_SCHEMA ", int want) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "class_loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
+      "Tensor upstream, int first_class, int classes, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
   m.def("scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()");
   m.def("exact_words(Tensor x) -> Tensor");
   m.def("exact_round(Tensor words) -> Tensor");
@@ -316,6 +407,9 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));
   m.impl("loss_backward", TORCH_BOX(&loss_backward));
+  m.impl("class_table", TORCH_BOX(&class_table));
+  m.impl("class_loss", TORCH_BOX(&class_loss));
+  m.impl("class_loss_backward", TORCH_BOX(&class_loss_backward));
   m.impl("exact_words", TORCH_BOX(&exact_words));
   m.impl("exact_round", TORCH_BOX(&exact_round));
   m.impl("plan", TORCH_BOX(&plan));

@@ -4,7 +4,7 @@ import cases
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run
 from tolerances import assert_close
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,24 +38,16 @@ def gradients(pair, x, target):
     return [parameter.grad for parameter in pair.parameters()]
 
 
-def worker(rank, rendezvous, results):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    try:
-        torch.set_num_threads(1)
-        x, target = data()
-        half = slice(rank * 4, rank * 4 + 4)
-        found = gradients(DistributedDataParallel(Pair()), x[half], target[half])
-        torch.save(found, results / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world):
+    x, target = data()
+    half = slice(rank * 4, rank * 4 + 4)
+    return gradients(DistributedDataParallel(Pair()), x[half], target[half])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes_take_the_step_of_one(tmp_path):
-    mp.spawn(worker, args=(tmp_path / "rendezvous", tmp_path), nprocs=WORLD)
     wanted = gradients(Pair(), *data())
-    for rank in range(WORLD):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in run(worker, WORLD, tmp_path / "step"):
         for a, b in zip(found, wanted, strict=True):
             assert_close(a, b, "gradient", torch.float32)

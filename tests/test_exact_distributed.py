@@ -1,13 +1,12 @@
 """Exact sums over processes: the bits of one process, however many share the numbers."""
 
-import multiprocessing
 import re
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from exactness import CASES, bits_of, float32_sum, shards, shuffled
+from processes import run
 
 import churn_kernels as ck
 from churn_kernels import _ops
@@ -40,36 +39,19 @@ def without_me(rank, world):
         return str(error)
 
 
-def worker(rank, world, folder):
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
-    try:
-        torch.set_num_threads(1)
-        found = {}
-        for name, x in CASES.items():
-            part = shards(shuffled(x, world), world, world)[rank]
-            found[name] = bits_of(ck.distributed.exact_sum(part))
-        part = shards(CASES[NAIVE], world)[rank].requires_grad_()
-        ck.distributed.exact_sum(part).backward(torch.tensor(rank + 1.0))
-        torch.save(
-            {
-                "bits": found,
-                "naive": bits_of(naive_sum(part.detach())),
-                "gradient": part.grad,
-                "group": without_me(rank, world),
-            },
-            folder / f"{rank}.pt",
-        )
-    finally:
-        dist.destroy_process_group()
-
-
-def run(world, folder):
-    """What each process of a world found; they start as copies of one that has loaded torch."""
-    multiprocessing.set_forkserver_preload(["torch", "churn_kernels"])
-    folder.mkdir()
-    mp.start_processes(worker, (world, folder), nprocs=world, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+def worker(rank, world):
+    found = {}
+    for name, x in CASES.items():
+        part = shards(shuffled(x, world), world, world)[rank]
+        found[name] = bits_of(ck.distributed.exact_sum(part))
+    part = shards(CASES[NAIVE], world)[rank].requires_grad_()
+    ck.distributed.exact_sum(part).backward(torch.tensor(rank + 1.0))
+    return {
+        "bits": found,
+        "naive": bits_of(naive_sum(part.detach())),
+        "gradient": part.grad,
+        "group": without_me(rank, world),
+    }
 
 
 @pytest.mark.slow
@@ -77,7 +59,7 @@ def test_no_number_of_processes_shows(tmp_path):
     naive = set()
     want = {name: float32_sum(x) for name, x in CASES.items()}
     for world in (1, 2, 3, 8):
-        found = run(world, tmp_path / str(world))
+        found = run(worker, world, tmp_path / str(world))
         assert [one["bits"] for one in found] == [want] * world
         assert len({one["naive"] for one in found}) == 1
         naive.add(found[0]["naive"])

@@ -31,7 +31,14 @@ from churn_kernels._options import (
 )
 from churn_kernels.modes import EXACT, INVARIANT
 from churn_kernels.triton import batch, finish, kernels, superaccumulator
-from churn_kernels.triton.plan import MOST_REGISTERS, SHORT, Plan, plan, widest_vector
+from churn_kernels.triton.plan import (
+    MOST_REGISTERS,
+    SHORT,
+    SWEEP_WARPS,
+    Plan,
+    plan,
+    widest_vector,
+)
 from churn_kernels.triton.spec import Spec, make_spec
 
 SCALE_BLOCK = 4096
@@ -184,6 +191,11 @@ def is_bounded(dtype: torch.dtype, vector: int) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and vector > 1)
 
 
+def sweep_warps(options: LossOptions, models: int) -> int:
+    """Half where the exact sums of many pairs do not fit the registers that all warps leave."""
+    return SWEEP_WARPS // 2 if options.mode == EXACT and models > 3 else SWEEP_WARPS
+
+
 class Call:
     """The arguments that the kernels of one call share."""
 
@@ -216,6 +228,7 @@ class Call:
             shift,
             plain,
             plain and len(self.models) <= 2 and is_bounded(first.dtype, vector),
+            sweep_warps(options, len(self.models)),
         )
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)

@@ -74,6 +74,7 @@ def plan(
     shift: bool,
     plain: bool,
     bounded: bool,
+    sweep_warps: int = SWEEP_WARPS,
 ) -> Plan:
     """The tile for rows of `classes`.
 
@@ -85,6 +86,7 @@ def plan(
         shift: rows begin where they will, and are read from the vector before on.
         plain: no option asks for more than cross entropy, entropy and SKL do.
         bounded: the registers of two programs suffice, which `benchmarks.compiled` shows.
+        sweep_warps: of a program that reads its row in sweeps; fewer leave a thread more registers.
     """
     needed = max(vector, classes + (vector - 1 if shift else 0))
     depth = VALUES // max(2, power_of_two(models)) // max(1, element_size // 4)
@@ -104,14 +106,14 @@ def plan(
         again = element_size == 2
         inner = classes // width
         return Plan(True, 1, width, parts, inner, vector, shift, True, again, warps, registers)
-    width = SWEEP_WARPS * WARP * vector
+    width = sweep_warps * WARP * vector
     parts = max(1, depth // 8 // vector)
     resident = needed <= width * parts  # of many models little more is held at a time
     inner = classes // width if resident else 0
     programs = 2 if bounded and classes < FEW_PROGRAMS else 1
-    registers = registers_for(programs, SWEEP_WARPS)
+    registers = registers_for(programs, sweep_warps)
     return Plan(
-        True, 1, width, parts, inner, vector, shift, resident, False, SWEEP_WARPS, registers
+        True, 1, width, parts, inner, vector, shift, resident, False, sweep_warps, registers
     )
 
 
@@ -125,4 +127,4 @@ def widest_vector(models: int, element_size: int) -> int:
 
 def registers_for(programs: int, warps: int) -> int:
     """Registers a thread for so many programs to share a multiprocessor."""
-    return REGISTERS // (programs * warps * WARP)
+    return min(MOST_REGISTERS, REGISTERS // (programs * warps * WARP))

@@ -26,7 +26,7 @@ constexpr int64_t kFewest = 512;
 // Numbers between two foldings; below 2^17, or the mantissas of one bin would reach its count.
 constexpr int64_t kBlock = 1 << 16;
 // Blocks below which a second thread does not pay.
-constexpr int64_t kGrain = 2;
+constexpr int64_t kFewestBlocks = 2;
 
 void fill_bins(const float* x, int64_t size, uint64_t (&bins)[kSets][kBins]) {
   const auto put = [&](int set, float number) {
@@ -85,7 +85,7 @@ Superaccumulator exact_sum(const float* x, int64_t size, const Parallel& paralle
   if (blocks < 2 || parallel.threads < 2) {
     body(0, blocks);
   } else {
-    parallel.run(blocks, kGrain, body);
+    parallel.run(blocks, kFewestBlocks, body);
   }
   return total;
 }

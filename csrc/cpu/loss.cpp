@@ -50,8 +50,6 @@ const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
 
 namespace {
 
-// Classes of work below which a second thread does not pay.
-constexpr int64_t kGrain = 16384;
 // Gradients larger than this go past the caches: they would push out the logits of the next rows.
 constexpr int64_t kStreamBytes = 32 << 20;
 
@@ -93,9 +91,9 @@ Batch count_rows(const LossInputs& in) {
   for (int64_t row = 0; row < in.rows; ++row) {
     const int64_t y = in.target[row];
     if (y == in.options.ignore_index) continue;
-    if (y < 0 || y >= in.classes) {
+    if (y < 0 || y >= in.all_classes()) {
       throw std::out_of_range("target must hold class indices in [0, " +
-                              std::to_string(in.classes) + "), got " + std::to_string(y) +
+                              std::to_string(in.all_classes()) + "), got " + std::to_string(y) +
                               " at row " + std::to_string(row) +
                               "; pass ignore_index for rows without a label");
     }
@@ -371,7 +369,7 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
       const bool active = work.start(row, out.gradients, streams(in));
       std::fill(terms.begin(), terms.end(), 0.0);
       if (active) {
-        sum_row(work, schedule);
+        in.shard ? work.take_tables(row) : sum_row(work, schedule);
         work.terms(terms.data());
         if (reported) work.report(terms.data(), report.data());
         for (int i = 0; i < reported; ++i) partial[part].add(reduced.sums() + i, report[i]);

@@ -16,6 +16,16 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
+// Rows whose classes lie in several shards, of which these inputs are one. Each shard in its turn
+// makes the tables below of its own classes; those of all shards, merged, are what the next stage
+// needs (cpu/class_shard.h). Exact mode alone has such tables: numbers that merge without an order.
+struct ClassShard {
+  int64_t first_class;  // of the shard
+  int64_t classes;      // of whole rows
+  // (N, stage_width) of all shards, one for each stage that is over.
+  std::vector<const void*> tables;
+};
+
 struct LossInputs {
   DType dtype;
   int64_t rows, classes;
@@ -23,6 +33,11 @@ struct LossInputs {
   const int64_t* target;       // (N,), null for none
   const void* class_weight;    // (C,) in the compute dtype (float, or double for float64), or null
   LossOptions options;
+  // Null: rows are whole. Else `classes` are the shard's, target and class_weight those of all.
+  const ClassShard* shard;
+
+  int64_t all_classes() const { return shard ? shard->classes : classes; }
+  int64_t first_class() const { return shard ? shard->first_class : 0; }
 
   // Weight of a class's cross entropy.
   double weight_of(int64_t c) const {
@@ -60,6 +75,9 @@ struct Parallel {
   void (*run)(int64_t tasks, int64_t grain,
               const std::function<void(int64_t begin, int64_t end)>& body);
 };
+
+// Classes of work below which a second thread does not pay.
+inline constexpr int64_t kGrain = 16384;
 
 // Throws std::out_of_range for a target outside [0, classes), before anything is written.
 void loss_forward(const LossInputs& inputs, const LossOutputs& outputs, const Parallel& parallel);

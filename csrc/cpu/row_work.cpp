@@ -6,6 +6,7 @@
 #include "../rows/constants.h"
 #include "../rows/exact.h"
 #include "../rows/superaccumulator.h"
+#include "class_shard.h"
 
 namespace ck {
 namespace {
@@ -13,7 +14,7 @@ namespace {
 double sum_of_weights(const LossInputs& in) {
   double total = 0.0;
   rows::Superaccumulator exact{};
-  for (int64_t c = 0; c < in.classes; ++c) {
+  for (int64_t c = 0; c < in.all_classes(); ++c) {
     in.options.exact() ? exact.add(static_cast<float>(in.weight_of(c)))
                        : void(total += in.weight_of(c));
   }
@@ -25,8 +26,8 @@ double sum_of_weights(const LossInputs& in) {
 bool folds_into_one_sweep(const LossInputs& in) {
   const LossOptions& o = in.options;
   const auto side_by_side = [](const Matrix& m) { return m.column_stride == 1; };
-  return in.models() <= 2 && o.teachers == 0 && o.temperature == 1.0 && !o.regularizes_top_k() &&
-         o.label_smoothing == 0.0 && !o.needs_second_sweep() &&
+  return !in.shard && in.models() <= 2 && o.teachers == 0 && o.temperature == 1.0 &&
+         !o.regularizes_top_k() && o.label_smoothing == 0.0 && !o.needs_second_sweep() &&
          std::all_of(in.logits.begin(), in.logits.end(), side_by_side);
 }
 
@@ -35,7 +36,8 @@ RowWork::RowWork(const LossInputs& in)
       set_(kernel_set(active_isa(), in.dtype, in.options.exact())),
       preferred_(folds_into_one_sweep(in) ? &set_.fused[in.models() - 1] : &set_.general),
       kernels_(preferred_),
-      total_weight_(static_cast<double>(in.classes)),
+      total_weight_(static_cast<double>(in.all_classes())),
+      target_(-1),
       sums_(in.models() * kModelSums + pair_count(in.models(), in.options.teachers) * kPairSums),
       scales_(sums_.size(), 1.0f),
       bounds_(in.models() * kModelBounds + in.pairs()),
@@ -50,9 +52,13 @@ RowWork::RowWork(const LossInputs& in)
       gradient_(in.students()),
       logits_(in.models()),
       gradients_(in.students()),
-      heap_(in.options.regularizes_top_k() ? in.options.top_k : 0) {
+      heap_(in.options.regularizes_top_k() ? in.options.top_k : 0),
+      winners_(in.shard ? in.models() : 0),
+      target_logits_(in.shard ? in.students() : 0) {
   for (const Matrix& m : in.logits) column_strides_.push_back(m.column_stride);
   if (in.class_weight && in.options.label_smoothing != 0.0) total_weight_ = sum_of_weights(in);
+  const void* weights = in.class_weight;
+  if (in.shard && weights) weights = static_cast<const float*>(weights) + in.first_class();
   view_ = {&in.options,
            in.classes,
            in.models(),
@@ -61,7 +67,7 @@ RowWork::RowWork(const LossInputs& in)
            column_strides_.data(),
            0,
            gradients_.data(),
-           in.class_weight,
+           weights,
            -1,
            false,
            nullptr,
@@ -100,7 +106,9 @@ bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool strea
       if (ignored) std::fill_n(static_cast<char*>(gradients_[k]), view_.classes * size, 0);
     }
   }
-  view_.target = in_.target && !ignored ? in_.target[row] : -1;
+  target_ = in_.target && !ignored ? in_.target[row] : -1;
+  const int64_t place = target_ - in_.first_class();
+  view_.target = place >= 0 && place < view_.classes ? place : -1;
   view_.stream = stream;
   view_.next_row = row + 1 < in_.rows ? in_.logits[0].row_stride : 0;
   kernels_ = preferred_;
@@ -109,11 +117,49 @@ bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool strea
 
 void RowWork::use_general() { kernels_ = &set_.general; }
 
+void RowWork::take_tables(int64_t row) {
+  const std::vector<const void*>& tables = in_.shard->tables;
+  const auto of_row = [&](Stage stage) -> const Sum* {
+    const size_t i = static_cast<size_t>(stage);
+    return i < tables.size() ? static_cast<const Sum*>(tables[i]) + row * stage_width(in_, stage)
+                             : nullptr;
+  };
+  const int models = view_.models, students = view_.students;
+  if (const Sum* extremes = of_row(Stage::kExtremes)) {
+    for (int k = 0; k < models; ++k, extremes += kExtremes) {
+      maxima_[k] = extremes[0].real;
+      maxima_[models + k] = extremes[1].real;
+      winners_[k] = static_cast<int64_t>(extremes[2].real);
+    }
+  }
+  const Sum* largest = of_row(Stage::kTopK);
+  for (int k = 0; largest && k < students && !heap_.empty(); ++k) {
+    largest += 2 * in_.options.top_k;
+    thresholds_[k] = largest[-2].real;
+    last_ties_[k] = static_cast<int64_t>(largest[-1].real) - in_.first_class();
+  }
+  if (const Sum* bounds = of_row(Stage::kBounds)) {
+    for (double& bound : bounds_) bound = (bounds++)->real;
+    set_scales();
+  }
+  const int first_pair = models * kModelSums;
+  if (const Sum* sums = of_row(Stage::kSums)) {
+    std::copy_n(sums, sums_.size(), sums_.begin());
+    for (int k = 0; k < students; ++k) target_logits_[k] = sums[sums_.size() + k].real;
+    finish_sums();
+    if (in_.options.needs_second_sweep()) prepare_second_sweep();
+  }
+  if (const Sum* sums = of_row(Stage::kSecondSums); sums && in_.options.needs_second_sweep()) {
+    std::copy_n(sums, sums_.size() - first_pair, sums_.begin() + first_pair);
+    finish_second_sums();
+  }
+}
+
 void RowWork::clear_sums() { std::fill(sums_.begin(), sums_.end(), Sum{}); }
 
 void RowWork::set_scales() {
   if (!in_.options.exact()) return;
-  const int places = rows::places(view_.classes);
+  const int places = rows::places(in_.all_classes());
   const auto scale = [&](int bits) {
     return static_cast<float>(rows::power_of_two(places - bits));
   };
@@ -139,8 +185,7 @@ void RowWork::set_scales() {
     const auto inverse_temperature = static_cast<float>(1.0 / in_.options.temperature);
     const int peak_i = peak_exponent(i, inverse_temperature);
     const int peak_j = peak_exponent(j, inverse_temperature);
-    const bool shares =
-        peak_i < 0 && peak_j < 0 && kernels_->shares_maximum(view_, i, j, 0, view_.classes);
+    const bool shares = peak_i < 0 && peak_j < 0 && shares_maximum(i, j);
     return rows::pair_exponent(*reach, shares, peak_i, peak_j);
   };
   for (int i = 0; i < view_.models && in_.pairs() > 0; ++i) {
@@ -148,6 +193,11 @@ void RowWork::set_scales() {
       s[0] = s[1] = scale(probabilities ? 0 : bits_of(i, j));
     }
   }
+}
+
+bool RowWork::shares_maximum(int i, int j) const {
+  return in_.shard ? winners_[i] == winners_[j]
+                   : kernels_->shares_maximum(view_, i, j, 0, view_.classes);
 }
 
 int RowWork::peak_exponent(int k, float inverse_temperature) const {
@@ -228,8 +278,17 @@ void RowWork::prepare_second_sweep() {
   }
 }
 
-double RowWork::target_weight() const {
-  return view_.target < 0 ? 0.0 : in_.weight_of(view_.target);
+double RowWork::target_weight() const { return target_ < 0 ? 0.0 : in_.weight_of(target_); }
+
+double RowWork::target_logit(int k) const {
+  return in_.shard ? target_logits_[k] : kernels_->logit(view_, k, view_.target);
+}
+
+TopTwo RowWork::top_two(int k) const {
+  if (in_.shard) return {maxima_[k], maxima_[view_.models + k], winners_[k]};
+  TopTwo top;
+  kernels_->top_two(view_, k, &top);
+  return top;
 }
 
 void RowWork::terms(double* out) const {
@@ -238,10 +297,10 @@ void RowWork::terms(double* out) const {
   for (int k = 0; k < students; ++k) {
     const rows::ModelSums& s = model(k);
     out[k] = 0.0;
-    if (view_.target >= 0) {
-      const double d = kernels_->logit(view_, k, view_.target) - maxima_[k];
+    if (target_ >= 0) {
+      const double d = target_logit(k) - maxima_[k];
       out[k] = rows::cross_entropy(s, d, target_weight(), total_weight_, o.label_smoothing,
-                                   static_cast<double>(view_.classes));
+                                   static_cast<double>(in_.all_classes()));
     }
     out[students + k] = o.regularizer == Regularizer::kNone ? 0.0 : rows::regularizer(s, o);
   }
@@ -272,14 +331,13 @@ void RowWork::report(const double* terms, double* out) const {
   int64_t winner = -1;
   double agree = 1.0;
   for (int k = 0; k < view_.models; ++k) {
-    TopTwo top;
-    kernels_->top_two(view_, k, &top);
+    const TopTwo top = top_two(k);
     const bool broken = std::isnan(model(k).mass);
     if (broken) agree = nan;
     if (k > 0 && top.index != winner) agree *= 0.0;
     winner = top.index;
     if (k >= students) continue;
-    accuracy[k] = broken ? nan : top.index == view_.target;
+    accuracy[k] = broken ? nan : top.index == target_;
     confidence[k] = (1.0 - rows::exp_nonpos(top.second - top.first)) / model(k).mass;
     entropy[k] = rows::entropy(model(k));
   }
@@ -293,9 +351,9 @@ void RowWork::set_gradient(const double* weights) {
   std::fill(others_.begin(), others_.end(), 0.0);
   for (int k = 0; k < students; ++k) {
     rows::ModelGradient& g = gradient_[k] = {};
-    if (view_.target >= 0 && weights[k] != 0.0) {
+    if (target_ >= 0 && weights[k] != 0.0) {
       rows::add_cross_entropy_gradient(g, model(k), weights[k], target_weight(), total_weight_,
-                                       o.label_smoothing, static_cast<double>(view_.classes));
+                                       o.label_smoothing, static_cast<double>(in_.all_classes()));
     }
     if (o.regularizer != Regularizer::kNone && weights[students + k] != 0.0) {
       rows::add_regularizer_gradient(g, model(k), o, weights[students + k]);
@@ -369,7 +427,7 @@ void RowWork::restore(const double* stats) {
       last_ties_[k] = static_cast<int64_t>(*stats++);
       s.top_mass = *stats++;
     }
-    if (s.live < static_cast<double>(view_.classes)) use_general();
+    if (s.live < static_cast<double>(in_.all_classes())) use_general();
   }
   if (in_.options.divergence == Divergence::kSkl || in_.options.divergence == Divergence::kL1) {
     for (int p = 0; p < in_.pairs(); ++p) {

@@ -39,6 +39,9 @@ class RowWork {
   double* bounds() { return bounds_.data(); }
   int bounds_size() const { return static_cast<int>(bounds_.size()); }
 
+  // Instead of the sweeps: the row as the tables of all shards have it.
+  void take_tables(int64_t row);
+
   void clear_sums();
   void select_top_k();
   // Whether the row's sums are scaled by its bounds, which the caller is then to find.
@@ -55,7 +58,10 @@ class RowWork {
   void terms(double* out) const;
   // This row's reported terms; see LossInputs::reported_terms.
   void report(const double* terms, double* out) const;
+  // Weight of the row's cross entropy; 0 without a target.
   double target_weight() const;
+  // A model's logit of the target.
+  double target_logit(int k) const;
 
   // weights: upstream gradient of each of terms().
   void set_gradient(const double* weights);
@@ -73,6 +79,8 @@ class RowWork {
   }
   const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
   void use_general();
+  bool shares_maximum(int i, int j) const;
+  TopTwo top_two(int k) const;
   int peak_exponent(int k, float inverse_temperature) const;
   void make_real(int begin, int end);
 
@@ -81,6 +89,7 @@ class RowWork {
   const Kernels* preferred_;  // fused where the options allow it
   const Kernels* kernels_;    // this row's
   double total_weight_;       // sum of class weights, for label smoothing
+  int64_t target_;            // of the row, -1: none; view_.target is its place in the shard
   RowView view_;
   std::vector<Sum> sums_;
   std::vector<float> scales_;   // of each sum, 1 without exact mode
@@ -92,6 +101,9 @@ class RowWork {
   std::vector<const void*> logits_;
   std::vector<void*> gradients_;
   std::vector<double> heap_;
+  // Of rows in shards.
+  std::vector<int64_t> winners_;  // per model: the class of the largest logit
+  std::vector<double> target_logits_;
 };
 
 }  // namespace ck
