@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "rows/constants.h"
 #include "rows/exact.h"
+#include "rows/hash.h"
 #include "rows/superaccumulator.h"
 
 namespace py = pybind11;
@@ -57,6 +58,13 @@ py::dict format() {
 
 }  // namespace
 
+std::vector<std::vector<uint32_t>> hash_keys() {
+  const ck::rows::HashKeys keys = ck::rows::make_hash_keys();
+  std::vector<std::vector<uint32_t>> lists;
+  for (const auto& of_word : keys) lists.emplace_back(of_word.begin(), of_word.end());
+  return lists;
+}
+
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Facts about the build, and the constants of the row arithmetic.";
   module.def(
@@ -83,4 +91,11 @@ PYBIND11_MODULE(_C, module) {
       "places", [](int64_t classes) { return ck::rows::places(classes); }, py::arg("classes"),
       "Binary places that exact mode's sums over so many classes keep.");
   constants.attr("kExactSpec") = ck::kExactSpec;
+  constants.attr("kHashSpec") = ck::kHashSpec;
+  constants.attr("kHashBlock") = ck::kHashBlock;
+  constants.attr("kHashWords") = ck::kHashWords;
+  constants.attr("hash_keys") = hash_keys();
+  constants.def(
+      "hash_block_key", [](int word, int64_t block) { return ck::rows::block_key(word, block); },
+      py::arg("word"), py::arg("block"), "What the keys of a block of places are times.");
 }

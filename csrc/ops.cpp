@@ -13,8 +13,10 @@
 #include "cpu/class_shard.h"
 #include "cpu/exact_sum.h"
 #include "cpu/float_environment.h"
+#include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/loss.h"
+#include "rows/hash.h"
 
 namespace {
 
@@ -375,6 +377,24 @@ Tensor exact_round(Tensor words) {
   return value;
 }
 
+// (tensors, 2). An element is read in parts of at most 32 bits; `first` elements come before it.
+Tensor hash_words(std::vector<Tensor> xs, int64_t first) {
+  STD_TORCH_CHECK(!xs.empty() && first >= 0, "xs must hold a tensor, and first be at least 0");
+  const auto rows = static_cast<int64_t>(xs.size());
+  Tensor words = new_empty(xs[0], {rows, ck::kHashWords}, ScalarType::Long);
+  auto* out = static_cast<uint64_t*>(words.mutable_data_ptr());
+  std::fill_n(out, rows * ck::kHashWords, uint64_t{0});
+  for (const Tensor& x : xs) {
+    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "xs must be contiguous CPU tensors");
+    const int64_t bytes = x.element_size(), of_part = std::min<int64_t>(bytes, 4);
+    const int64_t parts = bytes / of_part;
+    ck::hash(x.const_data_ptr(), static_cast<int>(of_part), x.numel() * parts, first * parts, out,
+             parallel());
+    out += ck::kHashWords;
+  }
+  return words;
+}
+
 std::string cpu_isa(std::string request) {
   if (!request.empty()) ck::lower_isa(request);
   return ck::isa_name(ck::active_isa());
@@ -400,6 +420,7 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
   m.def("scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()");
   m.def("exact_words(Tensor x) -> Tensor");
   m.def("exact_round(Tensor words) -> Tensor");
+  m.def("hash_words(Tensor[] xs, int first) -> Tensor");
   m.def("plan(Tensor[] logits, " CK_OPTIONS_SCHEMA ") -> str");
   m.def("cpu_isa(str request) -> str");
 }
@@ -412,6 +433,7 @@ STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CPU, m) {
   m.impl("class_loss_backward", TORCH_BOX(&class_loss_backward));
   m.impl("exact_words", TORCH_BOX(&exact_words));
   m.impl("exact_round", TORCH_BOX(&exact_round));
+  m.impl("hash_words", TORCH_BOX(&hash_words));
   m.impl("plan", TORCH_BOX(&plan));
   m.impl("scale_", TORCH_BOX(&scale_));
 }

@@ -2,6 +2,7 @@
 // fma: the sweeps of every dtype, as a table.
 #include "kernels.h"
 
+#include "../rows/hash.h"
 #include "fused.h"
 #include "general.h"
 
@@ -37,9 +38,35 @@ constexpr KernelSet kernels_of() {
           &scale<T, A>};
 }
 
+#if !defined(CK_SOFTWARE_FMA)
+constexpr rows::HashKeys kHashKeys = rows::make_hash_keys();
+
+template <class Part>
+void hash(const void* data, int64_t begin, int64_t end, int64_t first, uint64_t* words) {
+  const Part* parts = static_cast<const Part*>(data);
+  while (begin < end) {
+    const int64_t place = first + begin, in_block = place % kHashBlock;
+    const int64_t count = std::min(kHashBlock - in_block, end - begin);
+    uint64_t sum[kHashWords] = {};
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t part = parts[begin + i];
+      sum[0] += part * kHashKeys[0][in_block + i];
+      sum[1] += part * kHashKeys[1][in_block + i];
+    }
+    for (int k = 0; k < kHashWords; ++k)
+      words[k] += sum[k] * rows::block_key(k, place / kHashBlock);
+    begin += count;
+  }
+}
+#endif
+
 }  // namespace
 
 #if !defined(CK_SOFTWARE_FMA)
+HashSweep hash_sweep(int bytes) {
+  return bytes == 4 ? hash<uint32_t> : bytes == 2 ? hash<uint16_t> : hash<uint8_t>;
+}
+
 const KernelSet& kernels(DType dtype) {
   static constexpr KernelSet sets[kDTypes] = {
       kernels_of<float, FloatSum<float>>(), kernels_of<double, FloatSum<double>>(),

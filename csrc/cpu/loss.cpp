@@ -13,41 +13,6 @@
 
 namespace ck {
 
-// Each instruction set's tables, from its own build of kernels.cpp.
-#define CK_DECLARE(isa)                        \
-  namespace isa {                              \
-  const KernelSet& kernels(DType dtype);       \
-  const KernelSet& exact_kernels(DType dtype); \
-  }
-#if defined(CK_HAS_NEON)
-CK_DECLARE(neon)
-#else
-CK_DECLARE(baseline)
-CK_DECLARE(baseline_exact)
-#endif
-#if defined(CK_HAS_AVX2)
-CK_DECLARE(avx2)
-#endif
-#if defined(CK_HAS_AVX512)
-CK_DECLARE(avx512)
-#endif
-#undef CK_DECLARE
-
-const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
-#if defined(CK_HAS_NEON)
-  (void)isa;
-  return exact ? neon::exact_kernels(dtype) : neon::kernels(dtype);
-#else
-#if defined(CK_HAS_AVX512)
-  if (isa == Isa::kAvx512) return exact ? avx512::exact_kernels(dtype) : avx512::kernels(dtype);
-#endif
-#if defined(CK_HAS_AVX2)
-  if (isa == Isa::kAvx2) return exact ? avx2::exact_kernels(dtype) : avx2::kernels(dtype);
-#endif
-  return exact ? baseline_exact::exact_kernels(dtype) : baseline::kernels(dtype);
-#endif
-}
-
 namespace {
 
 // Gradients larger than this go past the caches: they would push out the logits of the next rows.

@@ -1,0 +1,51 @@
+// A hash of bits that takes note of their order, and has none to be computed in: a sum.
+//
+//   word[k] = sum over places p of part[p] key(k, p) mod 2^64,  k = 0, 1
+//
+// The parts are a tensor's elements as unsigned numbers of 8, 16 or 32 bits; an element of 64 bits
+// is two, the lower half first. Keys are odd, or their factors are, so that no change of one part
+// is lost; those of a block differ, so that no swap within one is.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "macros.h"
+
+namespace ck {
+
+// Numbers the hashes: where it is the same, so are they, on every machine and backend.
+inline constexpr int kHashSpec = 1;
+
+inline constexpr int kHashWords = 2;
+inline constexpr int64_t kHashBlock = 1024;
+
+inline namespace CK_ISA {
+namespace rows {
+
+// The output function of SplitMix64 (Steele, Lea and Flood 2014).
+constexpr uint64_t splitmix64(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// key(k, p) = hash_keys[k][p % kHashBlock] * block_key(k, p / kHashBlock)
+using HashKeys = std::array<std::array<uint32_t, kHashBlock>, kHashWords>;
+constexpr HashKeys make_hash_keys() {
+  HashKeys keys{};
+  for (int k = 0; k < kHashWords; ++k) {
+    for (int64_t i = 0; i < kHashBlock; ++i) {
+      keys[k][i] = static_cast<uint32_t>(splitmix64(k * kHashBlock + i) >> 32) | 1;
+    }
+  }
+  return keys;
+}
+constexpr uint64_t block_key(int k, int64_t block) {
+  return splitmix64((static_cast<uint64_t>(k + 1) << 56) + static_cast<uint64_t>(block)) | 1;
+}
+
+}  // namespace rows
+}  // namespace CK_ISA
+}  // namespace ck
