@@ -1,6 +1,6 @@
 """Fused losses, reduction modes and metrics for reproducible predictions."""
 
-from churn_kernels import distributed, metrics
+from churn_kernels import audit, distributed, metrics
 from churn_kernels._backend import available_backends, backend, build_info
 from churn_kernels._checks import TargetError
 from churn_kernels.exact import EXACT_SPEC, ExactSum, exact_sum
@@ -37,6 +37,7 @@ __all__ = [
     "SymmetricKL",
     "TargetError",
     "UniformSKL",
+    "audit",
     "available_backends",
     "backend",
     "build_info",

@@ -8,8 +8,8 @@ import torch
 from exactness import shuffled
 
 from churn_kernels import _ops, audit
+from churn_kernels import hashing as hashes
 from churn_kernels._ops import CONSTANTS
-from churn_kernels.audit import hash as hashes
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
