@@ -216,8 +216,11 @@ def evaluate(
         modes.check(mode, _KEEPS[name], name)
     if class_exchange is not None:
         return _evaluate_shard(name, logits, target, class_weight, options, with_terms)
-    if mode == "exact":
-        _takes_exact(first)
+    if mode == "exact" and first.dtype == torch.float64:
+        raise ValueError(
+            "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
+            "pass logits.float(), or mode='invariant'"
+        )
     if class_weight is not None:
         class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     if options.top_k:
@@ -228,14 +231,6 @@ def evaluate(
     if strength:
         options = options._replace(mode=strength)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
-
-
-def _takes_exact(logits: Tensor) -> None:
-    if logits.dtype == torch.float64:
-        raise ValueError(
-            "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
-            "pass logits.float(), or mode='invariant'"
-        )
 
 
 @torch.compiler.disable  # the processes talk to each other in between
@@ -249,12 +244,15 @@ def _evaluate_shard(
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
     if name != "cpu":
+        wants = "class_parallel takes CPU tensors, and runs on backend 'cpu'"
+        if logits[0].is_cpu:
+            raise ValueError(f"{wants}, got backend '{name}'; choose 'cpu', or build the library")
+        raise ValueError(f"{wants}, got logits on {logits[0].device}; pass logits.cpu()")
+    if logits[0].dtype == torch.float64:
         raise ValueError(
-            f"class_parallel takes CPU tensors, on backend 'cpu', got logits on "
-            f"{logits[0].device} and backend '{name}'; pass logits.cpu(), or gather the classes "
-            f"and call the loss outside the block"
+            "class_parallel takes float32, float16 or bfloat16 logits, got float64; "
+            "pass logits.float()"
         )
-    _takes_exact(logits[0])
     assert class_exchange is not None
     options = options._replace(mode=modes.EXACT)
     return _class_shards.evaluate(logits, target, class_weight, options, with_terms, class_exchange)

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from churn_kernels import _checks, _ops
-from churn_kernels._autograd import comes_with_gradients
-from churn_kernels._options import WANT_STATS, WANT_TERMS, LossOptions
+from churn_kernels import _checks
+from churn_kernels._autograd import comes_with_gradients, evaluate_by_rows
+from churn_kernels._options import WANT_TERMS, LossOptions
 
 Merge = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,15 +28,15 @@ class Shard(NamedTuple):
 
 
 class Exchange(Protocol):
-    """What the holders of a row's shards have in common."""
+    """How the processes that hold a row's shards tell each other of them."""
 
-    place: int  # of this holder in the order of the classes
+    place: int  # of this process in the order of the classes
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every holder's x, of one shape, in the order of their classes."""
+        """Every process's x, of one shape, in the order of their classes."""
 
     def merge(self, table: Tensor, merge: Merge) -> Tensor:
-        """The tables of all holders in one."""
+        """The tables of all processes in one."""
 
 
 def merge_extremes(a: Tensor, b: Tensor) -> Tensor:
@@ -93,50 +92,59 @@ def next_table(
     return table
 
 
-class ClassShardLoss(Function):
-    """The loss of whole rows, and the gradients of one shard's classes: nothing more is sent."""
+class ShardOps:
+    """The loss's ops (`_ops.OpSet`) on a shard, for `_autograd` to call as those of whole rows.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+    The processes meet in `loss`; `loss_backward` computes a shard's gradients alone.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._shard = Shard(0, 0)
+
+    def loss(
+        self,
+        logits: Sequence[Tensor],
         target: Tensor | None,
         class_weight: Tensor | None,
-        tables: Sequence[Tensor],
-        shard: Shard,
-        options: LossOptions,
-        want: int,
-        *logits: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        try:
-            loss, stats, terms = torch.ops.churn_kernels.class_loss(
-                logits, target, class_weight, tables, *shard, *options, want | WANT_STATS
-            )
-        except (IndexError, RuntimeError) as error:
-            _ops.raise_target_error(error)
-            raise
-        ctx.shard, ctx.options = shard, options
-        ctx.save_for_backward(target, class_weight, stats, *logits)
-        ctx.mark_non_differentiable(terms)
-        ctx.set_materialize_grads(False)
-        return loss, terms
+        *arguments: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Loss, statistics and terms of the whole rows."""
+        options, want = LossOptions(*arguments[:-1]), arguments[-1]
+        self._shard = shard = _agree(logits, target, class_weight, options, self._exchange)
+        if class_weight is not None:
+            class_weight = _checks.class_weight(class_weight, logits[0], shard.classes)
+        if options.top_k:
+            _checks.top_k_fits(options.top_k, shard.classes)
+        tables: list[Tensor] = []
+        for merge in stages(options):
+            table = next_table(logits, target, class_weight, tables, shard, options)
+            tables.append(self._exchange.merge(table, merge) if table.numel() else table)
+        loss, stats, terms = torch.ops.churn_kernels.class_loss(
+            logits, target, class_weight, tables, *shard, *options, want
+        )
+        return loss, stats, terms, []
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if upstream is None:
-            return (None,) * len(ctx.needs_input_grad)
-        target, class_weight, stats, *logits = ctx.saved_tensors
+    def loss_backward(
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        stats: Tensor,
+        upstream: Tensor,
+        *options: Any,
+    ) -> list[Tensor]:
+        """The gradients of the shard's classes: those of whole rows, bit for bit."""
         ops = torch.ops.churn_kernels
         # Whole rows have their gradients before their upstream, where that is one number.
-        scales = comes_with_gradients(ctx.options, logits)
-        factor = torch.ones_like(upstream) if scales else upstream.contiguous()
-        gradients = ops.class_loss_backward(
-            logits, target, class_weight, stats, factor, *ctx.shard, *ctx.options
+        scales = comes_with_gradients(LossOptions(*options), logits)
+        factor = torch.ones_like(upstream) if scales else upstream
+        gradients: list[Tensor] = ops.class_loss_backward(
+            logits, target, class_weight, stats, factor, *self._shard, *options
         )
         if scales:
             ops.scale_(gradients, upstream, True)
-        held_fixed = len(logits) - len(gradients)  # teachers, behind the students
-        return None, None, None, None, None, None, *gradients, *[None] * held_fixed
+        return gradients
 
 
 def evaluate(
@@ -151,24 +159,15 @@ def evaluate(
 
     Args: as of `_backend.evaluate`, whose checks are done but for those that take the number of all
         classes; options.mode is exact.
-    Raises: ValueError if the holders' arguments do not fit each other: in each of them.
+    Raises: ValueError if the processes' arguments do not fit each other: in each of them.
     """
-    shard = _agree(logits, target, class_weight, options, exchange)
-    if class_weight is not None:
-        class_weight = _checks.class_weight(class_weight, logits[0], shard.classes)
-    if options.top_k:
-        _checks.top_k_fits(options.top_k, shard.classes)
-    detached = [z.detach() for z in logits]
-    tables: list[Tensor] = []
-    for merge in stages(options):
-        table = next_table(detached, target, class_weight, tables, shard, options)
-        tables.append(exchange.merge(table, merge) if table.numel() else table)
     want = WANT_TERMS if with_terms else 0
-    loss, terms = ClassShardLoss.apply(target, class_weight, tables, shard, options, want, *logits)
-    return loss, terms
+    return evaluate_by_rows(ShardOps(exchange), logits, target, class_weight, options, want)
 
 
-_SHARED = ("number of rows", "number of models", "dtype", "options", "target", "class_weight")
+_MARK = 0x636B_7368  # tells a loss from another collective that a process has come to
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALONE = "split the classes of the logits, and nothing else"
 
 
 def _agree(
@@ -178,28 +177,40 @@ def _agree(
     options: LossOptions,
     exchange: Exchange,
 ) -> Shard:
-    """Where this holder's classes lie; raises unless all holders ask for the same loss."""
+    """Where this process's classes lie; raises unless all processes ask for the same loss."""
     first = logits[0]
-    shared = (
-        first.shape[-2],
-        len(logits) if first.dim() == 2 else first.shape[0],
-        zlib.crc32(str(first.dtype).encode()),
-        zlib.crc32(repr(options).encode()),
-        _checksum(target),
-        _checksum(class_weight),
-    )
-    facts = torch.tensor([first.shape[-1], *shared])
+    shared = {
+        "number of rows": first.shape[-2],
+        "number of models": len(logits) if first.dim() == 2 else first.shape[0],
+        "dtype": _DTYPES.index(first.dtype),
+        **options._asdict(),
+        "target": _checksum(target),
+        "class_weight": _checksum(class_weight),
+    }
+    facts = torch.tensor([_MARK, first.shape[-1], *shared.values()], dtype=torch.float64)
     everyone = torch.stack(exchange.gather(facts)).tolist()
-    for holder, (_, *theirs) in enumerate(everyone):
-        for name, here, there in zip(_SHARED, everyone[0][1:], theirs, strict=True):
+    for process, (mark, _, *theirs) in enumerate(everyone):
+        if mark != _MARK:
+            raise ValueError(
+                f"every process of class_parallel must call the same losses in the same order, but "
+                f"process {process} of the group has come to another collective; did a call of its "
+                f"raise before?"
+            )
+        for name, here, there in zip(shared, everyone[0][2:], theirs, strict=True):
             if here != there:
                 raise ValueError(
-                    f"{name} must be the same in every process of class_parallel, but process "
-                    f"{holder} of the group has another one than process 0; split the classes of "
-                    f"the logits, and nothing else"
+                    f"{name} must be the same in every process of class_parallel, got "
+                    f"{_shown(name, here)} in process 0 and {_shown(name, there)} in process "
+                    f"{process}; {_ALONE}"
                 )
-    widths = [width for width, *_ in everyone]
+    widths = [int(width) for _, width, *_ in everyone]
     return Shard(sum(widths[: exchange.place]), sum(widths))
+
+
+def _shown(name: str, value: float) -> str:
+    if name in ("target", "class_weight"):
+        return "none" if value < 0 else f"one of checksum {int(value):08x}"
+    return str(_DTYPES[int(value)]) if name == "dtype" else f"{value:g}"
 
 
 def _checksum(x: Tensor | None) -> int:

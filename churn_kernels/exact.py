@@ -147,6 +147,8 @@ class ExactSum:
         Returns: this sum.
         Raises: as `exact_sum`.
         """
+        if isinstance(x, ExactSum):
+            raise TypeError("x must be a tensor, got an ExactSum; add sums with merge()")
         x = _checks.summand("x", x).detach()
         self._hold(_backend.exact_ops(x).exact_words(x), 1, x.numel())
         return self

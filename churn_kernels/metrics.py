@@ -137,6 +137,10 @@ def churn_report(
         ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
         a label out of range.
     """
+    if _backend.class_exchange is not None:
+        raise ValueError(
+            "churn_report takes whole rows, got a block of class_parallel; call it outside the block"
+        )
     logits = _checked_runs(runs)
     rows, classes = logits[0].shape
     if target is not None:

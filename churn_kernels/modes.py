@@ -68,7 +68,8 @@ def set_reduction_mode(mode: str | None) -> None:
     """Set the process's default reduction mode.
 
     Args:
-        mode: one of `MODES`; None leaves it to PyTorch's switch again.
+        mode: "fast", "run_to_run", "invariant" or "exact"; None leaves it to PyTorch's switch again,
+            whatever CHURN_REDUCTION_MODE was when the package was imported.
     Raises: ValueError for another name.
     """
     global default
@@ -76,7 +77,7 @@ def set_reduction_mode(mode: str | None) -> None:
 
 
 @contextmanager
-def reduction_mode(mode: str) -> Iterator[None]:
+def reduction_mode(mode: str | None) -> Iterator[None]:
     """A block in which `mode` is the process's default; the one before comes back after it.
 
     Args:

@@ -1,8 +1,11 @@
 """Rows whose classes lie in several shards: the bits of whole rows, however they are split."""
 
+import copy
 import itertools
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 
 import pytest
@@ -24,7 +27,7 @@ from processes import run
 
 import churn_kernels as ck
 from churn_kernels import _class_shards, _ops
-from churn_kernels._options import WANT_TERMS
+from churn_kernels._options import LossOptions
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
@@ -32,45 +35,58 @@ ROWS, CLASSES = 4, 41
 CUTS = ([], [5, 20], [1, 2, 3, 40], [37])
 
 
-def split(logits, cuts):
-    """The shards: where they lie, and their classes of each model."""
-    ends = [0, *cuts, logits[0].shape[1]]
-    return [
-        (
-            _class_shards.Shard(begin, ends[-1]),
-            [z[:, begin:end].detach().clone().requires_grad_() for z in logits],
-        )
-        for begin, end in itertools.pairwise(ends)
+class Meeting:
+    """An exchange between threads of one process; `together(merge, tables)` merges tables."""
+
+    def __init__(self, holders, together=reduce):
+        self.brought = [None] * holders
+        self.barrier = threading.Barrier(holders)
+        self.together = together
+        self.tables = []
+
+    def at(self, place):
+        seat = copy.copy(self)
+        seat.place = place
+        return seat
+
+    def gather(self, x):
+        self.brought[self.place] = x
+        self.barrier.wait()
+        everyone = list(self.brought)
+        self.barrier.wait()
+        return everyone
+
+    def merge(self, table, merge):
+        merged = self.together(merge, self.gather(table))
+        if self.place == 0:
+            self.tables.append(merged)
+        return merged
+
+
+def split(z, cuts):
+    return [part.detach().clone() for part in z.tensor_split(cuts, 1)]
+
+
+def in_shards(logits, target, weight, options, cuts, upstream, together=reduce):
+    """Loss, terms and gradients of whole rows, by one thread a shard; and the merged tables."""
+    shards = [
+        [z.requires_grad_() for z in shard]
+        for shard in zip(*(split(z, cuts) for z in logits), strict=True)
     ]
+    meeting = Meeting(len(shards), together)
 
+    def one(place):
+        mine = shards[place]
+        loss, terms = _class_shards.evaluate(mine, target, weight, options, True, meeting.at(place))
+        students = mine[: len(mine) - options.teachers]
+        return loss.detach(), terms, torch.autograd.grad(loss, students, upstream)
 
-def merged_tables(shards, target, weight, options, together=reduce):
-    """Every stage's table of all shards; `together(merge, tables)` merges them."""
-    tables = []
-    for merge in _class_shards.stages(options):
-        parts = [
-            _class_shards.next_table(
-                [z.detach() for z in logits], target, weight, tables, shard, options
-            )
-            for shard, logits in shards
-        ]
-        tables.append(together(merge, parts) if parts[0].numel() else parts[0])
-    return tables
-
-
-def results(shards, tables, target, weight, options, upstream):
-    """Loss, terms and gradients as the shards find them; the gradients of whole rows."""
-    found = []
-    for shard, logits in shards:
-        loss, terms = _class_shards.ClassShardLoss.apply(
-            target, weight, tables, shard, options, WANT_TERMS, *logits
-        )
-        students = logits[: len(logits) - options.teachers]
-        found.append((loss, terms, torch.autograd.grad(loss, students, upstream)))
-    losses, terms, gradients = zip(*found, strict=True)
+    with ThreadPoolExecutor(len(shards)) as pool:
+        losses, terms, gradients = zip(*pool.map(one, range(len(shards))), strict=True)
     assert len({bytes_of(loss) for loss in losses}) == 1
     assert len({bytes_of(one) for one in terms}) == 1
-    return losses[0], terms[0], [torch.cat(parts, 1) for parts in zip(*gradients, strict=True)]
+    whole = [torch.cat(parts, 1) for parts in zip(*gradients, strict=True)]
+    return (losses[0], terms[0], *whole), meeting.tables
 
 
 def assert_no_split_shows(logits, target, weight, options, cuts=CUTS):
@@ -79,14 +95,10 @@ def assert_no_split_shows(logits, target, weight, options, cuts=CUTS):
     shape = {0: (len(target),), 3: (len(target), 2 * students + pairs)}.get(options.reduction, ())
     upstream = torch.randn(shape, generator=seeded("upstream"))
     loss, terms, gradients = kernel(logits, target, weight, options, upstream)
+    want = [bytes_of(x) for x in (loss, terms, *gradients)]
     for ends in cuts:
-        shards = split(logits, ends)
-        tables = merged_tables(shards, target, weight, options)
-        got = results(shards, tables, target, weight, options, upstream)
-        assert bytes_of(got[0]) == bytes_of(loss), ends
-        assert bytes_of(got[1]) == bytes_of(terms), ends
-        for one, whole in zip(got[2], gradients, strict=True):
-            assert bytes_of(one) == bytes_of(whole), ends
+        got, _ = in_shards(logits, target, weight, options, ends, upstream)
+        assert [bytes_of(x) for x in got] == want, ends
 
 
 @pytest.mark.parametrize("models", [1, 2, 3])
@@ -135,20 +147,22 @@ def test_tables_merge_in_any_order_and_grouping(name):
     # Few values: the largest logit, and the k-th, stand in several shards.
     logits = [z.mul(2).round() for z in random_logits(generator, 2, ROWS, CLASSES)]
     target = random_target(generator, ROWS, CLASSES)
-    shards = split(logits, [3, 9, 10, 30, 33])
-    draw = random.Random(name)
+    cuts = [3, 9, 10, 30, 33]
+    seeds = itertools.count()
+    arguments = (logits, target, None, EXACT[name], cuts, torch.tensor(1.0))
 
     def anyhow(merge, tables):
+        draw = random.Random(next(seeds))  # each thread and stage in an order of its own
         tables = list(tables)
         while len(tables) > 1:
             a, b = (tables.pop(draw.randrange(len(tables))) for _ in range(2))
             tables.append(merge(a, b))
         return tables[0]
 
-    want = merged_tables(shards, target, None, EXACT[name])
+    want = [[bytes_of(x) for x in found] for found in in_shards(*arguments)]
     for _ in range(5):
-        got = merged_tables(shards, target, None, EXACT[name], anyhow)
-        assert [bytes_of(x) for x in got] == [bytes_of(x) for x in want]
+        got = in_shards(*arguments, together=anyhow)
+        assert [[bytes_of(x) for x in found] for found in got] == want
 
 
 def test_sums_in_floating_point_are_caught():
@@ -156,11 +170,38 @@ def test_sums_in_floating_point_are_caught():
     z = random_logits(seeded("control"), 1, ROWS, CLASSES)[0]
 
     def log_sum_exp(cuts):
-        parts = [part.detach() for _, (part,) in split([z], cuts)]
+        parts = split(z, cuts)
         largest = reduce(torch.maximum, [part.amax(1) for part in parts])
         return largest + sum((part - largest[:, None]).exp().sum(1) for part in parts).log()
 
     assert len({bytes_of(log_sum_exp([cut])) for cut in range(1, CLASSES)}) > 1
+
+
+def test_differentiating_twice_raises():
+    logits = random_logits(seeded("twice"), 2, ROWS, CLASSES)
+    leaves = [z.requires_grad_() for z in logits]
+    meeting = Meeting(1).at(0)
+    loss, _ = _class_shards.evaluate(leaves, None, None, EXACT["plain"], False, meeting)
+    (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not implemented"):
+        gradient.sum().backward()
+
+
+def test_transforms_of_torch_func():
+    logits = random_logits(seeded("func"), 2, ROWS, CLASSES)
+
+    def whole(*models):
+        return ck.codistillation_loss(models, mode="exact")
+
+    def shard(*models):
+        options = LossOptions(1.0, 0.0, 1.0, regularizer=1, divergence=1, mode=3)
+        meeting = Meeting(1).at(0)
+        return _class_shards.evaluate(models, None, None, options, False, meeting)[0]
+
+    assert bytes_of(torch.func.grad(shard)(*logits)) == bytes_of(torch.func.grad(whole)(*logits))
+    examples = [torch.stack([z, z * 2]) for z in logits]
+    want = torch.func.vmap(whole)(*examples)
+    assert bytes_of(torch.func.vmap(shard)(*examples)) == bytes_of(want)
 
 
 # Over processes -----------------------------------------------------------------------------------
@@ -211,16 +252,16 @@ def problem():
 def mistakes(rank, mine, target, weight):
     """What each process is told of what does not fit."""
 
-    def told(logits, target, **options):
+    def told(logits, target, loss=ck.codistillation_loss, **options):
         try:
-            ck.codistillation_loss(logits, target, **options)
+            loss(logits, target, **options)
         except Exception as error:  # the type is part of what is checked
             return f"{type(error).__name__}: {error}"
         return "nothing"
 
     other = target.clone()
     other[0] = (other[0] + rank) % CLASSES
-    return {
+    found = {
         "rows": told([z[: ROWS - rank] for z in mine], None),
         "target": told(mine, other),
         "options": told(mine, target, beta=1.0 + rank),
@@ -229,6 +270,15 @@ def mistakes(rank, mine, target, weight):
         "class_weight": told(mine, target, class_weight=weight[1:]),
         "float64": told([z.double() for z in mine], target),
     }
+    with ck.backend("reference"):
+        found["reference"] = told(mine, target)
+    found["report"] = told(mine, target, loss=lambda z, y: ck.metrics.churn_report(z))
+    if rank == 0:  # lost its way: as large a tensor as the others', but no loss
+        facts = torch.zeros(20, dtype=torch.float64)
+        dist.all_gather([torch.empty_like(facts) for _ in range(dist.get_world_size())], facts)
+    else:
+        found["lost"] = told(mine, target)
+    return found
 
 
 def worker(rank, world):
@@ -259,16 +309,25 @@ def test_no_number_of_processes_shows(tmp_path):
 
 
 TOLD = {
-    "rows": "ValueError: number of rows must be the same in every process of class_parallel, but "
-    "process 1 of the group has another one than process 0; split the classes of the logits, and "
-    "nothing else",
-    "target": "ValueError: target must be the same in every process of class_parallel",
-    "options": "ValueError: options must be the same in every process of class_parallel",
+    "rows": "ValueError: number of rows must be the same in every process of class_parallel, got "
+    "4 in process 0 and 3 in process 1; split the classes of the logits, and nothing else",
+    "target": "ValueError: target must be the same in every process of class_parallel, got one of "
+    "checksum ",
+    "options": "ValueError: divergence_weight must be the same in every process of class_parallel, "
+    "got 1 in process 0 and 2 in process 1; split",
     "range": "TargetError: target must hold class indices in [0, 41), got 41 at row 0; pass "
     "ignore_index for rows without a label",
     "top_k": "ValueError: top_k must be at most the number of classes C = 41, got 42",
     "class_weight": "ValueError: class_weight must have shape (41,), one weight for each class",
-    "float64": "ValueError: mode 'exact' takes float32, float16 or bfloat16 logits, got float64",
+    "float64": "ValueError: class_parallel takes float32, float16 or bfloat16 logits, got float64; "
+    "pass logits.float()",
+    "reference": "ValueError: class_parallel takes CPU tensors, and runs on backend 'cpu', got "
+    "backend 'reference'; choose 'cpu', or build the library",
+    "report": "ValueError: churn_report takes whole rows, got a block of class_parallel; call it "
+    "outside the block",
+    "lost": "ValueError: every process of class_parallel must call the same losses in the same "
+    "order, but process 0 of the group has come to another collective; did a call of its raise "
+    "before?",
 }
 
 
@@ -276,9 +335,9 @@ TOLD = {
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_every_process_is_told_what_does_not_fit(tmp_path):
     for one in run(worker, 3, tmp_path / "told"):
-        assert one["told"].keys() == TOLD.keys()
-        for name, message in TOLD.items():
-            assert one["told"][name].startswith(message), name
+        for name, told in one["told"].items():
+            assert told.startswith(TOLD[name]), (name, told)
+        assert one["told"].keys() | {"lost"} == TOLD.keys()
 
 
 def test_needs_torch_distributed_to_be_initialised():
