@@ -139,7 +139,8 @@ def churn_report(
     """
     if _backend.class_exchange is not None:
         raise ValueError(
-            "churn_report takes whole rows, got a block of class_parallel; call it outside the block"
+            "churn_report takes whole rows, got a block of class_parallel; call it outside the "
+            "block"
         )
     logits = _checked_runs(runs)
     rows, classes = logits[0].shape

@@ -68,8 +68,8 @@ def set_reduction_mode(mode: str | None) -> None:
     """Set the process's default reduction mode.
 
     Args:
-        mode: "fast", "run_to_run", "invariant" or "exact"; None leaves it to PyTorch's switch again,
-            whatever CHURN_REDUCTION_MODE was when the package was imported.
+        mode: "fast", "run_to_run", "invariant" or "exact"; None leaves it to PyTorch's switch
+            again, whatever CHURN_REDUCTION_MODE was when the package was imported.
     Raises: ValueError for another name.
     """
     global default
