@@ -1,0 +1,232 @@
+"""Recording a training run: a hash of everything that a step changes, step after step.
+
+What differs first between two recorded runs, `compare` finds.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from churn_kernels.audit.manifest import manifest, manifest_hash
+from churn_kernels.audit.trace import Writer
+from churn_kernels.hashing import HASH_SPEC, hash_words, tensor_hash
+
+
+class Recorder:
+    """What `record` gives: it hashes each step of the optimizer by itself."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        first_step: int,
+    ) -> None:
+        self._writer = writer
+        self._model = model
+        self._optimizer = optimizer
+        self._step = first_step
+        self._hashes: dict[str, str] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def observe(self, **values: Any) -> None:
+        """Hash what the next step starts from or comes to: batch indices, inputs, the loss.
+
+        Args:
+            values: by name, in the order in which the step has them; tensors, or sequences of
+                tensors, of numbers or of strings. A name may come once a step.
+        Raises: ValueError for a name that the step has already.
+        """
+        for name, value in values.items():
+            if name in self._hashes or name in _OWN:
+                raise ValueError(
+                    f"observe's names must be new in a step and none of {', '.join(_OWN)}, got "
+                    f"{name!r} twice; give what comes again another name"
+                )
+            self._hashes[name] = _hash_of(value)
+
+    def close(self) -> None:
+        """Stop recording; the file is on the disk."""
+        for hook in self._hooks:
+            hook.remove()
+        self._writer.close()
+
+    def start(self) -> None:
+        """Write step 0: the state before the first step."""
+        self._add_state()
+        self._write()
+
+    def _before_step(self, *_: Any) -> None:
+        self._hashes["random state"] = random_state_hash()
+        self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
+        self._hashes["gradients"] = tensors_hash(
+            (name, p.grad) for name, p in self._model.named_parameters()
+        )
+
+    def _after_step(self, *_: Any) -> None:
+        self._step += 1
+        self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
+        self._hashes["optimizer"] = optimizer_hash(self._optimizer)
+        self._write()
+
+    def _add_state(self) -> None:
+        self._hashes["random state"] = random_state_hash()
+        self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
+        self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
+        self._hashes["optimizer"] = optimizer_hash(self._optimizer)
+
+    def _write(self) -> None:
+        self._writer.step(self._step, self._hashes)
+        self._hashes = {}
+
+
+_OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
+
+
+@contextmanager
+def record(
+    path: str | os.PathLike[str],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    resume_at: int | None = None,
+) -> Iterator[Recorder]:
+    """Record a training run while the block lasts, one line of `path` a step of the optimizer.
+
+        with ck.audit.record("run.trace", model, optimizer) as recorder:
+            for indices, (x, y) in batches:
+                recorder.observe(batch=indices)
+                loss = ...
+                recorder.observe(loss=loss)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    Each step hashes, in the order in which it comes to them: what was observed, the states of the
+    random number generators and the buffers before the optimizer's step, the gradients, the
+    parameters after it, and the optimizer's state and settings. Nothing of the run is changed, and
+    no random number is drawn.
+
+    Args:
+        path: the file to write; about 300 bytes a step. It must not exist yet.
+        model: its parameters and buffers are hashed; DistributedTensors by their local part.
+        optimizer: its steps are the trace's.
+        resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
+            starts again from its checkpoint of that step. Later steps are forgotten.
+    Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
+    Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
+        resumed at that step by this model; OSError if it cannot be written.
+    """
+    found = manifest()
+    tensors = [
+        [name, str(x.dtype), list(x.shape)]
+        for name, x in (*model.named_parameters(), *model.named_buffers())
+    ]
+    header = {
+        "hash_spec": HASH_SPEC,
+        "tensors": tensors,
+        "optimizer": type(optimizer).__name__,
+        "manifest_hash": manifest_hash(found),
+        "manifest": found,
+    }
+    path = Path(path)
+    if resume_at is None:
+        recorder = Recorder(Writer(path, header), model, optimizer, 0)
+        recorder.start()
+    else:
+        recorder = Recorder(Writer.resume(path, header, resume_at), model, optimizer, resume_at)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+
+
+def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> str:
+    """128 bits of named tensors in their order; None where one is not there."""
+    digest = hashlib.blake2b(digest_size=16)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for name, x in tensors:
+        digest.update(f"{name}\0".encode())
+        if x is None:
+            digest.update(b"none")
+            continue
+        x = getattr(x, "_local_tensor", x)
+        if x.layout != torch.strided or x.is_quantized:
+            digest.update(tensor_hash(x).encode())
+            continue
+        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        by_device.setdefault(x.device, []).append(x)
+    for dense in by_device.values():
+        words = torch.stack([hash_words(x) for x in dense])
+        digest.update(hash_words(words).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def optimizer_hash(optimizer: torch.optim.Optimizer) -> str:
+    """128 bits of an optimizer's state, by the order of its parameters, and of its settings."""
+    tensors: list[tuple[str, Tensor | None]] = []
+    rest: list[Any] = []
+    for g, group in enumerate(optimizer.param_groups):
+        for key, setting in group.items():
+            if key != "params":
+                _sort_out(f"{g}.{key}", setting, tensors, rest)
+        for i, parameter in enumerate(group["params"]):
+            state = optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                _sort_out(f"{g}.{i}.{key}", value, tensors, rest)
+    digest = hashlib.blake2b(repr(rest).encode(), digest_size=16)
+    digest.update(tensors_hash(tensors).encode())
+    return digest.hexdigest()
+
+
+def random_state_hash() -> str:
+    """128 bits of the states of Python's, NumPy's and PyTorch's generators, of all devices."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr(random.getstate()).encode())
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others draw from
+    digest.update(f"{kind}{rest}".encode())
+    digest.update(np.asarray(keys).tobytes())
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    for state in states:
+        digest.update(state.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sort_out(
+    name: str, value: Any, tensors: list[tuple[str, Tensor | None]], rest: list[Any]
+) -> None:
+    """A value that is a tensor to the tensors, any other by its representation to the rest."""
+    if isinstance(value, Tensor):
+        tensors.append((name, value))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _sort_out(f"{name}.{key}", item, tensors, rest)
+    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
+        for i, item in enumerate(value):
+            _sort_out(f"{name}.{i}", item, tensors, rest)
+    else:
+        rest.append((name, value))
+
+
+def _hash_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return tensor_hash(value)
+    tensors: list[tuple[str, Tensor | None]] = []
+    rest: list[Any] = []
+    _sort_out("", value, tensors, rest)
+    digest = hashlib.blake2b(repr(rest).encode(), digest_size=16)
+    digest.update(tensors_hash(tensors).encode())
+    return digest.hexdigest()

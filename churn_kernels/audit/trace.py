@@ -1,0 +1,178 @@
+"""The file of a recorded run: one line a step, each chained to the one before.
+
+A trace is a text file of JSON lines. The first one is the header: what was recorded, and on what.
+Each other one is a step: 128-bit hashes by name, in the order in which the step came to them. The
+last field of a line, `chain`, hashes the line and the chain before it, so that a line that was
+torn, changed or lost is found, and two runs agree up to a step if their chains at it do.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+_KIND = "churn_kernels trace"
+
+
+class TraceError(ValueError):
+    """A file that is no trace, or one of another format, model or hash."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Attributes:
+        number: 0 is the state before the first step.
+        hashes: by name, in the order in which the step came to them.
+        chain: hash of everything up to here.
+    """
+
+    number: int
+    hashes: dict[str, str]
+    chain: str
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A recorded run.
+
+    Attributes:
+        path: the file.
+        header: what was recorded, as plain data; `manifest` is what it ran on.
+        steps: those whose lines are whole.
+        damage: what is wrong with the rest of the file; "" if nothing is.
+    """
+
+    path: Path
+    header: dict[str, Any]
+    steps: list[Step]
+    damage: str
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Read a trace; a line that was cut off or changed ends it, and `damage` says so.
+
+        Raises: OSError if the file cannot be read; TraceError if it is no trace, if its header is
+            damaged, or if it was written in another format.
+        """
+        path = Path(path)
+        lines = path.read_bytes().split(b"\n")
+        header = _header(path, lines[0])
+        steps: list[Step] = []
+        chain = header["chain"]
+        for index, line in enumerate(lines[1:], start=2):
+            last = index == len(lines)
+            if last and not line:
+                break
+            found = _checked(line, chain)
+            if found is None:
+                what = "was cut off" if last else "does not follow from the lines before it"
+                return cls(path, header, steps, f"line {index} {what}; nothing after it counts")
+            chain = found.pop("chain")
+            steps.append(Step(found.pop("step"), found["hashes"], chain))
+        return cls(path, header, steps, "")
+
+
+class Writer:
+    """Appends steps to a trace. A line is there whole, or the next reader sees that it is not."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """Begin a new file.
+
+        Raises: FileExistsError if there is one already.
+        """
+        if path.exists():
+            raise FileExistsError(
+                f"path must not exist yet, got {path}; name another file, or pass resume_at=step "
+                f"to go on with the trace of a run that was interrupted"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._chain = ""
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        self._write({"kind": _KIND, "format": FORMAT, **header})
+
+    @classmethod
+    def resume(cls, path: Path, header: dict[str, Any], step: int) -> "Writer":
+        """Go on after `step`, forgetting the steps after it.
+
+        Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model, or
+            ends before that step.
+        """
+        trace = Trace.load(path)
+        for name in ("hash_spec", "tensors"):
+            if trace.header[name] != json.loads(json.dumps(header[name])):
+                raise TraceError(
+                    f"{path} was recorded with other {name} than this run's; name another file"
+                )
+        kept = [s for s in trace.steps if s.number <= step]
+        if not kept or kept[-1].number != step:
+            found = f"ends at step {kept[-1].number}" if kept else "has no step"
+            raise TraceError(
+                f"resume_at must be a step of {path}, got {step}, and the trace {found}; resume "
+                f"from a checkpoint of a step that it has"
+            )
+        writer = cls.__new__(cls)
+        writer._chain = kept[-1].chain
+        lines = path.read_bytes().split(b"\n")[: 1 + len(kept)]
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(b"\n".join(lines) + b"\n")
+        os.replace(part, path)
+        writer._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        return writer
+
+    def step(self, number: int, hashes: dict[str, str]) -> None:
+        """Append one step."""
+        self._write({"step": number, "hashes": hashes})
+
+    def close(self) -> None:
+        """Close the file, on the disk."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def _write(self, content: dict[str, Any]) -> None:
+        text = _text(content)
+        self._chain = _next_chain(self._chain, text)
+        # One write of a whole line, which outlives the process from here on.
+        line = f'{text[:-1]},"chain":"{self._chain}"}}\n'.encode()
+        if os.write(self._file, line) != len(line):
+            raise OSError("the disk took only part of a step of the trace; make room for it")
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=True)
+
+
+def _next_chain(chain: str, text: str) -> str:
+    return hashlib.blake2b(f"{chain}{text}".encode(), digest_size=16).hexdigest()
+
+
+def _checked(line: bytes, chain: str) -> dict[str, Any] | None:
+    """What a line holds, with its chain, if it follows from the chain before it."""
+    try:
+        found: Any = json.loads(line)
+        own = found["chain"]
+        text = _text({name: value for name, value in found.items() if name != "chain"})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if own == _next_chain(chain, text) else None
+
+
+def _header(path: Path, line: bytes) -> dict[str, Any]:
+    found = _checked(line, "")
+    if found is None or found.get("kind") != _KIND:
+        raise TraceError(
+            f"{path} is no trace, or its first line is damaged; pass a file that "
+            f"churn_kernels.audit.record wrote"
+        )
+    if found["format"] != FORMAT:
+        raise TraceError(
+            f"{path} was written in format {found['format']}, this version reads {FORMAT}; read it "
+            f"with the version of churn_kernels that wrote it"
+        )
+    return found

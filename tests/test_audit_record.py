@@ -1,0 +1,341 @@
+"""Recorded runs: the first step and the first thing in it that differs, whatever was done to it."""
+
+import copy
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import churn_kernels as ck
+from churn_kernels import _ops
+from churn_kernels.audit.__main__ import main
+
+pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+
+STEPS = 6
+
+
+def nothing(step, model, optimizer):
+    """What the runs below do besides."""
+
+
+def run(path, *, seed=0, steps=STEPS, after_backward=nothing, before=nothing, resume_at=None):
+    """A small training; the two functions are called in each step."""
+    torch.manual_seed(seed)
+    random.seed(0)
+    model = nn.Sequential(nn.Linear(9, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 9, generator=generator)
+    y = torch.randint(4, (50,), generator=generator)
+    losses = []
+    with ck.audit.record(path, model, optimizer, resume_at=resume_at) as recorder:
+        for step in range((resume_at or 0) + 1, steps + 1):
+            before(step, model, optimizer)
+            batch = torch.randperm(50, generator=torch.Generator().manual_seed(step))[:16]
+            recorder.observe(batch=batch)
+            loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
+            recorder.observe(loss=loss)
+            loss.backward()
+            after_backward(step, model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def flip(x):
+    """One unit in the last place of one number."""
+    with torch.no_grad():
+        x.view(torch.int32).flatten()[0] += 1
+
+
+def first_difference(tmp_path, **changes):
+    for name, options in (("a", {}), ("b", changes)):
+        run(tmp_path / name, **options)
+    return ck.audit.compare(*(ck.audit.Trace.load(tmp_path / name) for name in "ab"))
+
+
+def at(wanted, change):
+    return lambda step, model, optimizer: change(model, optimizer) if step == wanted else None
+
+
+CHANGES = {
+    "gradients": {"after_backward": at(3, lambda model, _: flip(model[3].weight.grad))},
+    "a gradient that is gone": {
+        "after_backward": at(3, lambda model, _: setattr(model[3].bias, "grad", None))
+    },
+    "parameters": {"before": at(3, lambda model, _: model[3].bias.data.mul_(2))},
+    "buffers": {"before": at(3, lambda model, _: flip(model[1].running_mean))},
+    "numpy": {"before": at(3, lambda *_: np.random.rand())},  # noqa: NPY002
+    "python": {"before": at(3, lambda *_: random.random())},
+    "torch": {"before": at(3, lambda *_: torch.rand(()))},
+    "learning rate": {
+        "after_backward": at(3, lambda _, o: o.param_groups[0].__setitem__("lr", 0.02))
+    },
+    "state": {
+        "after_backward": at(3, lambda model, o: o.state[model[0].weight]["exp_avg_sq"].mul_(2))
+    },
+    "settings": {"before": at(3, lambda _, o: o.param_groups[0].__setitem__("note", 1))},
+}
+FIRST = {
+    "gradients": "gradients",
+    "a gradient that is gone": "gradients",
+    "parameters": "loss",
+    "buffers": "buffers",
+    "numpy": "random state",
+    "python": "random state",
+    "torch": "random state",
+    "learning rate": "parameters",
+    "state": "parameters",
+    "settings": "optimizer",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_first_difference_is_found(name, tmp_path):
+    found = first_difference(tmp_path, **CHANGES[name])
+    assert found.difference is not None
+    assert (found.difference.step, found.difference.first) == (3, FIRST[name])
+    assert found.difference.meaning
+    assert found.steps == STEPS + 1
+    assert found.settings == {}
+
+
+def test_equal_runs_are_equal(tmp_path):
+    assert first_difference(tmp_path).difference is None
+
+
+def test_another_seed_shows_before_the_first_step(tmp_path):
+    found = first_difference(tmp_path, seed=1)
+    assert found.difference.step == 0
+    assert "parameters" in found.difference.also
+
+
+def test_recording_changes_nothing(tmp_path):
+    class Silent:
+        def observe(self, **values):
+            pass
+
+    recorded = run(tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ck.audit, "record", lambda *_, **__: nullcontext(Silent()))
+        assert run(tmp_path / "b") == recorded
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_settings_are_named(tmp_path, threads):
+    threads(1)
+    run(tmp_path / "a")
+    threads(2)
+    run(tmp_path / "b")
+    found = ck.audit.compare(*(ck.audit.Trace.load(tmp_path / name) for name in "ab"))
+    assert found.settings == {"threads": (1, 2)}
+    hashes = {trace.header["manifest_hash"] for trace in (found.a, found.b)}
+    assert len(hashes) == 2
+
+
+def test_a_step_is_a_few_hundred_bytes(tmp_path):
+    run(tmp_path / "a")
+    lines = (tmp_path / "a").read_bytes().splitlines()
+    assert max(map(len, lines[1:])) < 500
+    assert len(lines) == STEPS + 2
+
+
+# Files that something happened to ----------------------------------------------------------------
+
+
+def test_torn_and_changed_files(tmp_path):
+    path = tmp_path / "a"
+    run(path)
+    whole = path.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(ends[0], len(whole) + 1, 97):
+        path.write_bytes(whole[:cut])
+        trace = ck.audit.Trace.load(path)
+        assert len(trace.steps) == sum(end <= cut for end in ends[1:]) or cut + 1 in ends
+        assert bool(trace.damage) == (cut not in ends and cut + 1 not in ends)
+    place = whole.index(b'"gradients":"', ends[3]) + 15
+    changed = bytearray(whole)
+    changed[place] ^= 1
+    path.write_bytes(changed)
+    trace = ck.audit.Trace.load(path)
+    assert [step.number for step in trace.steps] == [0, 1, 2]
+    assert trace.damage == (
+        "line 5 does not follow from the lines before it; nothing after it counts"
+    )
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3] + lines[4:]))  # a line is gone
+    assert len(ck.audit.Trace.load(path).steps) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\x00\xff", b"{}\n", b"[1]\n", b'{"chain":1}\n'])
+def test_what_is_no_trace(content, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(content)
+    message = f"{path} is no trace, or its first line is damaged; pass a file that churn_kernels"
+    with pytest.raises(ck.audit.TraceError, match=re.escape(message)):
+        ck.audit.Trace.load(path)
+
+
+def test_another_format(tmp_path, monkeypatch):
+    monkeypatch.setattr("churn_kernels.audit.trace.FORMAT", 2)
+    run(tmp_path / "a")
+    monkeypatch.undo()
+    message = "was written in format 2, this version reads 1; read it with the version of"
+    with pytest.raises(ck.audit.TraceError, match=message):
+        ck.audit.Trace.load(tmp_path / "a")
+
+
+def test_runs_that_cannot_be_compared(tmp_path):
+    run(tmp_path / "a")
+    model = nn.Linear(2, 2)
+    for name, optimizer in (("b", torch.optim.SGD), ("c", torch.optim.Adam)):
+        with ck.audit.record(tmp_path / name, model, optimizer(model.parameters(), 0.1)):
+            pass
+    a, b, c = (ck.audit.Trace.load(tmp_path / name) for name in "abc")
+    with pytest.raises(ck.audit.TraceError, match="must hold runs of one model"):
+        ck.audit.compare(a, b)
+    with pytest.raises(ck.audit.TraceError, match="kind of optimizer, got SGD and Adam; record"):
+        ck.audit.compare(b, c)
+
+
+def test_an_existing_file_is_left_alone(tmp_path):
+    run(tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    message = "path must not exist yet, got .*; name another file, or pass resume_at=step"
+    with pytest.raises(FileExistsError, match=message):
+        run(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_a_name_that_comes_twice(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with ck.audit.record(tmp_path / "a", model, optimizer) as recorder:
+        recorder.observe(batch=[1, 2], texts=["a"])
+        for name in ("batch", "gradients"):
+            with pytest.raises(ValueError, match=f"new in a step .* got '{name}' twice; give"):
+                recorder.observe(**{name: [1]})
+
+
+def test_resuming_makes_the_trace_of_a_run_that_was_not_interrupted(tmp_path):
+    run(tmp_path / "whole")
+    # What a checkpoint of step 3 would bring back is made again by three steps.
+    state = {}
+
+    def keep(step, model, optimizer):
+        if step == 4:
+            state["model"] = {k: v.clone() for k, v in model.state_dict().items()}
+            state["optimizer"] = copy.deepcopy(optimizer.state_dict())
+
+    def bring_back(step, model, optimizer):
+        if step == 4:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+
+    run(tmp_path / "cut", steps=5, before=keep)
+    run(tmp_path / "cut", before=bring_back, resume_at=3)
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_resuming_what_cannot_be(tmp_path):
+    run(tmp_path / "a", steps=2)
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(ck.audit.TraceError, match=r"resume_at must be a step of .*, got 5"):
+        run(tmp_path / "a", resume_at=5)
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        pytest.raises(ck.audit.TraceError, match="was recorded with other tensors than this run's"),
+        ck.audit.record(tmp_path / "a", model, optimizer, resume_at=1),
+    ):
+        pass
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_a_run_that_was_killed_keeps_its_steps(tmp_path):
+    script = textwrap.dedent("""
+        import sys, torch, churn_kernels as ck
+        model = torch.nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with ck.audit.record(sys.argv[1], model, optimizer):
+            while True:
+                model(torch.ones(3)).sum().backward()
+                optimizer.step()
+    """)
+    path = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", script, str(path)])
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.stat().st_size < 20_000:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    trace = ck.audit.Trace.load(path)
+    assert [step.number for step in trace.steps] == list(range(len(trace.steps)))
+    assert len(trace.steps) > 20
+
+
+def test_kinds_of_tensors(tmp_path):
+    """Not finite, sparse gradients, none at all, complex numbers, channels last."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(9, 3, sparse=True)
+            self.pixels = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+            self.waves = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+            self.unused = nn.Parameter(torch.full((2,), float("nan")))
+
+        def forward(self):
+            pixels = self.pixels(torch.ones(1, 2, 4, 4)).sum()
+            return self.words(torch.tensor([1, 1, 4])).sum() + self.waves.abs().sum() + pixels
+
+    traces = []
+    for name in "ab":
+        torch.manual_seed(0)
+        model = Mixed()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with ck.audit.record(tmp_path / name, model, optimizer):
+            model().backward()
+            if name == "b":
+                model.words.weight.grad._values()[0, 0] *= -1
+            optimizer.step()
+        traces.append(ck.audit.Trace.load(tmp_path / name))
+    assert ck.audit.compare(*traces).difference.first == "gradients"
+
+
+# The command ------------------------------------------------------------------------------------
+
+
+def test_diff(tmp_path, capsys):
+    run(tmp_path / "a")
+    run(tmp_path / "b")
+    run(tmp_path / "c", **CHANGES["gradients"])
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert main(["diff", a, b]) == 0
+    verdict = f"the runs have the same bits in all {STEPS} steps that both have"
+    assert capsys.readouterr().out.startswith(verdict)
+    assert main(["diff", a, c]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("the runs part ways in step 3: gradients\n")
+    assert "still the same: batch, loss, random state, buffers" in out
+    assert main(["diff", "--json", a, c]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert (data["step"], data["first"]) == (3, "gradients")
+    assert [trace["steps"] for trace in data["traces"]] == [STEPS, STEPS]
+    assert main(["diff", a, str(tmp_path / "none")]) == 2
+    assert "No such file" in capsys.readouterr().err
