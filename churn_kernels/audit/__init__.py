@@ -1,11 +1,21 @@
 """Where, when and why two runs part ways.
 
 `record` hashes everything that a training step changes, step after step; `compare`, and on the
-command line `churn-audit diff A B`, find the first difference of two such traces.
+command line `churn-audit diff A B`, find the first difference of two such traces. `find_operator`
+replays a step and names the operator that first makes different outputs of the same inputs.
 """
 
 from churn_kernels.audit.compare import Comparison, Difference, compare
 from churn_kernels.audit.manifest import manifest, manifest_hash
+from churn_kernels.audit.operators import (
+    Differences,
+    Finding,
+    Operation,
+    OperatorLog,
+    differences,
+    find_operator,
+    snapshot,
+)
 from churn_kernels.audit.record import Recorder, record
 from churn_kernels.audit.trace import Step, Trace, TraceError
 from churn_kernels.hashing import HASH_SPEC, hash_of_words, hash_words, tensor_hash
@@ -14,15 +24,22 @@ __all__ = [
     "HASH_SPEC",
     "Comparison",
     "Difference",
+    "Differences",
+    "Finding",
+    "Operation",
+    "OperatorLog",
     "Recorder",
     "Step",
     "Trace",
     "TraceError",
     "compare",
+    "differences",
+    "find_operator",
     "hash_of_words",
     "hash_words",
     "manifest",
     "manifest_hash",
     "record",
+    "snapshot",
     "tensor_hash",
 ]

@@ -1,4 +1,4 @@
-"""`churn-audit diff A B`: where two recorded runs part ways."""
+"""`churn-audit diff A B` and `churn-audit selftest`."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from churn_kernels.audit.compare import Comparison, compare
+from churn_kernels.audit.selftest import Trial, selftest
 from churn_kernels.audit.trace import Trace, TraceError
 
 SAME, DIFFERENT, UNUSABLE = 0, 1, 2
@@ -27,8 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     diff.add_argument("a", help="a trace")
     diff.add_argument("b", help="another one, of the same model")
+    commands.add_parser(
+        "selftest",
+        help="plant racy operators, and see whether the audit names them",
+        description="Plants a sum whose order follows thread timing in a forward pass, a backward "
+        "pass, an optimizer and the data's order, and an exact one. Exit status: 0 if the audit "
+        "was right about each, 1 if not.",
+    )
     diff.add_argument("--json", action="store_true", help="as JSON, for programs")
     options = parser.parse_args(arguments)
+    if options.command == "selftest":
+        trials = selftest()
+        print("\n".join(map(as_line, trials)))
+        return SAME if all(trial.passed for trial in trials) else DIFFERENT
     try:
         found = compare(Trace.load(options.a), Trace.load(options.b))
     except (OSError, TraceError) as error:
@@ -36,6 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return UNUSABLE
     print(json.dumps(as_data(found), indent=2) if options.json else as_text(found))
     return SAME if found.difference is None else DIFFERENT
+
+
+def as_line(trial: Trial) -> str:
+    """One planted operator, and what became of it."""
+    found, passed = trial.finding, "right" if trial.passed else "WRONG"
+    planted = "an exact sum" if trial.place == "nowhere" else f"a race in {trial.place}"
+    if found.operation is None:
+        said = f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps"
+        return f"{passed}: {planted}: {said}"
+    where = found.operation.module or "no module"
+    what = "given other inputs" if found.verdict == "input" else "other outputs of equal inputs"
+    return f"{passed}: {planted}: {found.operation.name} ({where}): {what}"
 
 
 def as_data(found: Comparison) -> dict[str, Any]:

@@ -1,0 +1,367 @@
+"""The operator that first computes something else from the same inputs.
+
+A step is replayed, and every operator that PyTorch dispatches is logged with hashes of what went in
+and what came out, forward, backward and in the optimizer. Of two logs the first operator whose
+inputs agree and whose outputs differ is the cause; what differs after it, it made so.
+"""
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from churn_kernels.hashing import tensor_hash
+
+_LIBRARIES = ("torch.", "churn_kernels.audit.operators", "churn_kernels._", "contextlib")
+_PLAIN = (int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
+# What these return was not written yet.
+_UNWRITTEN = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::empty_permuted",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::resize_",
+    "aten::set_",
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One call of an operator.
+
+    Attributes:
+        name: as PyTorch dispatches it, such as "aten.mm.default".
+        inputs, outputs: hashes of its tensors, and its numbers and flags as text; the state of a
+            random number generator it draws from is an input, a tensor it writes to an output.
+        tensors: dtypes and shapes, as text.
+        module: path of the module whose forward pass called it, or whose backward pass it is.
+        phase: "forward" or "backward"; what no module has called is neither: "".
+        source: file and line outside of the libraries that called it, or of the forward call that
+            it is the backward of.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tensors: str
+    module: str
+    phase: str
+    source: str
+
+
+@dataclass
+class _Origin:
+    """Where an operator of the forward pass was called from."""
+
+    module: str
+    source: str
+
+
+class OperatorLog(TorchDispatchMode):
+    """A block whose operators are logged.
+
+    Attributes:
+        operations: in the order of execution.
+        kept: outputs of the operation of index `keep`, copied.
+    """
+
+    def __init__(self, model: nn.Module, keep: int = -1) -> None:
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.kept: list[Tensor] = []
+        self._keep = keep
+        self._names = {module: name or "(model)" for name, module in model.named_modules()}
+        self._path: list[str] = []
+        self._origins: dict[int, _Origin] = {}  # by the sequence number of the autograd node
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "OperatorLog":
+        for module, name in self._names.items():
+            for hook in (
+                module.register_forward_pre_hook(lambda *_, name=name: self._path.append(name)),
+                module.register_forward_hook(
+                    lambda *_: self._path.pop() and None, always_call=True
+                ),
+            ):
+                self._stack.callback(hook.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._stack.close()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _only_looks(func):
+            return func(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        inputs = [tensor_hash(x) for x in given]
+        inputs.append(repr([x for x in leaves if isinstance(x, _PLAIN)]))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            inputs.append(tensor_hash(_generator_state(given, kwargs)))
+        result = func(*args, **kwargs)
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        outputs += [x for x in _written(func, args, kwargs) if all(x is not y for y in outputs)]
+        if func._schema.name in _UNWRITTEN:
+            outputs = []
+        if len(self.operations) == self._keep:
+            self.kept = [x.detach().clone() for x in outputs]
+        module, phase, source = self._where()
+        self.operations.append(
+            Operation(
+                str(func),
+                tuple(inputs),
+                tuple(tensor_hash(x) for x in outputs),
+                f"({_described(given)}) -> ({_described(outputs)})",
+                module,
+                phase,
+                source,
+            )
+        )
+        return result
+
+    def _where(self) -> tuple[str, str, str]:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            origin = self._origins.get(node._sequence_nr(), _Origin("", ""))
+            source = f"backward of {origin.source}" if origin.source else f"in {node.name()}"
+            return origin.module, "backward", source
+        source = _caller(sys._getframe(2))
+        module = self._path[-1] if self._path else ""
+        # Autograd made the node of this call just before, if it made one.
+        number = torch._C._autograd._get_sequence_nr() - 1
+        self._origins.setdefault(number, _Origin(module, source))
+        return module, "forward" if self._path else "", source
+
+
+def _only_looks(func: Any) -> bool:
+    """Whether an operator returns its input seen another way, and computes nothing."""
+    returns = func._schema.returns
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments that an operator writes to."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
+
+
+def _generator_state(given: list[Tensor], kwargs: dict[str, Any]) -> Tensor:
+    generator = kwargs.get("generator")
+    if generator is not None:
+        state: Tensor = generator.get_state()
+        return state
+    device = next((x.device for x in given), torch.device(kwargs.get("device") or "cpu"))
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _described(tensors: list[Tensor]) -> str:
+    return ", ".join(f"{str(x.dtype)[6:]}{list(x.shape)}" for x in tensors)
+
+
+def _caller(frame: FrameType | None) -> str:
+    """File and line of the innermost frame outside of the libraries."""
+    while frame is not None:
+        if not str(frame.f_globals.get("__name__", "")).startswith(_LIBRARIES):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How two tensors differ.
+
+    Attributes:
+        share: of the elements that differ, in (0, 1].
+        positions: indices of the first of them.
+        ulps: of floating-point tensors, how many elements differ by 1, by 2 or 3, by 4 to 7, ..
+            units in the last place, by the lower bound; of others, empty.
+        largest_ulps: the largest such difference; 0 where there is none.
+        largest: the largest absolute difference.
+    """
+
+    share: float
+    positions: list[tuple[int, ...]]
+    ulps: dict[int, int] = field(default_factory=dict)
+    largest_ulps: int = 0
+    largest: float = 0.0
+
+
+def differences(a: Tensor, b: Tensor, positions: int = 8) -> Differences | None:
+    """How two tensors of one dtype and shape differ; None if all their bits are the same."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    a, b = (x.detach().cpu().contiguous() for x in (a, b))
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    bits = [x.view(kinds[x.element_size()]).to(torch.int64) for x in (a, b)]
+    differ = bits[0] != bits[1]
+    if not differ.any():
+        return None
+    where = [tuple(place) for place in differ.nonzero()[:positions].tolist()]
+    share = differ.double().mean().item()
+    if not a.is_floating_point():
+        return Differences(share, where)
+    top = 1 << (8 * a.element_size() - 1)
+    # Floats in order: those of negative sign count down from -1.
+    ranks = [torch.where(x < 0, -(x & (top - 1)), x) for x in bits]
+    finite = a.isfinite() & b.isfinite() & differ
+    apart = (ranks[0] - ranks[1]).abs()[finite]
+    apart = apart[apart > 0]
+    ulps: dict[int, int] = {}
+    for bucket in range(64):
+        count = int(((apart >= 1 << bucket) & (apart >> bucket < 2)).sum()) if bucket < 63 else 0
+        if count:
+            ulps[1 << bucket] = count
+    largest = (a.double() - b.double()).abs()[finite]
+    return Differences(
+        share,
+        where,
+        ulps,
+        int(apart.max()) if len(apart) else 0,
+        largest.max().item() if len(largest) else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What replays of a step showed.
+
+    Attributes:
+        verdict: "operator": `operation` made different outputs of the same inputs. "input": it was
+            given different inputs that no operator made: data, or memory written from outside.
+            "sequence": the replays called different operators. "none": all replays were the same.
+        index: of the operation in the step, from 0; -1 with "none".
+        operation: the operation, as the first replay has it; None with "none".
+        other: the same call in the replay that differs.
+        outputs: how its outputs differ, one for each; empty where they could not be caught twice.
+        operations: calls of operators in the step.
+        replays: how often the step was run.
+    """
+
+    verdict: str
+    index: int
+    operation: Operation | None
+    other: Operation | None
+    outputs: list[Differences | None]
+    operations: int
+    replays: int
+
+    @property
+    def bound(self) -> float:
+        """With "none": below it is the share of steps that differ, at 95 % (rule of three)."""
+        return min(1.0, 3.0 / (self.replays - 1))
+
+
+def find_operator(
+    step: Callable[[], Any],
+    model: nn.Module,
+    restore: Callable[[], Any],
+    *,
+    replays: int = 5,
+) -> Finding:
+    """Replay a step until two replays differ, and name the first operator that makes them.
+
+    Args:
+        step: one training step: forward, backward, optimizer, or a part of that.
+        model: whose modules are named.
+        restore: brings everything that the step starts from back to one state, random states
+            included; called before each replay. `snapshot` makes such a function.
+        replays: how often to run the step, at least 2; more only to catch the outputs that differ.
+    Returns: a `Finding`. Every operator's tensors are hashed, so a step takes many times as long.
+    Raises: ValueError for fewer than two replays.
+    """
+    if replays < 2:
+        raise ValueError(
+            f"replays must be at least 2, got {replays}; one has nothing to differ from"
+        )
+
+    def run(keep: int = -1) -> OperatorLog:
+        restore()
+        with OperatorLog(model, keep) as log:
+            step()
+        return log
+
+    first = run().operations
+    for count in range(2, replays + 1):
+        again = run().operations
+        found = _first_difference(first, again)
+        if found is None:
+            continue
+        verdict, index = found
+        outputs, more = _catch(run, index, replays) if verdict == "operator" else ([], 0)
+        one, other = (log[index] if index < len(log) else None for log in (first, again))
+        return Finding(verdict, index, one, other, outputs, len(first), count + more)
+    return Finding("none", -1, None, None, [], len(first), replays)
+
+
+def _first_difference(a: list[Operation], b: list[Operation]) -> tuple[str, int] | None:
+    for index, (one, other) in enumerate(zip(a, b, strict=False)):
+        if (one.name, one.tensors) != (other.name, other.tensors):
+            return "sequence", index
+        if one.inputs != other.inputs:
+            return "input", index
+        if one.outputs != other.outputs:
+            return "operator", index
+    return None if len(a) == len(b) else ("sequence", min(len(a), len(b)))
+
+
+def _catch(
+    run: Callable[[int], OperatorLog], index: int, replays: int
+) -> tuple[list[Differences | None], int]:
+    """The operation's outputs in two replays that differ, side by side; and how many it took."""
+    most = max(replays, 10)
+    kept = run(index).kept
+    for count in range(2, most + 1):
+        again = run(index).kept
+        if len(kept) == len(again):
+            found = [differences(a, b) for a, b in zip(kept, again, strict=True)]
+            if any(found):
+                return found, count
+    return [], most
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """A function that brings a model, its optimizer and the random states back to what they are.
+
+    For `find_operator`, where a copy of the state fits into memory.
+    """
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    of_torch = torch.get_rng_state()
+    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def restore() -> None:
+        of_model, of_optimizer = copy.deepcopy(state)
+        model.load_state_dict(of_model)
+        optimizer.load_state_dict(of_optimizer)
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            p.grad = None if gradient is None else gradient.clone()
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        torch.set_rng_state(of_torch)
+        if of_gpus:
+            torch.cuda.set_rng_state_all(of_gpus)
+
+    return restore
