@@ -25,7 +25,7 @@ help:  ## this list
 build: $(LIBRARY)  ## .venv with torch, the tools and the package; compiles what changed
 
 run: build  ## train the co-distillation methods on the digits, report into out/
-	@$(BIN)/churn-trainer digits
+	@$(BIN)/churn-train digits
 
 test: build  ## the test suite
 	@$(BIN)/python -m pytest -q -n 2

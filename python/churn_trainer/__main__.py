@@ -1,4 +1,4 @@
-"""`python -m churn_trainer` is the `churn-trainer` command."""
+"""`python -m churn_trainer` is the `churn-train` command."""
 
 from churn_trainer.cli import app
 

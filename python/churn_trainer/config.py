@@ -1,56 +1,201 @@
-"""What a study is: every setting with its default, and every random seed, in one place."""
+"""What a run and a study are: every setting with its default, and every random seed."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from churn_trainer.methods import Method
+from churn_trainer.settings import (
+    at_least,
+    derive_seed,
+    fingerprint,
+    from_mapping,
+    not_negative,
+    one_of,
+    positive,
+    read_settings,
+    setting,
+    share,
+    to_mapping,
+)
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+SCHEDULES = ("constant", "step", "cosine")
 
 
 class Draw(IntEnum):
-    """What a seed is drawn for; a source of randomness is fixed by fixing its seeds."""
+    """What a seed is drawn for; a source of randomness is fixed by fixing its seed."""
 
     SPLIT = 0
     INITIALISATION = 1
     ORDER = 2
+    AUGMENTATION = 3
+    DROPOUT = 4
 
 
 @dataclass(frozen=True)
-class Training:
-    """How one model is trained: SGD with momentum at a constant learning rate.
+class Synthetic:
+    """Size and difficulty of the data sets that are drawn, not read."""
 
-    Attributes:
-        epochs: passes over the training rows.
-        batch_rows: rows per minibatch; the last one of an epoch may be smaller.
-        learning_rate: step size, constant.
-        momentum: decay of the velocity, in [0, 1).
-        clip_norm: largest Euclidean norm of one model's gradient.
-        ramp_share: share of the steps after which a ramp has reached its full weight, in (0, 1].
-    """
-
-    epochs: int = 100
-    batch_rows: int = 32
-    learning_rate: float = 0.02
-    momentum: float = 0.9
-    clip_norm: float = 1.0
-    ramp_share: float = 0.5
+    seed: int = setting(0, "What the data set itself is drawn from.")
+    classes: int = setting(10, "Number of classes.")
+    dimension: int = setting(64, "Numbers per input; per patch in the multi-view set.")
+    train_rows: int = setting(1000, "Training rows.")
+    test_rows: int = setting(1000, "Test rows.")
+    noise: float = setting(0.5, "Standard deviation of the noise on every number.")
+    patches: int = setting(8, "Multi-view: patches of an input, at least 4.")
+    single_view_share: float = setting(0.3, "Multi-view: share of the rows that show one view.")
+    off_class: float = setting(0.4, "Multi-view: largest strength of another class's feature.")
 
     def __post_init__(self) -> None:
-        _at_least("epochs", self.epochs, 1, "one epoch is one pass over the training rows")
-        _at_least("batch_rows", self.batch_rows, 1, "32 is the default")
-        _positive("learning_rate", self.learning_rate, "0.02 is the default")
-        _positive("clip_norm", self.clip_norm, "pass a large number to leave gradients unclipped")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"momentum must be in [0, 1), got {self.momentum}; 0 is plain gradient descent"
-            )
-        if not 0 < self.ramp_share <= 1:
-            raise ValueError(
-                f"ramp_share must be in (0, 1], got {self.ramp_share}; "
-                "1 lets ramps rise through the whole training"
-            )
+        at_least("synthetic.seed", self.seed, 0, "any whole number from 0 will do")
+        at_least("synthetic.classes", self.classes, 2, "there is nothing to tell apart otherwise")
+        at_least("synthetic.dimension", self.dimension, 1, "64 is the default")
+        at_least("synthetic.train_rows", self.train_rows, 1, "1000 is the default")
+        at_least("synthetic.test_rows", self.test_rows, 1, "1000 is the default")
+        at_least("synthetic.patches", self.patches, 4, "two views take two patches each")
+        not_negative("synthetic.noise", self.noise, "0.5 is the default")
+        not_negative("synthetic.off_class", self.off_class, "0.4 is the default")
+        share("synthetic.single_view_share", self.single_view_share, "0 shows both views always")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, its rows, and what is done to an image before the model sees it."""
+
+    name: str = setting("digits", "Name of the data set; `churn-train data` lists them.")
+    path: str = setting("", "Local folder, or name on the Hugging Face Hub, in place of the usual.")
+    train_rows: int = setting(
+        0, "Training rows, drawn at random by class; 0: all (300 of the digits)."
+    )
+    image_size: int = setting(0, "Side of the images as read, in pixels; 0: the data set's own.")
+    crop_padding: int = setting(0, "Zero pixels around a training image before its random crop.")
+    crop_size: int = setting(0, "Side of the crop, in the middle for test images; 0: image_size.")
+    flip: bool = setting(False, "Mirror every second training image, at random.")
+    synthetic: Synthetic = field(default_factory=Synthetic)
+
+    def __post_init__(self) -> None:
+        for name in ("train_rows", "image_size", "crop_padding", "crop_size"):
+            at_least(f"data.{name}", getattr(self, name), 0, "0 is the default")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    name: str = setting(
+        "mlp", "Name of the network (`churn-train models`), timm:NAME, or package.module:Name."
+    )
+    hidden: tuple[int, ...] = setting((64, 64), "Widths of the MLP's hidden layers.")
+    dropout: float = setting(0.0, "Share of the units that dropout leaves out, in [0, 1).")
+    options: dict[str, Any] = setting({}, "Further arguments of a timm network or of your own.")
+
+    def __post_init__(self) -> None:
+        for width in self.hidden:
+            at_least("hidden", width, 1, "list the widths of the hidden layers")
+        share("dropout", self.dropout, "0 leaves out none")
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """SGD with momentum, v = momentum v + g, w = w - rate(t) v."""
+
+    epochs: int = setting(100, "Passes over the training rows.")
+    batch_rows: int = setting(
+        32, "Rows per minibatch, over all devices; an epoch's last is smaller."
+    )
+    learning_rate: float = setting(0.02, "Step size, at its peak.")
+    momentum: float = setting(0.9, "Decay of the velocity, in [0, 1).")
+    nesterov: bool = setting(False, "Nesterov's form of the momentum.")
+    weight_decay: float = setting(0.0, "L2 penalty: this times the weights joins the gradient.")
+    clip_norm: float = setting(1.0, "Largest Euclidean norm of one model's gradient; 0: any.")
+    schedule: str = setting("constant", "Step size over time: constant, step or cosine.")
+    warmup_epochs: int = setting(0, "Epochs in which the step size rises linearly to its peak.")
+    milestones: tuple[int, ...] = setting(
+        (), "Schedule `step`: epochs at which the step size drops."
+    )
+    decay: float = setting(0.1, "Schedule `step`: what it is multiplied with at each of them.")
+    precision: str = setting(
+        "32-true", "Lightning's word: 32-true, 64-true, bf16-mixed, bf16-true."
+    )
+
+    def __post_init__(self) -> None:
+        at_least("epochs", self.epochs, 1, "one epoch is one pass over the training rows")
+        at_least("batch_rows", self.batch_rows, 1, "32 is the default")
+        positive("learning_rate", self.learning_rate, "0.02 is the default")
+        share("momentum", self.momentum, "0 is plain gradient descent")
+        not_negative("weight_decay", self.weight_decay, "0 is none")
+        not_negative("clip_norm", self.clip_norm, "0 leaves gradients as they are")
+        one_of("schedule", self.schedule, SCHEDULES)
+        at_least("warmup_epochs", self.warmup_epochs, 0, "0 is none")
+        positive("decay", self.decay, "0.1 is the default")
+        one_of("precision", self.precision, PRECISIONS)
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov must go with a momentum above 0, got 0; set momentum")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """One seed for each source of randomness: two runs that share one share what it draws."""
+
+    split: int = setting(0, "Which rows train and which test.")
+    initialisation: int = setting(0, "The models' first weights.")
+    order: int = setting(0, "The order of the minibatches.")
+    augmentation: int = setting(0, "Crops and flips.")
+    dropout: int = setting(0, "Which units dropout leaves out.")
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            at_least(f"seeds.{entry.name}", getattr(self, entry.name), 0, "any from 0 will do")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the unit that is named, stored and never done twice."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    method: Method = field(default_factory=Method)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    seeds: Seeds = field(default_factory=Seeds)
+
+    @property
+    def id(self) -> str:
+        """Data, model, method and the fingerprint of every setting: the name of its folder."""
+        model = self.model.name.replace(":", "-").replace("/", "-")
+        return f"{self.data.name}-{model}-{self.method.name}-{fingerprint(self)}"
+
+    @property
+    def together(self) -> str:
+        """What two runs must share to be trained as one stack: every setting but the seeds."""
+        return fingerprint(dataclasses.replace(self, seeds=Seeds()))
+
+    def teacher(self) -> Run | None:
+        """The run whose models teach this one, or None. Same data, model, recipe and seeds."""
+        ensemble = self.method.teacher()
+        return None if ensemble is None else dataclasses.replace(self, method=ensemble)
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """The run a .toml or .json file describes; what it leaves out has its default.
+
+        Raises: ValueError naming the file or setting, what is wanted, what it got, the remedy.
+        """
+        return cls.from_mapping(read_settings(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Run:
+        """The run that nested tables describe. Raises: ValueError, as `load`."""
+        return from_mapping(cls, values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The run as nested tables, which `from_mapping` reads."""
+        return to_mapping(self)
 
 
 @dataclass(frozen=True)
@@ -58,67 +203,63 @@ class Study:
     """Methods x splits x runs on one data set.
 
     Attributes:
-        dataset: a name in `data.DATASETS`.
-        methods: names in `methods.METHODS`; the first is what the others are compared with.
+        data: the data set.
+        methods: the first is what the others are compared with.
         runs: independent runs per split and method, at least 2.
         splits: random splits of the data into training and test rows.
-        train_rows: training rows of a split; all others are test rows.
-        hidden: widths of the hidden layers.
+        model: the network.
         seed: the one number all randomness follows from, >= 0.
         level: coverage of the intervals, in (0, 1).
         curve_points: how many times a training is measured on the test rows for the curves.
-        training: see `Training`.
+        optimisation: see `Optimisation`.
     """
 
-    dataset: str
-    methods: tuple[str, ...]
+    methods: tuple[Method, ...]
+    data: Data = field(default_factory=Data)
     runs: int = 10
     splits: int = 8
-    train_rows: int = 300
-    hidden: tuple[int, ...] = (64, 64)
+    model: Model = field(default_factory=Model)
     seed: int = 0
     level: float = 0.95
     curve_points: int = 20
-    training: Training = field(default_factory=Training)
+    optimisation: Optimisation = field(default_factory=Optimisation)
 
     def __post_init__(self) -> None:
-        _at_least("runs", self.runs, 2, "churn compares runs")
-        _at_least("splits", self.splits, 1, "with one split the intervals are over runs alone")
-        _at_least("train_rows", self.train_rows, 1, "300 is the default")
-        _at_least("seed", self.seed, 0, "any whole number from 0 will do")
-        _at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
-        for width in self.hidden:
-            _at_least("hidden", width, 1, "list the widths of the hidden layers")
+        at_least("runs", self.runs, 2, "churn compares runs")
+        at_least("splits", self.splits, 1, "with one split the intervals are over runs alone")
+        at_least("seed", self.seed, 0, "any whole number from 0 will do")
+        at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
         if not 0 < self.level < 1:
             raise ValueError(f"level must be in (0, 1), got {self.level}; 0.95 is customary")
-        if len(set(self.methods)) != len(self.methods) or not self.methods:
+        names = [method.name for method in self.methods]
+        if len(set(names)) != len(names) or not names:
             raise ValueError(
-                f"methods must name each method once and at least one, got {list(self.methods)}; "
+                f"methods must name each method once and at least one, got {names}; "
                 "drop what is there twice"
             )
 
+    def run(self, method: Method, split: int, run: int) -> Run:
+        """The run of a method at a place; its seeds are the same for every method."""
+        return Run(
+            data=self.data,
+            model=self.model,
+            method=method,
+            optimisation=self.optimisation,
+            seeds=Seeds(
+                self.seed_for(Draw.SPLIT, split),
+                *(self.seed_for(draw, split, run) for draw in list(Draw)[1:]),
+            ),
+        )
+
     def seed_for(self, draw: Draw, *where: int) -> int:
-        """A 63-bit seed for one draw, the same for every method.
-
-        Args:
-            draw: what is drawn.
-            where: indices that tell this draw from others of its kind: split, run, member.
-        """
-        sequence = np.random.SeedSequence(self.seed, spawn_key=(int(draw), *where))
-        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-    def measured_epochs(self) -> tuple[int, ...]:
-        """The epochs (from 1) after which the curves have a point; the last epoch is among them."""
-        epochs = self.training.epochs
-        points = min(self.curve_points, epochs)
-        return tuple(round(epochs * point / points) for point in range(1, points + 1))
+        """A 63-bit seed for one draw at a place (split, run), the same for every method."""
+        return derive_seed(self.seed, int(draw), *where)
 
 
-def _at_least(name: str, value: int, minimum: int, remedy: str) -> None:
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}; {remedy}")
+def measured_epochs(epochs: int, points: int) -> tuple[int, ...]:
+    """`points` epochs (from 1), evenly spread, after which a training is measured; the last is one.
 
-
-def _positive(name: str, value: float, remedy: str) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value}; {remedy}")
+    Fewer where there are fewer epochs.
+    """
+    points = min(points, epochs)
+    return tuple(round(epochs * point / points) for point in range(1, points + 1))

@@ -1,88 +1,290 @@
-"""The training loop: all runs of a method, over all splits, in one batched model."""
+"""The training loop: R runs that share all settings but their seeds, trained as one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from churn_kernels import codistillation_loss
-from churn_trainer.config import Draw, Study
-from churn_trainer.data import Splits
-from churn_trainer.methods import Method
-from churn_trainer.models import BatchedMLP
-from churn_trainer.optim import ClippedSGD
+import churn_kernels as ck
+from churn_trainer.checkpoint import Checkpoint
+from churn_trainer.config import Run
+from churn_trainer.data.batches import Batches
+from churn_trainer.data.dataset import Dataset
+from churn_trainer.members import Members, build_members
+from churn_trainer.objectives import measured_logits, measured_members, objective
+from churn_trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+TEST_BLOCK = 1024
+"""Test rows of each run that go through the networks at a time."""
 
 
 class TrainingDiverged(ArithmeticError):
-    """A loss is no longer finite."""
+    """A loss is no longer finite, or a model predicts one class whatever it sees."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What a callback sees after epoch `number`, from 1: the model and its training loss."""
+    """What a callback sees after an epoch.
+
+    Attributes:
+        number: of the epoch, from 1.
+        cross_entropy: (R,) of the training rows, of what is measured, mean over the epoch's steps.
+        learning_rate: of its last step.
+        logits: (R, N, C) of the test rows, of what is measured; None between measured epochs.
+        labels: (R, N) of the test rows.
+        diverged: run's place -> what was said.
+    """
 
     number: int
-    model: BatchedMLP
-    cross_entropy: float
+    cross_entropy: Tensor
+    learning_rate: float
+    logits: Tensor | None
+    labels: Tensor
+    diverged: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of R runs.
+
+    Attributes:
+        members: the trained networks.
+        logits: (R, N, C) float32 of the test rows, of what is measured.
+        labels: (R, N) int64 of the test rows.
+        history: what the callback returned, epoch by epoch.
+        diverged: run's place -> what was said; its logits mean nothing.
+    """
+
+    members: Members
+    logits: Tensor
+    labels: Tensor
+    history: list[Any]
+    diverged: dict[int, str]
+
+
+def make_fabric(precision: Any = "32-true", accelerator: str = "cpu", devices: int = 1) -> Fabric:
+    """Lightning's `Fabric`, launched: one process, or one of several that torchrun started.
+
+    Args:
+        precision: of the networks' arithmetic, in Lightning's words.
+        accelerator: "cpu", "cuda", or "auto".
+        devices: processes on this machine; each has a device.
+    """
+    from lightning_fabric import Fabric
+
+    strategy = "ddp" if devices > 1 else "auto"
+    fabric = Fabric(
+        accelerator=accelerator, devices=devices, precision=precision, strategy=strategy
+    )
+    fabric.launch()
+    return fabric
 
 
 def fit(
-    method: Method,
-    splits: Splits,
-    study: Study,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-) -> BatchedMLP:
-    """Trains `study.splits x study.runs` independent runs of a method.
+    runs: Sequence[Run],
+    dataset: Dataset,
+    *,
+    fabric: Fabric | None = None,
+    teachers: Members | None = None,
+    measured: Sequence[int] = (),
+    on_epoch: Callable[[Epoch], Any] = lambda epoch: None,
+    checkpoint: Checkpoint | None = None,
+    trust: Sequence[str] = (),
+) -> Trained:
+    """Trains R runs, from the checkpoint where there is one.
 
-    A run's initialisation and minibatch order follow from its own seeds, the same for every
-    method. The members of a co-distilled run differ in their initialisation and share minibatches.
+    Every number of a step follows from the settings and the step's number: a training that is
+    killed and goes on from its checkpoint ends with the same bits, on a CPU.
 
     Args:
-        method: the objective.
-        splits: S splits.
-        study: runs, widths, seeds and training settings.
-        on_epoch: called after each epoch; what it raises ends the training.
-    Returns: the models in the order member, split, run: the measured members come first.
-    Raises: TrainingDiverged if a loss stops being finite.
+        runs: of the same settings but the seeds.
+        dataset: their data.
+        fabric: see `make_fabric`; None: the CPU, one process.
+        teachers: trained members that are distilled, for the same R runs.
+        measured: epochs (from 1) after which the test rows are measured.
+        on_epoch: called after each epoch; what it returns is kept, what it raises ends it all.
+        checkpoint: where the state is saved.
+        trust: see `build_model`.
+    Raises:
+        ValueError: runs that cannot be trained together, a model that does not fit the data, a
+            checkpoint of something else.
     """
-    training, (count, rows, width) = study.training, splits.train_features.shape
-    where = [(split, run) for split in range(count) for run in range(study.runs)]
-    split_of = torch.tensor([split for split, _ in where])[:, None]
-    model = BatchedMLP(
-        (width, *study.hidden, splits.classes),
-        [
-            study.seed_for(Draw.INITIALISATION, *run, member)
-            for member in range(method.members)
-            for run in where
-        ],
+    kinds = {run.together for run in runs}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"runs must share all settings but the seeds, got {len(kinds)} kinds; train each alone"
+        )
+    training = _Training(runs, dataset, fabric or make_fabric(), teachers, trust)
+    if checkpoint is not None and (state := checkpoint.load()) is not None:
+        training.load_state(state)
+    while training.step < training.total_steps and len(training.diverged) < len(runs):
+        training.one_step()
+        if training.step % training.batches.steps == 0:
+            training.end_epoch(measured, on_epoch)
+        if checkpoint is not None and training.fabric.is_global_zero and checkpoint.due():
+            checkpoint.save(training.state())
+    return Trained(
+        training.members,
+        training.evaluate(),
+        training.batches.test_labels,
+        training.history,
+        training.diverged,
     )
-    optimizer = ClippedSGD(model.parameters(), training)
-    orders = [torch.Generator().manual_seed(study.seed_for(Draw.ORDER, *run)) for run in where]
-    starts = range(0, rows, training.batch_rows)
-    ramp_steps = training.ramp_share * training.epochs * len(starts)
 
-    for epoch in range(training.epochs):
-        order = torch.stack([torch.randperm(rows, generator=generator) for generator in orders])
-        labels = splits.train_labels[split_of, order]  # (runs, n)
-        features = splits.train_features[split_of, order].repeat(method.members, 1, 1)
-        cross_entropy = torch.zeros(())
-        for step, start in enumerate(starts, start=epoch * len(starts)):
-            batch = slice(start, start + training.batch_rows)
-            logits = model(features[:, batch])  # (members * runs, B, C)
-            target = labels[:, batch].flatten()  # (runs * B,)
-            # Runs share no weights: summed over their rows, each gets the gradient it has alone.
-            total, terms = codistillation_loss(
-                logits.view(method.members, -1, splits.classes),
-                target,
-                reduction="sum",
-                return_terms=True,
-                **method.loss_options(step / ramp_steps),
+
+@dataclass
+class _Training:
+    """The state of a training, and one step of it."""
+
+    runs: Sequence[Run]
+    dataset: Dataset
+    fabric: Fabric
+    teachers: Members | None
+    trust: Sequence[str]
+    step: int = 0
+    history: list[Any] = field(default_factory=list)
+    diverged: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        run, fabric = self.runs[0], self.fabric
+        self.method, self.optimisation = run.method, run.optimisation
+        rank, self.ranks = fabric.global_rank, fabric.world_size
+        self.batches = Batches(self.runs, self.dataset, fabric.device, rank, self.ranks)
+        shape, classes = self.batches.shape, self.dataset.classes
+        self.members = build_members(self.runs, shape, classes, trust=self.trust, rank=rank)
+        self.total_steps = self.optimisation.epochs * self.batches.steps
+        self.ramp_steps = self.method.ramp_share * self.total_steps
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            self.members.parameters(),
+            lr=self.optimisation.learning_rate,
+            momentum=self.optimisation.momentum,
+            nesterov=self.optimisation.nesterov,
+            weight_decay=self.optimisation.weight_decay,
+        )
+        self.stale = copy.deepcopy(self.members) if self.method.stale_steps else None
+        self.model, self.optimizer = fabric.setup(self.members, self.optimizer)
+        for fixed in (self.stale, self.teachers):
+            if fixed is not None:
+                fixed.to(fabric.device).eval().requires_grad_(False)
+        self.loss = torch.zeros(len(self.runs), device=fabric.device)  # sum over the epoch's rows
+        self.finite = torch.ones(len(self.runs), dtype=torch.bool, device=fabric.device)
+
+    def one_step(self) -> None:
+        """One minibatch: forward, loss with all gradients, clipping, SGD."""
+        self.members.step = self.step
+        rate = learning_rate(self.optimisation, self.step, self.batches.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.stale is not None and self.step % self.method.stale_steps == 0:
+            self.stale.load_state_dict(self.members.state_dict())
+
+        inputs, labels, rows = self.batches.train(self.step)
+        logits = self.model(inputs)  # (K, R, B, C)
+        fixed = self.stale if self.teachers is None else self.teachers
+        with torch.no_grad():
+            others = None if fixed is None else fixed(inputs).flatten(1, 2)
+        # Runs share no weights: summed over their rows, each gets the gradient it has alone.
+        total = objective(
+            self.method, self.step / self.ramp_steps, logits.flatten(1, 2), labels.flatten(), others
+        )
+        # Processes average their gradients; each loss is over the whole minibatch's rows.
+        self.fabric.backward(total * (self.ranks / rows))
+        norms = self.members.clip_gradients(self.optimisation.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+
+        predicted = measured_logits(self.method, logits.detach())
+        cross_entropy = ck.regularized_cross_entropy(
+            predicted.flatten(0, 1), labels.flatten(), reduction="none"
+        )
+        self.loss += cross_entropy.view_as(labels).sum(dim=1)
+        self.finite &= norms.isfinite().all(dim=0)
+
+    def end_epoch(self, measured: Sequence[int], on_epoch: Callable[[Epoch], Any]) -> None:
+        """Sums up the epoch, finds runs that diverged, and tells the callback."""
+        number = self.step // self.batches.steps
+        loss = self._summed(self.loss) / self.batches.train_rows.shape[1]
+        logits = self.evaluate() if number in measured else None
+        self._find_diverged(number, loss, logits)
+        self.loss.zero_()
+        self.history.append(
+            on_epoch(
+                Epoch(
+                    number,
+                    loss.cpu(),
+                    self.optimizer.param_groups[0]["lr"],
+                    logits,
+                    self.batches.test_labels,
+                    dict(self.diverged),
+                )
             )
-            optimizer.step(total * (len(where) / len(target)))
-            cross_entropy += terms.cross_entropy.mean() * (len(target) / labels.numel())
-        if not cross_entropy.isfinite():
-            raise TrainingDiverged(f"the loss of {method.label} diverged in epoch {epoch + 1}")
-        on_epoch(Epoch(epoch + 1, model, float(cross_entropy)))
-    return model
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> Tensor:
+        """(R, N, C) float32 logits of the test rows, on the CPU; the processes share the work."""
+        rows, block = self.batches.test_rows.shape[1], TEST_BLOCK
+        count = measured_members(self.method)
+        logits = torch.zeros(len(self.runs), rows, self.dataset.classes, device=self.fabric.device)
+        self.model.eval()
+        for start in range(self.fabric.global_rank * block, rows, self.ranks * block):
+            part = slice(start, start + block)
+            values = self.model(self.batches.test(part), count)
+            logits[:, part] = measured_logits(self.method, values.float())
+        self.model.train()
+        return self._summed(logits).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """All that the steps to come depend on, as tensors and plain values."""
+        return {
+            "step": self.step,
+            "members": self.members.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stale": None if self.stale is None else self.stale.state_dict(),
+            "loss": self.loss,
+            "finite": self.finite,
+            "history": self.history,
+            "diverged": self.diverged,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The reverse of `state`."""
+        self.step, self.history = state["step"], state["history"]
+        self.diverged = state["diverged"]
+        self.members.load_state_dict(state["members"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.stale is not None:
+            self.stale.load_state_dict(state["stale"])
+        self.loss.copy_(state["loss"])
+        self.finite.copy_(state["finite"])
+
+    def _find_diverged(self, number: int, loss: Tensor, logits: Tensor | None) -> None:
+        finite = (loss.isfinite() & self.finite).tolist()
+        late = 2 * number > self.optimisation.epochs
+        classes = None if logits is None or not late else logits.argmax(dim=-1)
+        for place in range(len(self.runs)):
+            if place in self.diverged:
+                continue
+            if not finite[place]:
+                self.diverged[place] = f"its loss or gradient is not finite in epoch {number}"
+            elif classes is not None and len(classes[place].unique()) == 1:
+                self.diverged[place] = (
+                    f"it predicts class {int(classes[place, 0])} for every test row, epoch {number}"
+                )
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """Over the processes."""
+        if self.ranks == 1:
+            return values.clone()
+        summed = self.fabric.all_reduce(values.clone(), reduce_op="sum")
+        assert isinstance(summed, Tensor)
+        return summed

@@ -97,24 +97,23 @@ def verdicts(result: StudyResult) -> list[str]:
 
 def settings_of(result: StudyResult, command: str) -> dict[str, Any]:
     """Everything the numbers depend on, by name: settings, versions, machine, duration."""
-    study, training = result.study, result.study.training
+    study, optimisation = result.study, result.study.optimisation
     build = churn_kernels.build_info()
     return {
         "command": command,
-        "dataset": study.dataset,
-        "train_rows": study.train_rows,
+        "dataset": study.data.name,
+        "train_rows": study.data.train_rows,
         "test_rows": result.test_rows,
         "runs": study.runs,
         "splits": study.splits,
         "seed": study.seed,
-        "hidden": " ".join(map(str, study.hidden)),
-        "methods": " ".join(study.methods),
-        "epochs": training.epochs,
-        "batch_rows": training.batch_rows,
-        "learning_rate": training.learning_rate,
-        "momentum": training.momentum,
-        "clip_norm": training.clip_norm,
-        "ramp_share": training.ramp_share,
+        "hidden": " ".join(map(str, study.model.hidden)),
+        "methods": " ".join(method.name for method in study.methods),
+        "epochs": optimisation.epochs,
+        "batch_rows": optimisation.batch_rows,
+        "learning_rate": optimisation.learning_rate,
+        "momentum": optimisation.momentum,
+        "clip_norm": optimisation.clip_norm,
         "level": study.level,
         "backend": os.environ.get("CHURN_BACKEND") or churn_kernels.available_backends()[0],
         "cpu_isa": build.get("cpu_isa", ""),

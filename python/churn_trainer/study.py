@@ -14,11 +14,11 @@ from torch import Tensor
 from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
-from churn_trainer.config import Study
-from churn_trainer.data import DATASETS, Dataset, Splits, make_splits
-from churn_trainer.loop import Epoch, TrainingDiverged, fit
-from churn_trainer.methods import Method, find_method
-from churn_trainer.models import BatchedMLP
+from churn_trainer.config import Study, measured_epochs
+from churn_trainer.data import load_dataset
+from churn_trainer.data.dataset import Dataset
+from churn_trainer.loop import Epoch, Trained, TrainingDiverged, fit
+from churn_trainer.methods import Method
 
 HISTOGRAM_BINS = 20
 
@@ -126,14 +126,8 @@ def run_study(
         TrainingDiverged: the first method diverged, and with it what the others are compared with.
     """
     stop = stop or threading.Event()
-    methods = [find_method(name) for name in study.methods]
-    if study.dataset not in DATASETS:
-        raise ValueError(
-            f"dataset must be one of {', '.join(DATASETS)}, got {study.dataset!r}; "
-            "no other comes with the packages"
-        )
-    dataset = DATASETS[study.dataset]()
-    splits = make_splits(dataset, study)
+    methods = study.methods
+    dataset = load_dataset(study.data)
     started = time.perf_counter()
 
     def train(method: Method) -> MethodResult | TrainingDiverged:
@@ -144,12 +138,12 @@ def run_study(
 
         torch.set_num_threads(1)
         try:
-            return train_and_measure(method, splits, study, watch)
+            return train_and_measure(method, dataset, study, watch)
         except TrainingDiverged as error:
             return error
 
     # The longest first, so that no worker is left alone with one at the end.
-    longest_first = sorted(methods, key=lambda method: -method.members)
+    longest_first = sorted(methods, key=lambda method: -method.members - method.teachers)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(workers) as pool:
         futures = {method.name: pool.submit(train, method) for method in longest_first}
@@ -171,7 +165,7 @@ def run_study(
     return StudyResult(
         study=study,
         dataset=dataset,
-        test_rows=splits.test_labels.shape[1],
+        test_rows=results[0].predictions.shape[-1],
         results=results,
         comparisons=compare(results, study.level),
         diverged={
@@ -184,39 +178,37 @@ def run_study(
 
 
 def train_and_measure(
-    method: Method, splits: Splits, study: Study, watch: Callable[[Epoch], None]
+    method: Method, dataset: Dataset, study: Study, watch: Callable[[Epoch], None]
 ) -> MethodResult:
-    """Trains a method's runs and measures member 0 of each on the test rows.
+    """Trains a method's runs over all splits as one stack, and measures each on its test rows.
 
-    The other member of a co-distilled run has been pulled towards the measured one; churn is a
+    The other members of a co-distilled run have been pulled towards the measured one; churn is a
     question about models trained apart, so no two members of a run are ever compared.
+
+    Raises: TrainingDiverged if one of the runs diverged.
     """
     started = time.perf_counter()
     curves = Curves()
-    measured = set(study.measured_epochs())
 
     def on_epoch(epoch: Epoch) -> None:
         watch(epoch)
-        if epoch.number in measured:
-            reports = [
-                churn_report(logits, labels)
-                for logits, labels in measured_logits(epoch.model, splits, study.runs)
-            ]
+        _raise_diverged(method, epoch.diverged)
+        if epoch.logits is not None:
+            reports = _by_split(study, epoch.logits, epoch.labels)
             curves.epoch.append(epoch.number)
-            curves.cross_entropy.append(epoch.cross_entropy)
+            curves.cross_entropy.append(float(epoch.cross_entropy.mean()))
             for name in ("accuracy", "churn", "confidence"):
                 values = [getattr(report, name) for report in reports]
                 getattr(curves, name).append(over_splits(values, study.level).mean)
 
-    model = fit(method, splits, study, on_epoch)
-    logits = [logits for logits, _ in measured_logits(model, splits, study.runs)]
-    reports = [churn_report(*pair) for pair in measured_logits(model, splits, study.runs)]
-    confidence = torch.stack([prediction_confidence(part) for part in logits]).float()
+    trained = _train_runs(method, dataset, study, on_epoch)
+    reports = _by_split(study, trained.logits, trained.labels)
+    confidence = prediction_confidence(trained.logits.flatten(0, 1)).float()
     histogram = torch.histc(confidence, bins=HISTOGRAM_BINS, min=0, max=1)
     return MethodResult(
         method=method,
         reports=reports,
-        predictions=torch.stack([part.argmax(dim=-1) for part in logits]),
+        predictions=trained.logits.argmax(dim=-1).unflatten(0, (study.splits, study.runs)),
         histogram=histogram / histogram.sum(),
         curves=curves,
         summary={
@@ -227,15 +219,35 @@ def train_and_measure(
     )
 
 
-def measured_logits(model: BatchedMLP, splits: Splits, runs: int) -> list[tuple[Tensor, Tensor]]:
-    """Per split: the measured members' logits (R, N, C) on its test rows, and their labels (N,)."""
-    return [
-        (
-            model.predict(features.expand(runs, -1, -1), slice(split * runs, (split + 1) * runs)),
-            splits.test_labels[split],
-        )
-        for split, features in enumerate(splits.test_features)
-    ]
+def _train_runs(
+    method: Method, dataset: Dataset, study: Study, on_epoch: Callable[[Epoch], None]
+) -> Trained:
+    """The method's runs in the order split, run, and before them their teachers."""
+    places = [(split, run) for split in range(study.splits) for run in range(study.runs)]
+    teachers = None
+    if (teacher := method.teacher()) is not None:
+        taught = fit([study.run(teacher, *place) for place in places], dataset)
+        _raise_diverged(teacher, taught.diverged)
+        teachers = taught.members
+    return fit(
+        [study.run(method, *place) for place in places],
+        dataset,
+        teachers=teachers,
+        measured=measured_epochs(study.optimisation.epochs, study.curve_points),
+        on_epoch=on_epoch,
+    )
+
+
+def _by_split(study: Study, logits: Tensor, labels: Tensor) -> list[ChurnReport]:
+    """One report a split, over its runs: from (S * R, N, C) logits and (S * R, N) labels."""
+    parts = zip(logits.split(study.runs), labels[:: study.runs], strict=True)
+    return [churn_report(runs, target) for runs, target in parts]
+
+
+def _raise_diverged(method: Method, diverged: dict[int, str]) -> None:
+    if diverged:
+        place, message = next(iter(diverged.items()))
+        raise TrainingDiverged(f"{method.label} diverged: {message} (run {place})")
 
 
 def compare(results: Sequence[MethodResult], level: float) -> list[Comparison]:

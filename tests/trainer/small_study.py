@@ -1,10 +1,19 @@
-"""A study that trains in a second."""
+"""A study and a run that train in a second."""
 
-from churn_trainer.config import Study, Training
-from churn_trainer.methods import METHODS
+from churn_trainer.config import Data, Model, Optimisation, Run, Study
+from churn_trainer.methods import DIGITS_METHODS, METHODS
+
+SMALL = {
+    "data": Data(train_rows=60),
+    "model": Model(hidden=(16,)),
+    "optimisation": Optimisation(epochs=3),
+}
 
 
-def small_study(**changes):
-    settings = {"runs": 2, "splits": 2, "train_rows": 60, "hidden": (16,)}
-    settings |= {"training": Training(epochs=3), "methods": tuple(METHODS)}
-    return Study(dataset="digits", **(settings | changes))
+def small_study(methods=DIGITS_METHODS, **changes):
+    chosen = tuple(METHODS[name] for name in methods)
+    return Study(chosen, **({"runs": 2, "splits": 2} | SMALL | changes))
+
+
+def small_run(method="baseline", **changes):
+    return Run(**(SMALL | {"method": METHODS[method]} | changes))

@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from churn_trainer import report, study
+from churn_trainer.config import Data
 from churn_trainer.loop import TrainingDiverged
-from churn_trainer.methods import METHODS
+from churn_trainer.methods import DIGITS_METHODS
 from churn_trainer.output import MARKER, check_replaceable, replaced
 from churn_trainer.study import METRICS, Interrupted, run_study
 from rich.console import Console
@@ -33,7 +34,7 @@ def rows_of(path):
 @pytest.fixture(scope="session")
 def folder(result, tmp_path_factory):
     target = tmp_path_factory.mktemp("report") / "nested" / "digits"
-    assert report.write_report(result, target, "churn-trainer digits") == target / "report.html"
+    assert report.write_report(result, target, "churn-train digits") == target / "report.html"
     return target
 
 
@@ -41,8 +42,8 @@ def folder(result, tmp_path_factory):
 
 
 def test_every_method_is_measured_and_compared_with_the_first(result):
-    assert [entry.method.name for entry in result.results] == list(METHODS)
-    assert [entry.method.name for entry in result.comparisons] == list(METHODS)[1:]
+    assert [entry.method.name for entry in result.results] == list(DIGITS_METHODS)
+    assert [entry.method.name for entry in result.comparisons] == list(DIGITS_METHODS)[1:]
     assert result.test_rows == 1797 - 60
     assert not result.diverged
     for entry in result.results:
@@ -92,11 +93,17 @@ def test_a_study_that_is_told_to_stop_stops_at_the_next_epoch():
     assert seen == [1]
 
 
-def test_unknown_names_are_refused_before_training():
-    with pytest.raises(ValueError, match="dataset must be one of digits, got 'mnist'; no other"):
-        run_study(replace(small_study(), dataset="mnist"))
-    with pytest.raises(ValueError, match="method must be one of baseline"):
-        run_study(small_study(methods=("baseline", "magic")))
+def test_an_unknown_data_set_is_refused_before_training():
+    with pytest.raises(ValueError, match=r"data.name must be one of digits, .* got 'mnist'"):
+        run_study(small_study(data=Data(name="mnist")))
+
+
+def test_a_distilled_method_learns_from_its_own_teachers(result):
+    outcome = run_study(small_study(methods=("baseline", "self-distillation")))
+    assert [entry.method.name for entry in outcome.results] == ["baseline", "self-distillation"]
+    baseline = result.results[0]
+    assert torch.equal(outcome.results[0].predictions, baseline.predictions)
+    assert not torch.equal(outcome.results[1].predictions, baseline.predictions)
 
 
 @pytest.fixture
@@ -104,12 +111,14 @@ def diverging(monkeypatch):
     def arrange(name):
         fit = study.fit
 
-        def fit_or_diverge(method, *rest):
-            if method.name == name:
-                raise TrainingDiverged(f"the loss of {method.label} diverged in epoch 1")
-            return fit(method, *rest)
+        def fit_and_diverge(runs, *rest, on_epoch, **options):
+            def broken(epoch):
+                said = {3: "its loss is not finite"} if runs[0].method.name == name else {}
+                return on_epoch(replace(epoch, diverged=said))
 
-        monkeypatch.setattr(study, "fit", fit_or_diverge)
+            return fit(runs, *rest, on_epoch=broken, **options)
+
+        monkeypatch.setattr(study, "fit", fit_and_diverge)
 
     return arrange
 
@@ -119,13 +128,13 @@ def test_a_method_that_diverges_is_reported_beside_the_others(diverging):
     outcome = run_study(small_study(methods=("baseline", "l1", "entropy")))
     assert [entry.method.name for entry in outcome.results] == ["baseline", "entropy"]
     assert report.verdicts(outcome)[-1] == (
-        "the loss of L1 co-distillation diverged in epoch 1; it is not in the table."
+        "L1 co-distillation diverged: its loss is not finite (run 3); it is not in the table."
     )
 
 
 def test_a_baseline_that_diverges_ends_the_study(diverging):
     diverging("baseline")
-    with pytest.raises(TrainingDiverged, match="the loss of baseline diverged"):
+    with pytest.raises(TrainingDiverged, match="baseline diverged: its loss is not finite"):
         run_study(small_study(methods=("baseline", "entropy")))
 
 
@@ -139,7 +148,7 @@ def test_report_folder_holds_exactly_its_files(folder):
 
 def test_csv_files_hold_the_numbers(folder, result):
     summary = rows_of(folder / "summary.csv")
-    assert len(summary) == len(METHODS) * len(METRICS)
+    assert len(summary) == len(DIGITS_METHODS) * len(METRICS)
     skl = next(row for row in summary if (row["method"], row["metric"]) == ("skl", "churn"))
     entry = next(entry for entry in result.results if entry.method.name == "skl")
     comparison = next(entry for entry in result.comparisons if entry.method.name == "skl")
@@ -149,13 +158,13 @@ def test_csv_files_hold_the_numbers(folder, result):
     assert summary[0]["change"] == ""
 
     splits = rows_of(folder / "splits.csv")
-    assert len(splits) == len(METHODS) * 2
+    assert len(splits) == len(DIGITS_METHODS) * 2
     assert float(splits[0]["churn"]) == run_mean(result.results[0].reports[0].churn)
     runs = rows_of(folder / "runs.csv")
-    assert len(runs) == len(METHODS) * 2 * 2
+    assert len(runs) == len(DIGITS_METHODS) * 2 * 2
     assert float(runs[1]["accuracy"]) == float(result.results[0].reports[0].accuracy[1])
     pairs = rows_of(folder / "pairs.csv")
-    assert len(pairs) == len(METHODS) * 2 * 2
+    assert len(pairs) == len(DIGITS_METHODS) * 2 * 2
     assert (pairs[0]["run"], pairs[0]["other_run"]) == ("0", "1")
     assert float(pairs[0]["churn"]) == float(result.results[0].reports[0].churn[0, 1])
     curves = rows_of(folder / "curves.csv")
@@ -164,7 +173,7 @@ def test_csv_files_hold_the_numbers(folder, result):
 
 def test_settings_record_what_the_numbers_depend_on(folder):
     settings = {row["name"]: row["value"] for row in rows_of(folder / MARKER)}
-    assert settings["command"] == "churn-trainer digits"
+    assert settings["command"] == "churn-train digits"
     assert settings["seed"] == "0"
     assert settings["epochs"] == "3"
     assert settings["torch"] == torch.__version__

@@ -1,0 +1,111 @@
+"""Data sets by name, and their rows for training and for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from churn_trainer.config import Data, Draw
+from churn_trainer.data.dataset import Dataset
+from churn_trainer.data.hub import HUB, load_hub
+from churn_trainer.data.images import load_folder
+from churn_trainer.data.synthetic import gaussian, multi_view, prototypes
+from churn_trainer.settings import derive_seed, one_of
+
+DATASETS: dict[str, tuple[str, Callable[[Data], Dataset]]] = {
+    "digits": ("1797 handwritten digits of 8 x 8 pixels, with scikit-learn", lambda _: digits()),
+    "folder": ("images in folders by class, below data.path", load_folder),
+    **{
+        name: (source.description, lambda data, source=source: load_hub(data, source))  # type: ignore[misc]
+        for name, source in HUB.items()
+    },
+    "multi-view": (
+        "drawn: each class has two features, some rows show one (Allen-Zhu and Li 2020)",
+        lambda data: multi_view(data.synthetic),
+    ),
+    "gaussian": (
+        "drawn: normal inputs, labels of a random network (Allen-Zhu and Li 2020, Fig. 4)",
+        lambda data: gaussian(data.synthetic),
+    ),
+    "prototypes": (
+        "drawn: noise around a point per class; for thousands of classes",
+        lambda data: prototypes(data.synthetic),
+    ),
+}
+"""Name -> (what it is, how it is loaded)."""
+
+
+def load_dataset(data: Data) -> Dataset:
+    """The data set that `data` names.
+
+    Raises: ValueError for an unknown name, a missing package, folder or file, or files that do not
+    hold what they should.
+    """
+    one_of("data.name", data.name, DATASETS, "`churn-train data` describes them")
+    dataset = DATASETS[data.name][1](data)
+    if (data.crop_padding or data.crop_size or data.flip) and not dataset.is_image:
+        raise ValueError(
+            f"data.crop_padding, crop_size and flip must be left out of {data.name}, whose inputs "
+            f"of shape {dataset.shape} are no images; drop them"
+        )
+    if dataset.is_image and data.crop_size > min(dataset.shape[1:]) + 2 * data.crop_padding:
+        raise ValueError(
+            f"data.crop_size must fit into the padded image, got {data.crop_size} for inputs of "
+            f"shape {dataset.shape} and crop_padding {data.crop_padding}; make it smaller"
+        )
+    return dataset
+
+
+def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows to train on and those to test on, ascending.
+
+    A data set with test rows of its own keeps them; of the others all that do not train test.
+    Random rows are drawn by class, so that each has its share.
+
+    Raises: ValueError if `train_rows` leaves a class without rows on either side.
+    """
+    rows = len(dataset.labels)
+    pool = np.arange(dataset.test_start or rows)
+    count = data.train_rows or (0 if dataset.test_start else dataset.default_rows)
+    if not count:
+        return torch.arange(dataset.test_start), torch.arange(dataset.test_start, rows)
+    if not dataset.classes <= count <= len(pool) - dataset.classes:
+        raise ValueError(
+            f"train_rows must be in [{dataset.classes}, {len(pool) - dataset.classes}], got "
+            f"{count}; every class needs rows on both sides of the {len(pool)}-row split"
+        )
+    try:
+        train, rest = train_test_split(
+            pool,
+            train_size=count,
+            stratify=dataset.labels[: len(pool)].numpy(),
+            random_state=derive_seed(seed, Draw.SPLIT) % 2**32,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"train_rows {count} must leave every class rows on both sides, got: {error}; "
+            "remove classes of a single row, or train on all rows with train_rows = 0"
+        ) from None
+    test = np.arange(dataset.test_start, rows) if dataset.test_start else np.sort(rest)
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(test)
+
+
+def digits() -> Dataset:
+    """1797 scanned handwritten digits of 8 x 8 pixels (UCI; bundled with scikit-learn)."""
+    bundled = load_digits()
+    images = torch.from_numpy(bundled.images.astype(np.float32))[:, None]
+    return Dataset(
+        title="handwritten digits (8 x 8 pixels, 10 classes)",
+        labels=torch.from_numpy(bundled.target.astype(np.int64)),
+        classes=len(bundled.target_names),
+        shape=(1, 8, 8),
+        fetch=images.__getitem__,
+        is_image=True,
+        per_pixel=True,
+        default_rows=300,
+    )

@@ -1,0 +1,191 @@
+"""Minibatches of many runs at once, each a function of the step's number alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from churn_trainer.config import Data, Draw, Run
+from churn_trainer.data import split_rows
+from churn_trainer.data.dataset import Dataset
+from churn_trainer.settings import derive_seed
+
+STATISTICS_ROWS = 10_000
+"""Mean and deviation are taken over at most this many training rows, evenly spaced."""
+
+
+class Batches:
+    """The minibatches and the test rows of R runs that share all settings but their seeds.
+
+    The rows of a step follow from the order's seed and the step's number, crops and flips of a row
+    from (augmentation's seed, epoch, row): nothing has to be remembered to go on from any step.
+
+    Args:
+        runs: the R runs.
+        dataset: their data.
+        device: where the batches are to be.
+        rank, ranks: each of several processes takes every `ranks`-th row of a minibatch.
+
+    Attributes:
+        train_rows, test_rows: (R, n) and (R, N) rows of the data set.
+        steps: minibatches an epoch.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        dataset: Dataset,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.runs, self.dataset, self.device = runs, dataset, device
+        self.rank, self.ranks = rank, ranks
+        self.data, self.batch_rows = runs[0].data, runs[0].optimisation.batch_rows
+        splits = {
+            seed: split_rows(dataset, self.data, seed)
+            for seed in dict.fromkeys(run.seeds.split for run in runs)
+        }
+        moments = {seed: self._moments(train) for seed, (train, _) in splits.items()}
+        seeds = [run.seeds.split for run in runs]
+        self.train_rows = torch.stack([splits[seed][0] for seed in seeds])
+        self.test_rows = torch.stack([splits[seed][1] for seed in seeds])
+        self.mean = torch.stack([moments[seed][0] for seed in seeds])[:, None].to(device)
+        self.scale = torch.stack([moments[seed][1] for seed in seeds])[:, None].to(device)
+        self.steps = math.ceil(self.train_rows.shape[1] / self.batch_rows)
+        self._epoch, self._order = -1, self.train_rows
+
+    def train(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """This process's share of minibatch `step`, from 0, counted through all epochs.
+
+        Returns: inputs (R, B, *shape), labels (R, B) int64, and the rows of the whole minibatch.
+        """
+        epoch, place = divmod(step, self.steps)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        rows = self._order[:, place * self.batch_rows : (place + 1) * self.batch_rows]
+        own = rows[:, self.rank :: self.ranks]
+        inputs = self._fetch(own)
+        if self.data.crop_size or self.data.crop_padding or self.data.flip:
+            seeds = torch.tensor([[run.seeds.augmentation] for run in self.runs])
+            draws = hash_integers(seeds, torch.tensor(epoch), own).to(self.device)
+            images = augment(inputs.flatten(0, 1), draws.flatten(), self.data)
+            inputs = images.unflatten(0, own.shape)
+        return self._standardised(inputs), self.dataset.labels[own].to(self.device), rows.shape[1]
+
+    def test(self, rows: slice) -> Tensor:
+        """Inputs of some test rows, (R, b, *shape); cut to the middle where training crops."""
+        inputs = self._fetch(self.test_rows[:, rows])
+        if self.data.crop_size:
+            top, left = ((side - self.data.crop_size) // 2 for side in inputs.shape[-2:])
+            size = self.data.crop_size
+            if top < 0 or left < 0:
+                pad = max(-top, -left)
+                inputs = torch.nn.functional.pad(inputs, (pad,) * 4)
+                top, left = top + pad, left + pad
+            inputs = inputs[..., top : top + size, left : left + size]
+        return self._standardised(inputs)
+
+    @property
+    def test_labels(self) -> Tensor:
+        """(R, N) int64, on the CPU."""
+        return self.dataset.labels[self.test_rows]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input as the model sees it."""
+        if not self.data.crop_size:
+            return self.dataset.shape
+        return (self.dataset.shape[0], self.data.crop_size, self.data.crop_size)
+
+    def _fetch(self, rows: Tensor) -> Tensor:
+        return self.dataset.fetch(rows.flatten()).unflatten(0, rows.shape).to(self.device)
+
+    def _standardised(self, inputs: Tensor) -> Tensor:
+        return (inputs.float() - self.mean) / self.scale
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """(R, n) training rows in the order of an epoch."""
+        seeds = [derive_seed(run.seeds.order, Draw.ORDER, epoch) for run in self.runs]
+        orders = [
+            torch.randperm(self.train_rows.shape[1], generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        return self.train_rows.gather(1, torch.stack(orders))
+
+    def _moments(self, train: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the training inputs, per number or per channel of an image."""
+        some = train[:: math.ceil(len(train) / STATISTICS_ROWS)]
+        inputs = self.dataset.fetch(some).float()
+        over = (0,) if self.dataset.per_pixel else (0, 2, 3)
+        return moments(inputs, over)
+
+
+def moments(inputs: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over some dimensions; a deviation of 0 is given as 1.
+
+    The first dimension is dropped, the others of `over` keep the size 1.
+    """
+    mean = inputs.mean(dim=over, keepdim=True)[0]
+    deviation = inputs.std(dim=over, correction=0, keepdim=True)[0]
+    return mean, torch.where(deviation > 0, deviation, 1.0)
+
+
+# Augmentation -------------------------------------------------------------------------------------
+
+
+def augment(images: Tensor, draws: Tensor, data: Data) -> Tensor:
+    """A random crop of each padded image, mirrored or not; images in, images out.
+
+    Args:
+        images: (B, channels, height, width), any dtype.
+        draws: (B,) int64, what each image's crop and flip follow from.
+        data: crop_padding, crop_size (0: as large as the image) and flip.
+    """
+    padded = torch.nn.functional.pad(images, (data.crop_padding,) * 4)
+    height, width = (data.crop_size or side for side in images.shape[2:])
+    top = _below(padded.shape[2] - height + 1, draws, 0)
+    left = _below(padded.shape[3] - width + 1, draws, 1)
+    across = torch.arange(width, device=images.device)
+    if data.flip:
+        mirrored = _below(2, draws, 2)[:, None].bool()
+        across = torch.where(mirrored, across.flip(0), across)
+    rows = top[:, None] + torch.arange(height, device=images.device)  # (B, height)
+    columns = left[:, None] + across  # (B, width)
+    image = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def hash_integers(*values: Tensor) -> Tensor:
+    """int64 tensors, broadcast, to one whose 64 bits look random: splitmix64's mixing of each.
+
+    Equal values give equal bits on every device; a value's neighbours in the batch play no part.
+    """
+    state = torch.zeros((), dtype=torch.int64)
+    for value in values:
+        state = _mix((state ^ value) + _GOLDEN)
+    return state
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as int64
+_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014); int64 products wrap as uint64's do."""
+    bits = (bits ^ _shifted(bits, 30)) * _FACTORS[0]
+    bits = (bits ^ _shifted(bits, 27)) * _FACTORS[1]
+    return bits ^ _shifted(bits, 31)
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """A logical shift to the right."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _below(limit: int, draws: Tensor, which: int) -> Tensor:
+    """(B,) int64 in [0, limit), the `which`-th draw; its bias is below limit / 2^32."""
+    return _shifted(hash_integers(draws, torch.tensor(which)), 32) % limit

@@ -1,0 +1,250 @@
+"""Many networks as one module: stacked where they can be, else one after the other."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+from typing_extensions import override
+
+from churn_trainer.config import Draw, Run
+from churn_trainer.models import build_model
+from churn_trainer.settings import derive_seed
+
+STACKED_PARAMETERS = 1_000_000
+"""Networks with more parameters than this fill a device alone, and are not stacked."""
+
+_GENERATOR = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Torch's global generators start from `seed` inside the block, and go on as before after it.
+
+    One thread at a time: the generators belong to the process.
+    """
+    devices = [device] if device is not None and device.type == "cuda" else []
+    with _GENERATOR, torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+class Members(nn.Module):
+    """The K members of each of R runs: M = K R networks of one shape, in the order member, run.
+
+    Attributes:
+        members: K.
+        runs: R.
+        step: number of the training step, which dropout follows from.
+    """
+
+    def __init__(self, members: int, runs: int):
+        super().__init__()
+        self.members, self.runs, self.step = members, runs, 0
+
+    def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
+        """(R, B, *shape) -> (k, R, B, C): all members of a run see the same inputs.
+
+        Args:
+            inputs: each run's.
+            members: how many members, from the first; None: all.
+        """
+        raise NotImplementedError
+
+    def clip_gradients(self, norm: float) -> Tensor:
+        """Scales each network's gradient to a norm of at most `norm`; returns the norms (K, R)."""
+        raise NotImplementedError
+
+    def weights(self, member: int, run: int) -> dict[str, Tensor]:
+        """One network's parameters and buffers, copied to the CPU, under its own names."""
+        raise NotImplementedError
+
+    def load_weights(self, member: int, run: int, weights: dict[str, Tensor]) -> None:
+        """The reverse of `weights`. Raises: ValueError if the names or shapes are others."""
+        raise NotImplementedError
+
+
+class Stacked(Members):
+    """Every parameter has a leading dimension of M networks; one batched operation a layer."""
+
+    def __init__(self, networks: Sequence[nn.Module], members: int, runs: int):
+        super().__init__(members, runs)
+        parameters, buffers = stack_module_state(list(networks))
+        self.names = [*parameters, *buffers]
+        self.stacked = nn.ParameterList(parameters.values())
+        self.constants = nn.ParameterList(
+            nn.Parameter(buffer, requires_grad=False) for buffer in buffers.values()
+        )
+        # In a list, so that it is no submodule: only its code is used.
+        self.skeleton = [copy.deepcopy(networks[0]).to("meta")]
+
+    @override
+    def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
+        count = self.members if members is None else members
+        state = {name: values[: count * self.runs] for name, values in self._state()}
+
+        def one(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            return functional_call(self.skeleton[0], state, (inputs,))
+
+        logits = vmap(one)(state, inputs.repeat(count, *[1] * (inputs.dim() - 1)))
+        return logits.unflatten(0, (count, self.runs))
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        self.skeleton[0].train(mode)
+        return super().train(mode)
+
+    @override
+    def clip_gradients(self, norm: float) -> Tensor:
+        gradients = [parameter.grad for parameter in self.stacked if parameter.grad is not None]
+        parts = [torch.linalg.vector_norm(part.flatten(1), dim=1) for part in gradients]
+        norms = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        if norm:
+            scale = (norm / norms).clamp(max=1)
+            for gradient in gradients:
+                gradient.mul_(scale.view(-1, *[1] * (gradient.dim() - 1)))
+        return norms.view(self.members, self.runs)
+
+    @override
+    def weights(self, member: int, run: int) -> dict[str, Tensor]:
+        place = member * self.runs + run
+        return {name: values[place].detach().cpu().clone() for name, values in self._state()}
+
+    @override
+    def load_weights(self, member: int, run: int, weights: dict[str, Tensor]) -> None:
+        _check_weights(self.weights(member, run), weights)
+        with torch.no_grad():
+            for name, values in self._state():
+                values[member * self.runs + run].copy_(weights[name])
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        return zip(self.names, [*self.stacked, *self.constants], strict=True)
+
+
+class Separate(Members):
+    """Networks of their own, one after the other: with batch norm, dropout, or many parameters.
+
+    Args:
+        networks: the M networks.
+        members, runs: K and R.
+        seeds: of the dropout of each run.
+        rank: this process among several, whose dropout is its own.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        members: int,
+        runs: int,
+        seeds: Sequence[int],
+        rank: int = 0,
+    ):
+        super().__init__(members, runs)
+        self.networks = nn.ModuleList(networks)
+        self.seeds, self.rank = list(seeds), rank
+        self.random = any(map(_has_dropout, networks))
+
+    @override
+    def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
+        count = self.members if members is None else members
+        logits = [
+            torch.stack([self._logits(member, run, inputs[run]) for run in range(self.runs)])
+            for member in range(count)
+        ]
+        return torch.stack(logits)
+
+    @override
+    def clip_gradients(self, norm: float) -> Tensor:
+        norms = [
+            nn.utils.clip_grad_norm_(network.parameters(), norm or float("inf"))
+            for network in self.networks
+        ]
+        return torch.stack(norms).view(self.members, self.runs)
+
+    @override
+    def weights(self, member: int, run: int) -> dict[str, Tensor]:
+        state = self._network(member, run).state_dict()
+        return {name: values.detach().cpu().clone() for name, values in state.items()}
+
+    @override
+    def load_weights(self, member: int, run: int, weights: dict[str, Tensor]) -> None:
+        _check_weights(self.weights(member, run), weights)
+        self._network(member, run).load_state_dict(weights)
+
+    def _network(self, member: int, run: int) -> nn.Module:
+        return self.networks[member * self.runs + run]
+
+    def _logits(self, member: int, run: int, inputs: Tensor) -> Tensor:
+        network = self._network(member, run)
+        if not (self.random and self.training):
+            return network(inputs)
+        seed = derive_seed(self.seeds[run], Draw.DROPOUT, self.step, member, self.rank)
+        with seeded(seed, inputs.device):
+            return network(inputs)
+
+
+def build_members(
+    runs: Sequence[Run],
+    shape: tuple[int, ...],
+    classes: int,
+    *,
+    trust: Sequence[str] = (),
+    rank: int = 0,
+) -> Members:
+    """The members of R runs that share all settings but their seeds, newly initialised.
+
+    A network follows from its run's initialisation seed and its number alone: the k-th member of
+    two methods starts alike. A student's number comes after those of its teachers.
+
+    Args:
+        runs: the R runs.
+        shape: of one input.
+        classes: C.
+        trust: see `build_model`.
+        rank: see `Separate`.
+    """
+    method = runs[0].method
+    networks = []
+    for member in range(method.members):
+        for run in runs:
+            place = method.teachers + member
+            with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
+                networks.append(build_model(run.model, shape, classes, trust))
+    if len(networks) > 1 and stackable(networks[0]):
+        return Stacked(networks, method.members, len(runs))
+    seeds = [run.seeds.dropout for run in runs]
+    return Separate(networks, method.members, len(runs), seeds, rank)
+
+
+def stackable(network: nn.Module) -> bool:
+    """Whether `torch.func` may compute it in a stack: small, no running statistics, no dropout."""
+    normalised = any(
+        isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for module in network.modules()
+    )
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return not normalised and not _has_dropout(network) and parameters <= STACKED_PARAMETERS
+
+
+def _has_dropout(network: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        for module in network.modules()
+    )
+
+
+def _check_weights(own: dict[str, Tensor], weights: Any) -> None:
+    shapes = {name: tuple(values.shape) for name, values in own.items()}
+    got = {name: tuple(values.shape) for name, values in weights.items()}
+    if got != shapes:
+        odd = sorted(set(shapes.items()) ^ set(got.items()))[0]
+        raise ValueError(
+            f"weights must be those of the run's model, got others, first {odd[0]} {odd[1]}; "
+            "they come from another model or another version of it"
+        )

@@ -1,0 +1,146 @@
+"""What a run leaves behind: a folder of plain files that studies and reports read."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from churn_trainer.checkpoint import load_tensors, save_tensors
+from churn_trainer.config import Run
+from churn_trainer.output import write_atomically
+
+CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "curves.csv"
+WEIGHTS, CHECKPOINT, LOCK = "weights.pt", "checkpoint.pt", ".lock"
+
+FINISHED, DIVERGED = "finished", "diverged"
+
+
+class Busy(RuntimeError):
+    """Another process is training this run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; `metrics.json`, written last, says that it is complete."""
+
+    path: Path
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended: it finished, or it diverged."""
+        return (self.path / METRICS).is_file()
+
+    @property
+    def status(self) -> str:
+        """`finished`, `diverged`, or `started`."""
+        return self.metrics()["status"] if self.done else "started"
+
+    def start(self, run: Run) -> None:
+        """Writes the settings. Raises: ValueError if those of another run are there."""
+        content = json.dumps(run.to_mapping(), indent=1).encode() + b"\n"
+        if (self.path / CONFIG).exists() and self.run() != run:
+            raise ValueError(
+                f"{self.path} must be the folder of the run {run.id}, got that of {self.run().id}; "
+                "its settings were changed: delete the folder"
+            )
+        write_atomically(self.path / CONFIG, content)
+
+    def run(self) -> Run:
+        """The settings. Raises: ValueError if they are not there or not right."""
+        return Run.load(self.path / CONFIG)
+
+    def metrics(self) -> dict[str, Any]:
+        """What was measured on the test rows, `status`, `message`, and the environment."""
+        try:
+            return json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{self.path} must hold a run that has ended; train it") from None
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path / METRICS} must hold JSON, got: {error}; delete it"
+            ) from None
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """(N, C) float32 logits of what the run predicts on its test rows, and (N,) int64 labels.
+
+        Raises: ValueError if the file is missing or holds anything but these two arrays.
+        """
+        path = self.path / LOGITS
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                logits, labels = arrays["logits"], arrays["labels"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{path} must hold the arrays logits and labels, got: {error}; delete "
+                f"{self.path} and train again"
+            ) from None
+        return torch.from_numpy(logits), torch.from_numpy(labels)
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Each member's state dict. Raises: ValueError if the file holds anything else."""
+        remedy = f"delete {self.path} and train again"
+        weights = load_tensors(self.path / WEIGHTS, remedy)
+        if not isinstance(weights, list) or not all(isinstance(part, dict) for part in weights):
+            raise ValueError(f"{self.path / WEIGHTS} must hold a list of state dicts; {remedy}")
+        return weights
+
+    def write_curves(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The epochs so far, one row for each."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.path / CURVES, text.getvalue().encode())
+
+    def finish(
+        self,
+        metrics: Mapping[str, Any],
+        logits: Tensor,
+        labels: Tensor,
+        weights: Sequence[dict[str, Tensor]],
+    ) -> None:
+        """Writes a finished run's files, the metrics last."""
+        save_tensors(self.path / WEIGHTS, list(weights))
+        arrays = io.BytesIO()
+        np.savez(arrays, logits=logits.numpy(), labels=labels.numpy())
+        write_atomically(self.path / LOGITS, arrays.getvalue())
+        self.end(FINISHED, metrics)
+
+    def end(self, status: str, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics, which mark the run as ended."""
+        content = json.dumps({"status": status, **metrics}, indent=1, allow_nan=False)
+        write_atomically(self.path / METRICS, content.encode() + b"\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains this run inside the block; a killed process lets go.
+
+        Raises: Busy if somebody does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    f"{self.path} must be trained by one process, got a second; wait for the first"
+                ) from None
+            yield
+
+
+def read_runs(root: Path) -> list[RunFolder]:
+    """The folders of all runs below `root` that finished, by name."""
+    folders = [RunFolder(path.parent) for path in sorted(root.glob(f"*/{METRICS}"))]
+    return [folder for folder in folders if folder.status == FINISHED]

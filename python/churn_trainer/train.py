@@ -1,0 +1,304 @@
+"""Trains runs into their folders: what is finished stays, what was killed goes on."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import churn_kernels as ck
+from churn_kernels.metrics import expected_calibration_error, prediction_confidence
+from churn_trainer.checkpoint import Checkpoint
+from churn_trainer.config import Run, measured_epochs
+from churn_trainer.data import load_dataset
+from churn_trainer.data.dataset import Dataset
+from churn_trainer.loop import Epoch, Trained, fit, make_fabric
+from churn_trainer.members import Members, build_members, seeded, stackable
+from churn_trainer.models import build_model
+from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, RunFolder
+from churn_trainer.settings import fingerprint
+from churn_trainer.tensorboard import TensorBoard
+
+MEASURED = ("accuracy", "cross_entropy", "confidence", "entropy", "ece")
+"""What `measure` measures."""
+
+RUNS_TOGETHER = 100
+"""Most runs in one stack."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What `train` tells as it goes.
+
+    Attributes:
+        kind: `runs` have "started", ended an "epoch", "finished", "diverged", or were "skipped"
+            because they had ended before.
+        runs: which.
+        epoch: its number, from 1.
+        detail: more about it.
+    """
+
+    kind: str
+    runs: Sequence[Run]
+    epoch: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How runs are trained, which changes no number but the last bits of another device's.
+
+    Attributes:
+        accelerator: "cpu", "cuda" or "auto".
+        devices: devices on this machine, one process each.
+        curve_points: how many times a training is measured on the test rows.
+        checkpoint_seconds: time between two checkpoints; 0: after every step.
+        tensorboard: also write TensorBoard's event files.
+        trust: packages whose code a model may be.
+    """
+
+    accelerator: str = "cpu"
+    devices: int = 1
+    curve_points: int = 20
+    checkpoint_seconds: float = 60.0
+    tensorboard: bool = False
+    trust: Sequence[str] = ()
+
+
+def train(
+    runs: Iterable[Run],
+    root: Path,
+    options: Options | None = None,
+    tell: Callable[[Event], None] = lambda event: None,
+) -> list[RunFolder]:
+    """Trains each run that has not ended yet, its teachers before it, into `root` / its id.
+
+    Runs that differ in their seeds only are trained in one stack where their networks allow it. A
+    run that diverges is recorded as such, and the others go on.
+
+    Args:
+        runs: what to train. Runs that are there twice are trained once.
+        root: folder of the runs' folders; of several hosts, one they share.
+        options: see `Options`.
+        tell: called as it goes, in the first process.
+    Returns: the folders of `runs`, in their order.
+    Raises:
+        ValueError: settings, data, a model, a checkpoint or a folder that is not as it should be.
+        Busy: another process is training one of the runs.
+        OSError: a file cannot be written; what was finished stays.
+    """
+    options, runs = options or Options(), list(runs)
+    # Teachers first: a dict keeps the order in which its keys came.
+    wanted = {run.id: run for run in [*filter(None, (run.teacher() for run in runs)), *runs]}
+    kinds: dict[str, list[Run]] = {}
+    for run in wanted.values():
+        kinds.setdefault(run.together, []).append(run)
+    for kind in kinds.values():
+        _train_kind(kind, root, options, tell)
+    return [RunFolder(root / run.id) for run in runs]
+
+
+def load_teachers(
+    runs: Sequence[Run], root: Path, shape: tuple[int, ...], classes: int, trust: Sequence[str] = ()
+) -> Members:
+    """The trained members of `runs`, from their folders. Raises: ValueError if one has none."""
+    members = build_members(runs, shape, classes, trust=trust)
+    for place, run in enumerate(runs):
+        for member, weights in enumerate(RunFolder(root / run.id).weights()):
+            members.load_weights(member, place, weights)
+    return members
+
+
+def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Metrics of one run on its test rows; cross entropy and entropy in nats.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64.
+    """
+    values = {
+        "accuracy": (logits.argmax(dim=-1) == labels).double().mean(),
+        "cross_entropy": ck.regularized_cross_entropy(logits, labels),
+        "confidence": prediction_confidence(logits).mean(),
+        "entropy": ck.softmax_entropy(logits),
+        "ece": expected_calibration_error(logits, labels),
+    }
+    return {name: float(values[name]) for name in MEASURED}
+
+
+def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> None:
+    """Runs of the same settings but the seeds, as many together as their networks allow."""
+    fabric = make_fabric(kind[0].optimisation.precision, options.accelerator, options.devices)
+    fabric.barrier()  # all processes see the same runs as ended
+    tell = tell if fabric.is_global_zero else lambda event: None
+    ended = [run for run in kind if RunFolder(root / run.id).done]
+    if ended:
+        tell(Event("skipped", ended))
+    pending = [run for run in kind if run not in ended]
+    if not pending:
+        return
+    dataset = load_dataset(kind[0].data)
+    size = _runs_together(kind[0], dataset, options)
+    for start in range(0, len(pending), size):
+        group = pending[start : start + size]
+        with ExitStack() as locks:
+            if fabric.is_global_zero:
+                for run in group:
+                    locks.enter_context(RunFolder(root / run.id).locked())
+            _Group(group, dataset, root, options, tell, fabric).train()
+            fabric.barrier()
+
+
+def _runs_together(run: Run, dataset: Dataset, options: Options) -> int:
+    with seeded(0):
+        network = build_model(run.model, _input_shape(run, dataset), dataset.classes, options.trust)
+    return RUNS_TOGETHER if stackable(network) else 1
+
+
+def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
+    size = run.data.crop_size
+    return (dataset.shape[0], size, size) if size else dataset.shape
+
+
+_Tell = Callable[[Event], None]
+
+
+@dataclass
+class _Group:
+    """Runs that are trained as one, and their folders."""
+
+    runs: list[Run]
+    dataset: Dataset
+    root: Path
+    options: Options
+    tell: _Tell
+    fabric: Any
+
+    def train(self) -> None:
+        folders = self.folders = [RunFolder(self.root / run.id) for run in self.runs]
+        if self.fabric.is_global_zero:
+            for folder, run in zip(folders, self.runs, strict=True):
+                folder.start(run)
+        teachers, untaught = self._teachers()
+        if untaught:
+            self._end_untaught(untaught)
+            return
+        self.tell(Event("started", self.runs))
+        self.boards = [TensorBoard(folder.path) for folder in folders if self.options.tensorboard]
+        checkpoint = Checkpoint(
+            self._checkpoint_path(), [run.id for run in self.runs], self.options.checkpoint_seconds
+        )
+        began = time.perf_counter()
+        optimisation = self.runs[0].optimisation
+        trained = fit(
+            self.runs,
+            self.dataset,
+            fabric=self.fabric,
+            teachers=teachers,
+            measured=measured_epochs(optimisation.epochs, self.options.curve_points),
+            on_epoch=self._on_epoch,
+            checkpoint=checkpoint,
+            trust=self.options.trust,
+        )
+        for board in self.boards:
+            board.close()
+        if self.fabric.is_global_zero:
+            self._write(trained, time.perf_counter() - began)
+            checkpoint.remove()
+
+    def _teachers(self) -> tuple[Members | None, list[Run]]:
+        """The group's teachers, and those of its runs that have none because they diverged."""
+        teachers = [teacher for run in self.runs if (teacher := run.teacher()) is not None]
+        untaught = [
+            run
+            for run, teacher in zip(self.runs, teachers, strict=False)
+            if RunFolder(self.root / teacher.id).status != FINISHED
+        ]
+        if not teachers or untaught:
+            return None, untaught
+        shape = _input_shape(self.runs[0], self.dataset)
+        return load_teachers(
+            teachers, self.root, shape, self.dataset.classes, self.options.trust
+        ), []
+
+    def _end_untaught(self, untaught: list[Run]) -> None:
+        """Records the runs whose teachers diverged, and trains the others by themselves."""
+        if self.fabric.is_global_zero:
+            for run in untaught:
+                self._diverged(run, RunFolder(self.root / run.id), "its teachers diverged")
+        self.runs = [run for run in self.runs if run not in untaught]
+        self.fabric.barrier()
+        if self.runs:
+            self.train()
+
+    def _checkpoint_path(self) -> Path:
+        if len(self.runs) == 1:
+            return self.folders[0].path / CHECKPOINT
+        return self.root / ".together" / f"{fingerprint([run.id for run in self.runs])}.pt"
+
+    def _on_epoch(self, epoch: Epoch) -> list[dict[str, Any]]:
+        """One row of curves for each run."""
+        rows = []
+        for place in range(len(self.runs)):
+            row: dict[str, Any] = {
+                "epoch": epoch.number,
+                "learning_rate": epoch.learning_rate,
+                "train_cross_entropy": float(epoch.cross_entropy[place]),
+            }
+            measured = (
+                {} if epoch.logits is None else measure(epoch.logits[place], epoch.labels[place])
+            )
+            for name in MEASURED:
+                row[f"test_{name}"] = measured.get(name, "")
+            rows.append(row)
+        if self.fabric.is_global_zero:
+            for board, row in zip(self.boards, rows, strict=False):
+                board.write(row)
+        mean = float(epoch.cross_entropy.mean())
+        self.tell(Event("epoch", self.runs, epoch.number, f"cross entropy {mean:.4f}"))
+        return rows
+
+    def _write(self, trained: Trained, seconds: float) -> None:
+        for place, (run, folder) in enumerate(zip(self.runs, self.folders, strict=True)):
+            folder.write_curves([rows[place] for rows in trained.history])
+            if place in trained.diverged:
+                self._diverged(run, folder, trained.diverged[place])
+                continue
+            logits, labels = trained.logits[place], trained.labels[place]
+            weights = [
+                trained.members.weights(member, place) for member in range(run.method.members)
+            ]
+            test = measure(logits, labels)
+            metrics = {
+                "test": test,
+                "test_rows": len(labels),
+                "environment": self._environment(seconds),
+            }
+            folder.finish(metrics, logits, labels, weights)
+            self.tell(Event("finished", [run], detail=f"accuracy {test['accuracy']:.2%}"))
+
+    def _diverged(self, run: Run, folder: RunFolder, message: str) -> None:
+        folder.end(DIVERGED, {"message": message, "environment": self._environment(0.0)})
+        self.tell(Event("diverged", [run], detail=message))
+
+    def _environment(self, seconds: float) -> dict[str, Any]:
+        return {
+            "seconds": round(seconds, 3),
+            "runs_together": len(self.runs),
+            "processes": self.fabric.world_size,
+            "device": str(self.fabric.device),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "churn-kernels": metadata.version("churn-kernels"),
+            "reduction_mode": ck.get_reduction_mode(),
+        }

@@ -1,0 +1,545 @@
+"""Data sets, their files, their splits, and what a minibatch holds."""
+
+import importlib
+import io
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+from churn_trainer.config import Data, Run, Seeds, Synthetic
+from churn_trainer.data import DATASETS, digits, images, load_dataset, split_rows
+from churn_trainer.data.batches import Batches, augment, hash_integers, moments
+from churn_trainer.data.dataset import Dataset
+from PIL import Image
+from small_study import small_run
+
+CPU = torch.device("cpu")
+
+
+def picture(colour, width=32, height=32):
+    return Image.new("RGB", (width, height), colour)
+
+
+def colour_of(label, index):
+    return (20 * label, index, 255 - index)
+
+
+# Digits and splits --------------------------------------------------------------------------------
+
+
+def test_digits_are_the_bundled_images():
+    dataset = digits()
+    rows = dataset.fetch(torch.arange(1797))
+    assert rows.shape == (1797, 1, 8, 8)
+    assert rows.dtype == torch.float32
+    assert dataset.labels.unique().tolist() == list(range(dataset.classes)) == list(range(10))
+
+
+def test_splits_are_stratified_disjoint_and_their_own():
+    dataset, data = digits(), Data(train_rows=100)
+    parts = [split_rows(dataset, data, seed) for seed in range(3)]
+    for train, test in parts:
+        assert sorted([*train.tolist(), *test.tolist()]) == list(range(1797))
+        assert len(train) == 100
+        assert ((dataset.labels[train].bincount(minlength=10) - 10).abs() <= 1).all()
+    assert not torch.equal(parts[0][0], parts[1][0])
+    assert torch.equal(split_rows(dataset, data, 1)[0], parts[1][0])
+    assert len(split_rows(dataset, Data(), 0)[0]) == 300
+
+
+def test_own_test_rows_stay_test_rows():
+    data = Data(name="prototypes", synthetic=Synthetic(train_rows=100, test_rows=40))
+    dataset = load_dataset(data)
+    train, test = split_rows(dataset, data, 3)
+    assert (train.tolist(), test.tolist()) == (list(range(100)), list(range(100, 140)))
+    few, same = split_rows(dataset, Data(train_rows=50), 3)
+    assert torch.equal(same, test)
+    assert few.max() < 100
+    assert (dataset.labels[few].bincount() == 5).all()
+
+
+@pytest.mark.parametrize("rows", [9, 1788])
+def test_a_split_that_leaves_a_class_out_is_refused(rows):
+    message = rf"train_rows must be in \[10, 1787\], got {rows}; every class needs rows on both"
+    with pytest.raises(ValueError, match=message):
+        split_rows(digits(), Data(train_rows=rows), 0)
+
+
+def test_a_class_of_one_row_cannot_be_split():
+    rows = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1, 2])
+    dataset = Dataset("x", rows, 3, (1,), lambda rows: rows[:, None].float(), is_image=False)
+    with pytest.raises(ValueError, match=r"must leave every class rows on both .*; remove classes"):
+        split_rows(dataset, Data(train_rows=5), 0)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [-1, 0, 1]])
+def test_labels_out_of_range_are_refused(labels):
+    message = rf"labels of x must be in \[0, 2\), got {min(labels)} to {max(labels)}; rows without"
+    with pytest.raises(ValueError, match=message):
+        Dataset("x", torch.tensor(labels), 2, (1,), lambda rows: rows, is_image=False)
+
+
+def test_unknown_data_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"data.name must be one of digits, .* you mean 'cifar10'"):
+        load_dataset(Data(name="cifar"))
+    with pytest.raises(ValueError, match=r"got '0000'; `churn-train data` describes them"):
+        load_dataset(Data(name="0000"))
+
+
+# Synthetic ----------------------------------------------------------------------------------------
+
+
+def test_multi_view_rows_show_their_features_in_two_patches_each():
+    settings = Synthetic(
+        classes=4, dimension=16, noise=0, off_class=0, single_view_share=0.5, train_rows=400
+    )
+    dataset = load_dataset(Data(name="multi-view", synthetic=settings))
+    rows = dataset.fetch(torch.arange(1400))
+    assert rows.shape == (1400, settings.patches, 16)
+    energy = rows.sum(dim=1).norm(dim=1)
+    shown = (rows.norm(dim=2) > 0).sum(dim=1)
+    assert set(shown.tolist()) == {2, 4}
+    assert float((shown == 2).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert ((energy[shown == 2] >= 1 - 1e-5) & (energy[shown == 2] < 2 + 1e-5)).all()
+    # One class's rows span its two features; those of different classes are orthogonal.
+    summed = rows.sum(dim=1)
+    for label in range(4):
+        own, others = summed[dataset.labels == label], summed[dataset.labels != label]
+        assert torch.linalg.matrix_rank(own, rtol=1e-4) == 2
+        assert float((own @ others.T).abs().max()) < 1e-4
+
+
+def test_multi_view_s_other_patches_hold_weak_features_of_other_classes():
+    settings = Synthetic(classes=3, dimension=8, noise=0, off_class=0.4, single_view_share=0)
+    rows = load_dataset(Data(name="multi-view", synthetic=settings)).fetch(torch.arange(2000))
+    strengths = rows.norm(dim=2).sort(dim=1).values
+    assert float(strengths.min()) >= 0
+    weak = (rows.norm(dim=2) < 0.4).sum(dim=1)
+    assert (weak >= settings.patches - 4).all()
+
+
+def test_multi_view_needs_room_for_its_features():
+    settings = Synthetic(classes=10, dimension=19)
+    with pytest.raises(ValueError, match=r"dimension must be at least 20, .* got 19; raise it or"):
+        load_dataset(Data(name="multi-view", synthetic=settings))
+
+
+def test_gaussian_inputs_are_normal_and_their_labels_a_function_without_noise():
+    settings = Synthetic(classes=5, dimension=20, noise=0, train_rows=3000)
+    dataset = load_dataset(Data(name="gaussian", synthetic=settings))
+    rows = dataset.fetch(torch.arange(4000))
+    assert float(rows.mean()) == pytest.approx(0, abs=0.02)
+    assert float(rows.std()) == pytest.approx(1, abs=0.02)
+    assert dataset.labels.unique().numel() == 5
+    noisy = load_dataset(Data(name="gaussian", synthetic=Synthetic(5 - 5, 5, 20, 3000, noise=2.0)))
+    assert torch.equal(noisy.fetch(torch.arange(9)), rows[:9])
+    changed = float((noisy.labels != dataset.labels).float().mean())
+    assert 0.2 < changed < 0.9
+
+
+def test_prototypes_have_thousands_of_classes_and_equal_shares():
+    settings = Synthetic(classes=3000, dimension=8, noise=0, train_rows=6000, test_rows=3000)
+    dataset = load_dataset(Data(name="prototypes", synthetic=settings))
+    assert (dataset.labels[:6000].bincount() == 2).all()
+    rows = dataset.fetch(torch.arange(9000))
+    order = dataset.labels.argsort()
+    assert torch.equal(rows[order].view(3000, 3, 8)[:, 0], rows[order].view(3000, 3, 8)[:, 2])
+
+
+@pytest.mark.parametrize("name", ["multi-view", "gaussian", "prototypes"])
+def test_drawn_data_follow_from_their_seed(name):
+    one, same, other = (
+        load_dataset(Data(name=name, synthetic=Synthetic(seed=seed))).fetch(torch.arange(5))
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+# Image folders ------------------------------------------------------------------------------------
+
+
+def write_folder(root, classes=("cat", "dog"), count=3, width=32, height=32, suffix="png"):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            picture(colour_of(label, index), width, height).save(root / name / f"{index}.{suffix}")
+    return root
+
+
+def test_a_folder_of_images_by_class(tmp_path):
+    write_folder(tmp_path)
+    dataset = load_dataset(Data(name="folder", path=str(tmp_path), image_size=32))
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert dataset.shape == (3, 32, 32)
+    assert dataset.test_start == 0
+    rows = dataset.fetch(torch.tensor([4, 0]))
+    assert rows.dtype == torch.uint8
+    assert rows[:, :, 5, 7].tolist() == [list(colour_of(1, 1)), list(colour_of(0, 0))]
+
+
+def test_a_folder_with_its_own_test_part(tmp_path):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "val", count=2, suffix="jpeg")
+    data = Data(name="folder", path=str(tmp_path), image_size=16)
+    dataset = load_dataset(data)
+    assert dataset.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert split_rows(dataset, data, 0)[1].tolist() == [6, 7, 8, 9]
+    assert dataset.fetch(torch.arange(10)).shape == (10, 3, 16, 16)
+
+
+def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    data = Data(name="folder", path=str(tmp_path), image_size=8)
+    at_once = load_dataset(data).fetch(torch.tensor([5, 2]))
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
+    late = load_dataset(data)
+    assert torch.equal(late.fetch(torch.tensor([5, 2])), at_once)
+    (tmp_path / "cat" / "0.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        late.fetch(torch.tensor([0]))
+
+
+def test_squares_keep_the_middle_and_small_ones_their_pixels():
+    left, right = picture((200, 0, 0), 20, 40), picture((0, 0, 200), 20, 40)
+    wide = Image.new("RGB", (80, 40))
+    wide.paste(left, (0, 0))
+    wide.paste(picture((0, 100, 0), 40, 40), (20, 0))
+    wide.paste(right, (60, 0))
+    square = images.to_square(wide, 20)
+    assert square.shape == (3, 20, 20)
+    assert square[1].min() > 60  # only the middle is left
+    noise = torch.randint(256, (6, 6, 3), generator=torch.Generator().manual_seed(0)).byte()
+    same = images.to_square(Image.fromarray(noise.numpy()), 6)
+    assert torch.equal(torch.from_numpy(same.copy()), noise.permute(2, 0, 1))
+    grey = images.to_square(Image.new("L", (6, 6), 9), 6)
+    assert grey.shape == (3, 6, 6)
+    assert (grey == 9).all()
+
+
+def test_wrong_folders_are_explained(tmp_path):
+    def load(path, size=8):
+        return load_dataset(Data(name="folder", path=str(path), image_size=size))
+
+    with pytest.raises(ValueError, match=r"data.path must be a folder of images, got ''; it needs"):
+        load("")
+    with pytest.raises(ValueError, match=r"data.path must be a folder of images, got '.*nowhere'"):
+        load(tmp_path / "nowhere")
+    write_folder(tmp_path / "good")
+    with pytest.raises(ValueError, match=r"image_size must be above 0 for a folder, got 0; say"):
+        load(tmp_path / "good", size=0)
+    write_folder(tmp_path / "one", classes=("cat",))
+    with pytest.raises(ValueError, match=r"folder for each of two classes or more, got 1; is it"):
+        load(tmp_path / "one")
+    (tmp_path / "good" / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"must hold images of its class, got none in 'empty'"):
+        load(tmp_path / "good")
+    write_folder(tmp_path / "half" / "train")
+    with pytest.raises(ValueError, match=r"must have train/ and one of test, .* or neither, got"):
+        load(tmp_path / "half")
+    write_folder(tmp_path / "half" / "test", classes=("cat", "cow"))
+    with pytest.raises(ValueError, match=r"same classes, got 2 and 2; in one only: cow, dog"):
+        load(tmp_path / "half")
+    bad = write_folder(tmp_path / "bad") / "cat" / "1.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1.png must be an image, got something else; remove"):
+        load(tmp_path / "bad")
+
+
+# Hugging Face datasets ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A data set of CIFAR-10's columns, in both formats that `datasets` writes."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    root = tmp_path_factory.mktemp("hub")
+    features = datasets.Features(
+        {
+            "img": datasets.Image(),
+            "label": datasets.ClassLabel(names=[f"class {label}" for label in range(10)]),
+        }
+    )
+
+    def part(count):
+        rows = {
+            "img": [picture(colour_of(row % 10, row)) for row in range(count)],
+            "label": [row % 10 for row in range(count)],
+        }
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    parts = datasets.DatasetDict({"train": part(40), "test": part(20)})
+    parts.save_to_disk(root / "arrow")
+    (root / "parquet").mkdir()
+    for name, rows in parts.items():
+        rows.to_parquet(root / "parquet" / f"{name}-00000-of-00001.parquet")
+    return root
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_a_local_hugging_face_folder(cifar, kind, hub_cache):
+    data = Data(name="cifar10", path=str(cifar / kind))
+    dataset = load_dataset(data)
+    assert dataset.shape == (3, 32, 32)
+    assert dataset.classes == 10
+    train, test = split_rows(dataset, data, 0)
+    assert (len(train), len(test)) == (40, 20)
+    rows = torch.tensor([3, 45])
+    assert dataset.labels[rows].tolist() == [3, 5]
+    assert dataset.fetch(rows)[:, :, 9, 9].tolist() == [
+        list(colour_of(3, 3)),
+        list(colour_of(5, 5)),
+    ]
+
+
+def test_hugging_face_data_that_does_not_fit_is_explained(cifar, hub_cache, tmp_path):
+    arrow = str(cifar / "arrow")
+    with pytest.raises(
+        ValueError, match=r"must have a column 'image', got \['img', 'label'\]; ren"
+    ):
+        load_dataset(Data(name="svhn", path=arrow))
+    with pytest.raises(ValueError, match=r"must have the part 'validation', got \['test', 'train"):
+        load_dataset(Data(name="imagenet", path=arrow))
+    with pytest.raises(
+        ValueError, match=r"data.path must name a folder .* inaturalist2018, got ''"
+    ):
+        load_dataset(Data(name="inaturalist2018"))
+    with pytest.raises(ValueError, match=r"image_size must be above 0 for huggingface, got 0"):
+        load_dataset(Data(name="huggingface", path=arrow))
+    with pytest.raises(ValueError, match=r"must hold dataset_dict.json, or Parquet .* got neither"):
+        load_dataset(Data(name="cifar10", path=str(tmp_path)))
+    with pytest.raises(
+        ValueError, match=r"data set 'no/such' must be a folder or a name on the Hub"
+    ):
+        load_dataset(Data(name="cifar10", path="no/such"))
+
+
+def test_a_class_count_that_does_not_match_is_explained(cifar, hub_cache, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(cifar / "arrow")).rename_column("label", "fine_label")
+    parts.save_to_disk(tmp_path / "renamed")
+    with pytest.raises(ValueError, match=r"must have 100 classes, got 10; is it the right data"):
+        load_dataset(Data(name="cifar100", path=str(tmp_path / "renamed")))
+
+
+def test_a_missing_package_names_the_command(monkeypatch):
+    def refuse(name, package=None):
+        if name == "datasets":
+            raise ImportError(name)
+        return real(name, package)
+
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    message = r"needs the package datasets, .*; pip install 'churn-kernels\[trainer\]'"
+    with pytest.raises(ValueError, match=message):
+        load_dataset(Data(name="cifar10"))
+
+
+class Hostile:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_stranger_s_files_run_no_code(tmp_path, hub_cache):
+    witness = tmp_path / "witness"
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(witness)!r}, 'w')\n")
+    (folder / "train.pkl").write_bytes(pickle.dumps(Hostile(witness)))
+    with pytest.raises(ValueError, match=r"must hold dataset_dict.json, or Parquet files"):
+        load_dataset(Data(name="cifar10", path=str(folder)))
+    write_folder(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "0.png").write_bytes(pickle.dumps(Hostile(witness)))
+    with pytest.raises(ValueError, match="must be an image, got something else"):
+        load_dataset(Data(name="folder", path=str(tmp_path / "images"), image_size=8))
+    for name in ("train", "test"):
+        (folder / f"{name}.parquet").write_bytes(pickle.dumps(Hostile(witness)))
+    with pytest.raises(ValueError, match="that can be read, got"):
+        load_dataset(Data(name="cifar10", path=str(folder)))
+    assert not witness.exists()
+    pickle.load(io.BytesIO(pickle.dumps(Hostile(witness)))).close()
+    assert witness.exists()  # it would have shown
+
+
+def test_torchvision_is_not_needed():
+    assert "torchvision" not in sys.modules
+
+
+# Minibatches --------------------------------------------------------------------------------------
+
+
+def batches(run, *others, dataset=None, **options):
+    return Batches([run, *others], dataset or load_dataset(run.data), CPU, **options)
+
+
+def test_an_epoch_s_minibatches_are_its_training_rows_in_the_order_s_order():
+    run = small_run()
+    source = batches(run)
+    assert source.steps == 2
+    for epoch in (0, 1):
+        parts = [source.train(2 * epoch + step) for step in (0, 1)]
+        assert [part[1].shape for part in parts] == [(1, 32), (1, 28)]
+        assert [part[2] for part in parts] == [32, 28]
+        labels = torch.cat([part[1] for part in parts], dim=1)[0]
+        wanted = source.dataset.labels[source.train_rows[0]]
+        assert labels.sort().values.tolist() == wanted.sort().values.tolist()
+        assert not torch.equal(labels, wanted)
+    first = batches(run).train(3)
+    again = source.train(3)
+    assert torch.equal(first[0], again[0])
+    other = batches(small_run(seeds=Seeds(order=1))).train(3)
+    assert not torch.equal(first[1], other[1])
+
+
+def test_inputs_are_standardised_with_the_training_rows_of_their_run():
+    source = batches(small_run(), small_run(seeds=Seeds(split=1)))
+    inputs = torch.cat([source.train(step)[0] for step in (0, 1)], dim=1)
+    assert inputs.shape == (2, 60, 1, 8, 8)
+    torch.testing.assert_close(inputs.mean(dim=1), torch.zeros(2, 1, 8, 8), rtol=0, atol=1e-5)
+    deviation = inputs.std(dim=1, correction=0)
+    assert ((deviation - 1).abs().lt(1e-4) | deviation.eq(0)).all()
+    test = source.test(slice(0, 5))
+    rows = source.dataset.fetch(source.test_rows[1, :5])
+    train = source.dataset.fetch(source.train_rows[1])
+    mean, scale = train.mean(0), train.std(0, correction=0)
+    torch.testing.assert_close(test[1], (rows - mean) / torch.where(scale > 0, scale, 1.0))
+
+
+def test_moments_over_pixels_and_constant_features():
+    images = torch.tensor([[0.0, 2.0], [4.0, 2.0]])[:, :, None, None].expand(2, 2, 3, 3)
+    mean, scale = moments(images, (0, 2, 3))
+    assert mean.flatten().tolist() == [2, 2]
+    assert scale.flatten().tolist() == [2, 1]
+    assert mean.shape == (2, 1, 1)
+
+
+def test_processes_share_a_minibatch():
+    whole = batches(small_run()).train(1)
+    parts = [batches(small_run(), rank=rank, ranks=2).train(1) for rank in (0, 1)]
+    assert torch.equal(torch.stack([part[0] for part in parts], dim=2).flatten(1, 2), whole[0])
+    assert [part[2] for part in parts] == [28, 28]
+
+
+# Augmentation -------------------------------------------------------------------------------------
+
+IMAGES = torch.arange(6 * 2 * 5 * 7).reshape(6, 2, 5, 7)
+
+
+def by_hand(image, top, left, mirrored, padding, height, width):
+    padded = torch.nn.functional.pad(image, (padding,) * 4)
+    crop = padded[:, top : top + height, left : left + width]
+    return crop.flip(-1) if mirrored else crop
+
+
+@pytest.mark.parametrize(
+    ("padding", "size", "flip"), [(2, 0, True), (0, 3, False), (1, 5, True), (0, 0, True)]
+)
+def test_every_crop_is_one_that_can_be_cut_by_hand(padding, size, flip):
+    draws = hash_integers(torch.arange(6))
+    data = Data(crop_padding=padding, crop_size=size, flip=flip)
+    height, width = (size or 5), (size or 7)
+    for image, crop in zip(IMAGES, augment(IMAGES, draws, data), strict=True):
+        options = [
+            (top, left, mirrored)
+            for top in range(5 + 2 * padding - height + 1)
+            for left in range(7 + 2 * padding - width + 1)
+            for mirrored in ([False, True] if flip else [False])
+        ]
+        cuts = (by_hand(image, *option, padding, height, width) for option in options)
+        assert any(torch.equal(crop, cut) for cut in cuts)
+
+
+def test_crops_and_flips_are_uniform():
+    draws = hash_integers(torch.arange(8000))
+    image = torch.zeros(1, 1, 3, 3)
+    image[0, 0, 1, 0] = 1
+    crops = augment(image.expand(8000, 1, 3, 3), draws, Data(crop_padding=1, flip=True))
+    seen = crops.sum(dim=(0, 1)) / 8000
+    # Rows: at 0, 1, 2 equally. Columns: at -1, 0, 1 equally, mirrored 3, 2, 1 as often.
+    wanted = torch.tensor([1 / 6, 1 / 3, 1 / 6]) / 3
+    torch.testing.assert_close(seen, wanted.expand(3, 3), rtol=0, atol=0.02)
+
+
+def test_a_row_s_augmentation_depends_on_seed_epoch_and_row_alone(tmp_path):
+    write_folder(tmp_path, count=20)
+    noise = torch.randint(256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(1)).byte()
+    data = Data(name="folder", path=str(tmp_path), image_size=32, crop_padding=4, flip=True)
+    dataset = Dataset(
+        "noise", torch.arange(40) % 2, 2, (3, 32, 32), noise.__getitem__, is_image=True
+    )
+
+    def rows_of(run, epoch, **options):
+        source = batches(run, dataset=dataset, **options)
+        found = {}
+        for step in range(epoch * source.steps, (epoch + 1) * source.steps):
+            inputs = source.train(step)[0][0]
+            place = (step % source.steps) * source.batch_rows
+            order = source._order[0, place : place + source.batch_rows][source.rank :: source.ranks]
+            found |= dict(zip(order.tolist(), inputs, strict=True))
+        return found
+
+    run = Run(data=data)
+    first = rows_of(run, 1)
+    small_batches = Run(
+        data=data, optimisation=small_run().optimisation, seeds=Seeds(order=9, initialisation=3)
+    )
+    for row, image in rows_of(small_batches, 1, ranks=2, rank=1).items():
+        assert torch.equal(image, first[row])
+    later, reseeded = rows_of(run, 2), rows_of(Run(data=data, seeds=Seeds(augmentation=1)), 1)
+    for others in (later, reseeded):
+        different = sum(not torch.equal(others[row], first[row]) for row in first)
+        assert different > len(first) // 2
+
+
+def test_test_images_are_cut_in_the_middle():
+    values = torch.arange(4 * 3 * 6 * 6).float().reshape(4, 3, 6, 6)
+    dataset = Dataset(
+        "x", torch.tensor([0, 1, 0, 1]), 2, (3, 6, 6), values.__getitem__, True, test_start=2
+    )
+    data = Data(crop_size=4)
+    source = Batches([Run(data=data)], dataset, CPU)
+    assert source.shape == (3, 4, 4)
+    plain = Batches([Run()], dataset, CPU).test(slice(0, 2))
+    assert torch.equal(source.test(slice(0, 2)), plain[..., 1:5, 1:5])
+    padded = Batches([Run(data=Data(crop_size=8, crop_padding=1))], dataset, CPU)
+    assert torch.equal(padded.test(slice(0, 2))[..., 1:7, 1:7], plain)
+
+
+def test_crops_that_cannot_be_are_refused():
+    with pytest.raises(
+        ValueError, match=r"crop_size must fit into the padded image, got 11 for in"
+    ):
+        load_dataset(Data(crop_size=11, crop_padding=1))
+    with pytest.raises(ValueError, match=r"must be left out of gaussian, .* are no images; drop"):
+        load_dataset(Data(name="gaussian", flip=True))
+
+
+def test_hashes_look_random_and_broadcast():
+    bits = hash_integers(torch.arange(100)[:, None], torch.arange(50))
+    assert bits.shape == (100, 50)
+    assert bits.unique().numel() == 5000
+    ones = sum(((bits >> place) & 1).float().mean() for place in range(64)) / 64
+    assert float(ones) == pytest.approx(0.5, abs=0.01)
+    assert int(hash_integers(torch.tensor(0))) == int(hash_integers(torch.tensor([0, 5]))[0])
+    assert math.isfinite(float(bits.double().mean()))
+
+
+def test_every_data_set_says_what_it_is():
+    assert all(description for description, _ in DATASETS.values())

@@ -1,0 +1,203 @@
+"""Settings: what they refuse, what they are read from and written to, and what names them."""
+
+import dataclasses
+import json
+import math
+import tomllib
+
+import pytest
+from churn_trainer.config import (
+    Data,
+    Draw,
+    Model,
+    Optimisation,
+    Run,
+    Seeds,
+    Synthetic,
+    measured_epochs,
+)
+from churn_trainer.methods import METHODS, Method
+from churn_trainer.settings import derive_seed, from_mapping, read_settings, to_toml
+from small_study import small_run, small_study
+
+# Seeds --------------------------------------------------------------------------------------------
+
+
+def test_seeds_differ_by_what_and_where_and_follow_from_the_study_s():
+    study = small_study()
+    places = [(draw, *where) for draw in Draw for where in [(0,), (1,), (0, 1), (1, 0), (0, 0, 1)]]
+    seeds = [study.seed_for(*place) for place in places]
+    assert len(set(seeds)) == len(places)
+    assert seeds == [small_study(runs=5).seed_for(*place) for place in places]
+    assert small_study(seed=1).seed_for(*places[0]) != seeds[0]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_study_s_runs_share_the_split_and_differ_in_the_rest():
+    study = small_study()
+    one, other = (study.run(METHODS["skl"], 1, run).seeds for run in (0, 1))
+    assert one.split == other.split
+    for name in ("initialisation", "order", "augmentation", "dropout"):
+        assert getattr(one, name) != getattr(other, name)
+    assert one == study.run(METHODS["baseline"], 1, 0).seeds
+
+
+def test_derived_seeds_are_the_same_in_every_version():
+    assert derive_seed(0) == 7896617691693857887
+    assert derive_seed(3, 1, 2) == 6428070614465573400
+
+
+@pytest.mark.parametrize(
+    ("epochs", "points", "wanted"),
+    [(10, 5, (2, 4, 6, 8, 10)), (3, 20, (1, 2, 3)), (7, 1, (7,)), (5, 2, (2, 5))],
+)
+def test_measured_epochs_end_with_the_last(epochs, points, wanted):
+    assert measured_epochs(epochs, points) == wanted
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: small_study(runs=1), "runs must be at least 2, got 1; churn compares runs"),
+        (lambda: small_study(splits=0), "splits must be at least 1, got 0; with one split"),
+        (lambda: small_study(seed=-1), "seed must be at least 0, got -1; any whole number"),
+        (lambda: small_study(curve_points=0), "curve_points must be at least 1, got 0; the last"),
+        (lambda: small_study(level=1), r"level must be in \(0, 1\), got 1; 0.95 is customary"),
+        (lambda: small_study(methods=()), r"methods must name each .* got \[\]; drop what is"),
+        (lambda: small_study(methods=("skl", "skl")), r"got \['skl', 'skl'\]; drop what is there"),
+        (lambda: Data(train_rows=-1), "data.train_rows must be at least 0, got -1; 0 is the"),
+        (lambda: Model(hidden=(8, 0)), "hidden must be at least 1, got 0; list the widths"),
+        (lambda: Model(dropout=1), r"dropout must be in \[0, 1\), got 1; 0 leaves out none"),
+        (lambda: Optimisation(epochs=0), "epochs must be at least 1, got 0; one epoch is one pass"),
+        (lambda: Optimisation(batch_rows=0), "batch_rows must be at least 1, got 0; 32 is the"),
+        (lambda: Optimisation(learning_rate=0), "learning_rate must be a finite .* above 0, got 0"),
+        (lambda: Optimisation(clip_norm=math.inf), "clip_norm must be a finite .* got inf; 0 lea"),
+        (lambda: Optimisation(momentum=1), r"momentum must be in \[0, 1\), got 1; 0 is plain"),
+        (lambda: Optimisation(weight_decay=-1), "weight_decay must be a finite .* got -1; 0 is no"),
+        (lambda: Optimisation(schedule="steps"), "constant, step, cosine, got 'steps'; did you me"),
+        (lambda: Optimisation(precision="16"), "precision must be one of 32-true, .* got '16'"),
+        (lambda: Optimisation(decay=0), "decay must be a finite number above 0, got 0; 0.1 is"),
+        (lambda: Optimisation(warmup_epochs=-1), "warmup_epochs must be at least 0, got -1; 0 is"),
+        (lambda: Optimisation(nesterov=True, momentum=0), "nesterov must go with a momentum above"),
+        (lambda: Seeds(order=-1), "seeds.order must be at least 0, got -1; any from 0 will do"),
+        (lambda: Synthetic(classes=1), "synthetic.classes must be at least 2, got 1; there is not"),
+        (lambda: Synthetic(patches=3), "synthetic.patches must be at least 4, got 3; two views"),
+        (lambda: Synthetic(noise=-1), "synthetic.noise must be a finite .* got -1; 0.5 is the def"),
+        (lambda: Synthetic(single_view_share=1), r"single_view_share must be in \[0, 1\), got 1"),
+        (lambda: Method(members=0), "method.members must be at least 1, got 0; 1 trains a model"),
+        (lambda: Method(alpha=1), r"method.alpha must be in \[0, 1\), got 1; 1 would leave no"),
+        (lambda: Method(ramp_share=0), r"ramp_share must be in \(0, 1\], got 0; 1 lets ramps"),
+        (lambda: Method(distillation=2), r"distillation must be in \[0, 1\], got 2; 0.5 will do"),
+        (lambda: Method(temperature=0), "temperature must be a finite number above 0, got 0; 1"),
+        (lambda: Method(divergence="kl"), "divergence must be one of skl, l1, ce, got 'kl'; did"),
+        (lambda: Method(ramp="line"), "ramp must be one of none, .* did you mean 'linear'"),
+        (lambda: Method(measured="mean"), "measured must be one of member, ensemble, average, got"),
+        (lambda: Method(beta=1), "beta must be 0 where there is no pair .* got 1; set method.memb"),
+        (
+            lambda: Method(members=2, beta=1, stale_steps=5),
+            "stale_steps must be 0 but for ce .* got 5; set divergence = 'ce'",
+        ),
+        (lambda: Method(members=2, teachers=2), "teachers must be 0 with more .* got 2; set memb"),
+    ],
+)
+def test_wrong_settings_say_what_is_wanted(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimisation": {"epoch": 3}}, "no setting 'optimisation.epoch'; did you mean 'epochs'"),
+        ({"modle": {}}, "there is no setting 'modle'; did you mean 'model'"),
+        ({"zzz": 1}, "there is no setting 'zzz'; there are data, model, method, optimisation"),
+        ({"optimisation": {"epochs": "3"}}, "optimisation.epochs must be a whole number, got '3'"),
+        ({"optimisation": {"epochs": True}}, "epochs must be a whole number, got True; correct"),
+        ({"optimisation": {"momentum": "x"}}, "optimisation.momentum must be a number, got 'x'"),
+        ({"data": {"flip": 1}}, "data.flip must be true or false, got 1; correct its type"),
+        ({"data": {"name": 3}}, "data.name must be a text, got 3; correct its type"),
+        ({"model": {"hidden": 64}}, "model.hidden must be a list, got 64; write it in brackets"),
+        ({"model": {"options": 1}}, "model.options must be a table, got 1; write name = value"),
+        ({"model": 3}, "model must be a table of settings, got 3; see the docs"),
+        ({"data": {"synthetic": {"clases": 3}}}, "'data.synthetic.clases'; did you mean 'classes'"),
+        ({"method": {"name": "skll"}}, "method must be one of baseline, .* did you mean 'skl"),
+        ({"method": {"name": 3}}, "method.name must be a text, got 3; correct its type"),
+    ],
+)
+def test_a_wrong_file_names_the_setting_and_the_nearest(values, message):
+    with pytest.raises(ValueError, match=message):
+        Run.from_mapping(values)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.yaml", b"", r"must end in .toml or .json, got .*run.yaml; rename it"),
+        ("run.toml", b"epochs = ", r"run.toml must hold TOML, got: .*; correct it there"),
+        ("run.json", b"{", r"run.json must hold JSON, got: .*; correct it there"),
+        ("run.json", b"\xff\xfe", r"run.json must hold JSON, got: .*; correct it there"),
+        ("run.json", b"[1]", "run.json must hold tables of settings, got a list"),
+    ],
+)
+def test_a_file_that_is_no_settings_is_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_settings(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"settings file must exist, got .*run.toml; check the"):
+        Run.load(tmp_path / "run.toml")
+
+
+# Reading, writing, naming -------------------------------------------------------------------------
+
+EVERYTHING = Run(
+    data=Data(name="multi-view", synthetic=Synthetic(classes=3)),
+    model=Model(name="timm:resnet18", hidden=(), options={"a": 1, "b": "x"}),
+    method=METHODS["ce-stale"],
+    optimisation=Optimisation(milestones=(3, 5), learning_rate=1e-5, nesterov=True),
+    seeds=Seeds(1, 2, 3, 4, 2**63 - 1),
+)
+
+
+def test_a_run_comes_back_from_toml_and_json(tmp_path):
+    (tmp_path / "run.toml").write_text(to_toml(EVERYTHING))
+    (tmp_path / "run.json").write_text(json.dumps(EVERYTHING.to_mapping()))
+    for name in ("run.toml", "run.json"):
+        again = Run.load(tmp_path / name)
+        assert again == EVERYTHING
+        assert again.id == EVERYTHING.id
+    assert tomllib.loads(to_toml(EVERYTHING)) == EVERYTHING.to_mapping()
+
+
+def test_what_a_file_leaves_out_has_its_default_or_its_method_s():
+    run = Run.from_mapping({"method": {"name": "skl", "beta": 1}, "optimisation": {"epochs": 7}})
+    assert run.method == dataclasses.replace(METHODS["skl"], beta=1.0)
+    assert run.optimisation == Optimisation(epochs=7)
+    assert run.data == Data()
+    assert from_mapping(Run, {}) == Run()
+
+
+def test_an_id_is_the_same_everywhere_and_changes_with_any_setting():
+    assert Run().id == "digits-mlp-baseline-6dab1fccf1a8"
+    others = [
+        dataclasses.replace(Run(), data=Data(flip=True)),
+        dataclasses.replace(Run(), model=Model(hidden=(64,))),
+        dataclasses.replace(Run(), method=Method(label_smoothing=0.1)),
+        dataclasses.replace(Run(), optimisation=Optimisation(momentum=0.8)),
+        *(
+            dataclasses.replace(Run(), seeds=Seeds(**{f.name: 1}))
+            for f in dataclasses.fields(Seeds)
+        ),
+    ]
+    assert len({run.id for run in [Run(), *others]}) == len(others) + 1
+    assert EVERYTHING.id.startswith("multi-view-timm-resnet18-ce-stale-")
+
+
+def test_runs_go_together_when_only_their_seeds_differ():
+    assert small_run().together == small_run(seeds=Seeds(1, 2, 3, 4, 5)).together
+    assert small_run().together != small_run("skl").together
