@@ -131,6 +131,8 @@ def fit(
             training.end_epoch(measured, on_epoch)
         if checkpoint is not None and training.fabric.is_global_zero and checkpoint.due():
             checkpoint.save(training.state())
+    if checkpoint is not None and training.fabric.is_global_zero:
+        checkpoint.save(training.state())  # so that writing the results can be killed too
     return Trained(
         training.members,
         training.evaluate(),
@@ -268,14 +270,16 @@ class _Training:
         self.finite.copy_(state["finite"])
 
     def _find_diverged(self, number: int, loss: Tensor, logits: Tensor | None) -> None:
-        finite = (loss.isfinite() & self.finite).tolist()
+        finite = loss.isfinite() & self.finite
+        if logits is not None:
+            finite &= logits.isfinite().all(dim=2).all(dim=1).to(finite.device)
         late = 2 * number > self.optimisation.epochs
         classes = None if logits is None or not late else logits.argmax(dim=-1)
         for place in range(len(self.runs)):
             if place in self.diverged:
                 continue
             if not finite[place]:
-                self.diverged[place] = f"its loss or gradient is not finite in epoch {number}"
+                self.diverged[place] = f"its loss or gradient is not finite, epoch {number}"
             elif classes is not None and len(classes[place].unique()) == 1:
                 self.diverged[place] = (
                     f"it predicts class {int(classes[place, 0])} for every test row, epoch {number}"

@@ -147,14 +147,24 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
         return
     dataset = load_dataset(kind[0].data)
     size = _runs_together(kind[0], dataset, options)
-    for start in range(0, len(pending), size):
-        group = pending[start : start + size]
+    for start in range(0, len(kind), size):
+        group = kind[start : start + size]
+        if not _checkpoint_path(root, group).exists():  # else they go on as they were
+            group = [run for run in group if run in pending]
+        if not group:
+            continue
         with ExitStack() as locks:
             if fabric.is_global_zero:
                 for run in group:
                     locks.enter_context(RunFolder(root / run.id).locked())
             _Group(group, dataset, root, options, tell, fabric).train()
             fabric.barrier()
+
+
+def _checkpoint_path(root: Path, group: Sequence[Run]) -> Path:
+    if len(group) == 1:
+        return root / group[0].id / CHECKPOINT
+    return root / ".together" / f"{fingerprint([run.id for run in group])}.pt"
 
 
 def _runs_together(run: Run, dataset: Dataset, options: Options) -> int:
@@ -194,7 +204,9 @@ class _Group:
         self.tell(Event("started", self.runs))
         self.boards = [TensorBoard(folder.path) for folder in folders if self.options.tensorboard]
         checkpoint = Checkpoint(
-            self._checkpoint_path(), [run.id for run in self.runs], self.options.checkpoint_seconds
+            _checkpoint_path(self.root, self.runs),
+            [run.id for run in self.runs],
+            self.options.checkpoint_seconds,
         )
         began = time.perf_counter()
         optimisation = self.runs[0].optimisation
@@ -239,11 +251,6 @@ class _Group:
         if self.runs:
             self.train()
 
-    def _checkpoint_path(self) -> Path:
-        if len(self.runs) == 1:
-            return self.folders[0].path / CHECKPOINT
-        return self.root / ".together" / f"{fingerprint([run.id for run in self.runs])}.pt"
-
     def _on_epoch(self, epoch: Epoch) -> list[dict[str, Any]]:
         """One row of curves for each run."""
         rows = []
@@ -253,9 +260,9 @@ class _Group:
                 "learning_rate": epoch.learning_rate,
                 "train_cross_entropy": float(epoch.cross_entropy[place]),
             }
-            measured = (
-                {} if epoch.logits is None else measure(epoch.logits[place], epoch.labels[place])
-            )
+            measured: dict[str, float] = {}
+            if epoch.logits is not None and place not in epoch.diverged:
+                measured = measure(epoch.logits[place], epoch.labels[place])
             for name in MEASURED:
                 row[f"test_{name}"] = measured.get(name, "")
             rows.append(row)
@@ -268,6 +275,8 @@ class _Group:
 
     def _write(self, trained: Trained, seconds: float) -> None:
         for place, (run, folder) in enumerate(zip(self.runs, self.folders, strict=True)):
+            if folder.done:
+                continue  # written before the others' writing was killed
             folder.write_curves([rows[place] for rows in trained.history])
             if place in trained.diverged:
                 self._diverged(run, folder, trained.diverged[place])

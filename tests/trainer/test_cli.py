@@ -1,14 +1,21 @@
 """The command line: what it prints, what it refuses, and how it is interrupted."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 
 import pytest
 from churn_trainer import cli
+from churn_trainer.config import Data, Model, Optimisation, Run, Seeds, Synthetic
+from churn_trainer.data import DATASETS
 from churn_trainer.loop import TrainingDiverged
-from churn_trainer.methods import METHODS
+from churn_trainer.methods import METHODS, Method
+from churn_trainer.models import NETWORKS
+from churn_trainer.run_folder import Busy, read_runs
 from typer.testing import CliRunner
 
 SMALL = ["digits", "--runs", "2", "--splits", "1", "--epochs", "1", "--train-rows", "40"]
@@ -132,3 +139,131 @@ def test_methods_are_listed():
     for method in METHODS.values():
         assert method.name in done.output
         assert method.source in done.output
+
+
+# churn-train train --------------------------------------------------------------------------------
+
+TINY = ["--data-train-rows", "60", "--epochs", "2", "--model-hidden", "8"]
+
+
+def train(out, *arguments):
+    line = ["train", "--out", out, "--accelerator", "cpu", *TINY, *arguments]
+    return CliRunner().invoke(cli.app, list(map(str, line)))
+
+
+def test_train_makes_runs_says_so_and_does_not_repeat_them(tmp_path):
+    done = train(tmp_path, "--method", "skl", "--runs", 2)
+    assert done.exit_code == 0, done.output
+    assert one_line(done.stderr).count("finished digits-mlp-skl-") == 2
+    runs = [folder.run() for folder in read_runs(tmp_path)]
+    assert sorted(run.seeds.order for run in runs) == [0, 1]
+    again = train(tmp_path, "--method", "skl", "--runs", 3)
+    assert one_line(again.stderr).count("skipped ") == 2
+    assert one_line(again.stderr).count("finished ") == 1
+
+
+def test_every_setting_of_a_run_is_an_option():
+    given = {
+        "data": ("--data", "multi-view"),
+        "data.path": ("--data-path", "x"),
+        "data.flip": ("--data-flip",),
+        "data.synthetic.classes": ("--synthetic-classes", 3),
+        "model": ("--model", "cnn"),
+        "model.hidden": ("--model-hidden", 5, "--model-hidden", 6),
+        "method": ("--method", "entropy"),
+        "method.alpha": ("--method-alpha", 0.25),
+        "method.renormalize": ("--no-method-renormalize-top-k",),
+        "optimisation": ("--milestones", 1, "--milestones", 2, "--nesterov"),
+        "seeds": ("--seed", 7, "--seed-order", 3),
+    }
+    done = CliRunner().invoke(
+        cli.app, ["train", "--show", *map(str, [x for part in given.values() for x in part])]
+    )
+    assert done.exit_code == 0, done.output
+    assert Run.from_mapping(tomllib.loads(done.stdout)) == Run(
+        data=Data(name="multi-view", path="x", flip=True, synthetic=Synthetic(classes=3)),
+        model=Model(name="cnn", hidden=(5, 6)),
+        method=replace(METHODS["entropy"], alpha=0.25, renormalize_top_k=False),
+        optimisation=Optimisation(milestones=(1, 2), nesterov=True),
+        seeds=Seeds(7, 7, 3, 7, 7),
+    )
+
+
+def test_help_names_every_setting_and_its_default():
+    done = CliRunner().invoke(cli.app, ["train", "--help"], env={"COLUMNS": "250"})
+    assert done.exit_code == 0
+    for kind in (Data, Synthetic, Model, Method, Optimisation, Seeds):
+        for field in dataclasses.fields(kind):
+            if "help" in field.metadata and field.name != "options":
+                words = one_line(done.output.replace("│", " "))
+                assert field.metadata["help"].split(".")[0] in words, field.name
+    assert "Default: 0.02." in done.output
+    assert "Default: 64 64." in done.output
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        "[method]\nname = 'l1'\nbeta = 1.0\n[optimisation]\nepochs = 9\n[seeds]\norder = 5\n"
+    )
+    line = ["train", "--show", "--config", tmp_path / "run.toml", "--epochs", 4]
+    done = CliRunner().invoke(cli.app, list(map(str, line)))
+    run = Run.from_mapping(tomllib.loads(done.stdout))
+    assert run.method == replace(METHODS["l1"], beta=1.0)
+    assert run.optimisation.epochs == 4
+    assert run.seeds == Seeds(order=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--runs", 0), "runs must be at least 1, got 0; 1 is the default"),
+        (("--method", "skll"), "did you mean 'skl"),
+        (("--data", "cifar"), "data.name must be one of digits"),
+        (("--data", "folder"), "data.path must be a folder of images, got ''"),
+        (("--model", "cnnn"), "did you mean 'cnn'?"),
+        (("--model", "os:system"), "pass --trust os (trust=['os'] in Python)"),
+        (("--config", "nowhere.toml"), "the settings file must exist, got nowhere.toml; check"),
+        (("--data-train-rows", 5), "train_rows must be in [10, 1787], got 5"),
+    ],
+)
+def test_train_explains_wrong_settings(arguments, message, tmp_path):
+    done = train(tmp_path / "out", *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in one_line(done.stderr)
+    assert "Traceback" not in done.output
+
+
+def test_a_diverged_run_has_an_exit_status(tmp_path):
+    done = train(tmp_path, "--learning-rate", "1e30", "--clip-norm", 0)
+    assert done.exit_code == 1
+    assert "diverged digits-mlp-baseline-" in one_line(done.stderr)
+    assert "its loss or gradient is not finite" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last"),
+        (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
+        (Busy("it is busy"), 2, "it is busy"),
+    ],
+)
+def test_what_stops_a_training_has_a_message_and_a_status(
+    error, status, message, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "train", fail)
+    done = train(tmp_path)
+    assert done.exit_code == status
+    assert message in one_line(done.stderr)
+
+
+@pytest.mark.parametrize(("name", "table"), [("data", DATASETS), ("models", NETWORKS)])
+def test_data_sets_and_networks_are_listed(name, table):
+    done = CliRunner().invoke(cli.app, [name])
+    assert done.exit_code == 0
+    for key, (description, _) in table.items():
+        assert key in done.output
+        assert description.split(";")[0] in one_line(done.output)

@@ -211,7 +211,7 @@ def test_a_run_that_diverges_is_named_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(loop, "build_members", broken)
     told = []
     trained = fit(runs, DIGITS, on_epoch=told.append)
-    assert trained.diverged == {1: "its loss or gradient is not finite in epoch 1"}
+    assert trained.diverged == {1: "its loss or gradient is not finite, epoch 1"}
     assert told[0].diverged == trained.diverged
     assert len(told) == 3
     for place in (0, 2):
