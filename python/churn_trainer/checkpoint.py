@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ class Checkpoint:
         return content["state"]
 
     def remove(self) -> None:
-        """Deletes the file, which a finished training has no use for."""
+        """Deletes the file, which a finished training has no use for, and its folder if empty."""
         self.path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
 
 
 def save_tensors(path: Path, content: Any) -> None:

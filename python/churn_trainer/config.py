@@ -9,6 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from churn_kernels.modes import MODES
 from churn_trainer.methods import Method
 from churn_trainer.settings import (
     at_least,
@@ -120,6 +121,9 @@ class Optimisation:
         (), "Schedule `step`: epochs at which the step size drops."
     )
     decay: float = setting(0.1, "Schedule `step`: what it is multiplied with at each of them.")
+    reduction_mode: str = setting(
+        "default", "Of the losses: fast, run_to_run, invariant, exact; default: the library's."
+    )
     precision: str = setting(
         "32-true", "Lightning's word: 32-true, 64-true, bf16-mixed, bf16-true."
     )
@@ -135,6 +139,7 @@ class Optimisation:
         at_least("warmup_epochs", self.warmup_epochs, 0, "0 is none")
         positive("decay", self.decay, "0.1 is the default")
         one_of("precision", self.precision, PRECISIONS)
+        one_of("reduction_mode", self.reduction_mode, ("default", *MODES))
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov must go with a momentum above 0, got 0; set momentum")
 
@@ -169,6 +174,12 @@ class Run:
         """Data, model, method and the fingerprint of every setting: the name of its folder."""
         model = self.model.name.replace(":", "-").replace("/", "-")
         return f"{self.data.name}-{model}-{self.method.name}-{fingerprint(self)}"
+
+    @property
+    def mode(self) -> str | None:
+        """The losses' `mode` argument; None: the library's default."""
+        mode = self.optimisation.reduction_mode
+        return None if mode == "default" else mode
 
     @property
     def together(self) -> str:

@@ -195,7 +195,12 @@ class _Training:
             others = None if fixed is None else fixed(inputs).flatten(1, 2)
         # Runs share no weights: summed over their rows, each gets the gradient it has alone.
         total = objective(
-            self.method, self.step / self.ramp_steps, logits.flatten(1, 2), labels.flatten(), others
+            self.method,
+            self.step / self.ramp_steps,
+            logits.flatten(1, 2),
+            labels.flatten(),
+            others,
+            self.runs[0].mode,
         )
         # Processes average their gradients; each loss is over the whole minibatch's rows.
         self.fabric.backward(total * (self.ranks / rows))
@@ -206,7 +211,7 @@ class _Training:
 
         predicted = measured_logits(self.method, logits.detach())
         cross_entropy = ck.regularized_cross_entropy(
-            predicted.flatten(0, 1), labels.flatten(), reduction="none"
+            predicted.flatten(0, 1), labels.flatten(), reduction="none", mode=self.runs[0].mode
         )
         self.loss += cross_entropy.view_as(labels).sum(dim=1)
         self.finite &= norms.isfinite().all(dim=0)

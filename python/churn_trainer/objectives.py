@@ -14,7 +14,12 @@ from churn_trainer.methods import Method
 
 
 def objective(
-    method: Method, progress: float, logits: Tensor, target: Tensor, others: Tensor | None = None
+    method: Method,
+    progress: float,
+    logits: Tensor,
+    target: Tensor,
+    others: Tensor | None = None,
+    mode: str | None = None,
 ) -> Tensor:
     """The sum over rows of what `method` minimises at `progress` t / t0 of its ramp.
 
@@ -22,29 +27,34 @@ def objective(
         logits: (K, N, C) of the members.
         target: (N,) int64 labels.
         others: (M, N, C) held fixed: of the teachers, or of the stale members.
+        mode: reduction mode; None: the library's default.
     """
     if method.measured == "average":
-        return average(method, progress, logits, target)
+        return average(method, progress, logits, target, mode)
     if method.teachers:
         assert others is not None
-        return distillation(method, logits, target, others)
+        return distillation(method, logits, target, others, mode)
     weight = method.loss_options(progress)["beta"]
     if others is not None and weight:
-        return stale_codistillation(method, weight, logits, target, others)
-    return codistillation(method, progress, logits, target)
+        return stale_codistillation(method, weight, logits, target, others, mode)
+    return codistillation(method, progress, logits, target, mode)
 
 
-def codistillation(method: Method, progress: float, logits: Tensor, target: Tensor) -> Tensor:
+def codistillation(
+    method: Method, progress: float, logits: Tensor, target: Tensor, mode: str | None
+) -> Tensor:
     """sum_k [(1 - alpha) CE_k + alpha R_k] + beta mean over pairs of D.
 
     Bhojanapalli et al. 2021, Eq. 19. With K = 1 or beta = 0 the baseline, a regulariser, or an
     ensemble; with D = "ce" each model's gradient holds the others fixed (Anil et al. 2018).
     """
-    return ck.codistillation_loss(logits, target, reduction="sum", **method.loss_options(progress))
+    return ck.codistillation_loss(
+        logits, target, reduction="sum", mode=mode, **method.loss_options(progress)
+    )
 
 
 def stale_codistillation(
-    method: Method, beta: float, logits: Tensor, target: Tensor, stale: Tensor
+    method: Method, beta: float, logits: Tensor, target: Tensor, stale: Tensor, mode: str | None
 ) -> Tensor:
     """sum_k [CE_k + (2 beta / K) KL(mean of the other members' earlier selves || p_k)].
 
@@ -63,11 +73,14 @@ def stale_codistillation(
             temperature=method.temperature,
             label_smoothing=method.label_smoothing,
             reduction="sum",
+            mode=mode,
         )
     return total
 
 
-def distillation(method: Method, logits: Tensor, target: Tensor, teachers: Tensor) -> Tensor:
+def distillation(
+    method: Method, logits: Tensor, target: Tensor, teachers: Tensor, mode: str | None
+) -> Tensor:
     """(1 - l) CE + l T^2 KL(mean of the teachers' softmax(t / T) || softmax(s / T)) (Hinton)."""
     return ck.distillation_loss(
         logits[0],
@@ -77,13 +90,16 @@ def distillation(method: Method, logits: Tensor, target: Tensor, teachers: Tenso
         temperature=method.temperature,
         label_smoothing=method.label_smoothing,
         reduction="sum",
+        mode=mode,
     )
 
 
-def average(method: Method, progress: float, logits: Tensor, target: Tensor) -> Tensor:
+def average(
+    method: Method, progress: float, logits: Tensor, target: Tensor, mode: str | None
+) -> Tensor:
     """The loss of the mean logits (F_1 + ... + F_K) / K (Allen-Zhu and Li 2020)."""
     return ck.codistillation_loss(
-        [logits.mean(dim=0)], target, reduction="sum", **method.loss_options(progress)
+        [logits.mean(dim=0)], target, reduction="sum", mode=mode, **method.loss_options(progress)
     )
 
 

@@ -24,7 +24,7 @@ from churn_trainer.loop import Epoch, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, seeded, stackable
 from churn_trainer.models import build_model
 from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, RunFolder
-from churn_trainer.settings import fingerprint
+from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
 MEASURED = ("accuracy", "cross_entropy", "confidence", "entropy", "ece")
@@ -71,6 +71,12 @@ class Options:
     checkpoint_seconds: float = 60.0
     tensorboard: bool = False
     trust: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        one_of("accelerator", self.accelerator, ("cpu", "cuda", "auto"))
+        at_least("devices", self.devices, 1, "1 trains in this process")
+        at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
+        not_negative("checkpoint_seconds", self.checkpoint_seconds, "0 saves after every step")
 
 
 def train(
@@ -309,5 +315,5 @@ class _Group:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "churn-kernels": metadata.version("churn-kernels"),
-            "reduction_mode": ck.get_reduction_mode(),
+            "reduction_mode": self.runs[0].mode or ck.get_reduction_mode(),
         }

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from churn_trainer.config import Data, Run, Seeds, Synthetic
+from churn_trainer.config import Data, Optimisation, Run, Seeds, Synthetic
 from churn_trainer.data import DATASETS, digits, images, load_dataset, split_rows
 from churn_trainer.data.batches import Batches, augment, hash_integers, moments
 from churn_trainer.data.dataset import Dataset
@@ -191,12 +191,20 @@ def test_a_folder_with_its_own_test_part(tmp_path):
 
 
 def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
-    write_folder(tmp_path)
-    data = Data(name="folder", path=str(tmp_path), image_size=8)
-    at_once = load_dataset(data).fetch(torch.tensor([5, 2]))
+    write_folder(tmp_path, count=9)
+    data = Data(name="folder", path=str(tmp_path), image_size=8, flip=True)
+    early = load_dataset(data)
     monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
     late = load_dataset(data)
-    assert torch.equal(late.fetch(torch.tensor([5, 2])), at_once)
+    assert (early.in_memory, late.in_memory) == (True, False)
+    rows = torch.tensor([5, 2])
+    assert torch.equal(late.fetch(rows), early.fetch(rows))
+    # Minibatches that are read ahead are the ones that are asked for, in whatever order.
+    run = Run(data=data, optimisation=Optimisation(batch_rows=4))
+    one, other = batches(run, dataset=early), batches(run, dataset=late)
+    for step in (0, 1, 2, 7, 3, 4):
+        for part, same in zip(one.train(step), other.train(step), strict=True):
+            assert torch.equal(torch.as_tensor(part), torch.as_tensor(same))
     (tmp_path / "cat" / "0.png").unlink()
     with pytest.raises(FileNotFoundError):
         late.fetch(torch.tensor([0]))

@@ -303,6 +303,20 @@ def test_batch_norm_and_dropout_go_on_with_the_same_bits(tmp_path):
     assert torch.equal(fit([run], dataset, checkpoint=checkpoint).logits, whole.logits)
 
 
+def test_losses_are_computed_in_the_run_s_mode(monkeypatch):
+    modes = []
+
+    def spy(*arguments, mode, **options):
+        modes.append(mode)
+        return codistillation_loss(*arguments, mode=mode, **options)
+
+    monkeypatch.setattr("churn_kernels.codistillation_loss", spy)
+    exact = small_run("skl", optimisation=Optimisation(epochs=1, reduction_mode="exact"))
+    fit([exact], DIGITS)
+    fit([small_run("skl", optimisation=Optimisation(epochs=1))], DIGITS)
+    assert modes == ["exact"] * 2 + [None] * 2
+
+
 def test_lower_precision_trains_too():
     run = small_run(optimisation=Optimisation(epochs=20, precision="bf16-mixed"))
     trained = fit([run], DIGITS, fabric=loop.make_fabric("bf16-mixed"))

@@ -18,6 +18,7 @@ from churn_trainer.config import (
 )
 from churn_trainer.methods import METHODS, Method
 from churn_trainer.settings import derive_seed, from_mapping, read_settings, to_toml
+from churn_trainer.train import Options
 from small_study import small_run, small_study
 
 # Seeds --------------------------------------------------------------------------------------------
@@ -79,6 +80,11 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         (lambda: Optimisation(weight_decay=-1), "weight_decay must be a finite .* got -1; 0 is no"),
         (lambda: Optimisation(schedule="steps"), "constant, step, cosine, got 'steps'; did you me"),
         (lambda: Optimisation(precision="16"), "precision must be one of 32-true, .* got '16'"),
+        (lambda: Optimisation(reduction_mode="x"), "mode must be one of default, fast, .* got 'x'"),
+        (lambda: Options(accelerator="gpu"), "accelerator must be one of cpu, cuda, auto, got 'gp"),
+        (lambda: Options(devices=0), "devices must be at least 1, got 0; 1 trains in this process"),
+        (lambda: Options(curve_points=0), "curve_points must be at least 1, got 0; the last point"),
+        (lambda: Options(checkpoint_seconds=-1), "seconds must be a finite .* got -1; 0 saves aft"),
         (lambda: Optimisation(decay=0), "decay must be a finite number above 0, got 0; 0.1 is"),
         (lambda: Optimisation(warmup_epochs=-1), "warmup_epochs must be at least 0, got -1; 0 is"),
         (lambda: Optimisation(nesterov=True, momentum=0), "nesterov must go with a momentum above"),
@@ -183,7 +189,7 @@ def test_what_a_file_leaves_out_has_its_default_or_its_method_s():
 
 
 def test_an_id_is_the_same_everywhere_and_changes_with_any_setting():
-    assert Run().id == "digits-mlp-baseline-6dab1fccf1a8"
+    assert Run().id == "digits-mlp-baseline-e5fb85fb98df"
     others = [
         dataclasses.replace(Run(), data=Data(flip=True)),
         dataclasses.replace(Run(), model=Model(hidden=(64,))),

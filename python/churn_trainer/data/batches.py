@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,17 @@ from churn_trainer.settings import derive_seed
 
 STATISTICS_ROWS = 10_000
 """Mean and deviation are taken over at most this many training rows, evenly spaced."""
+
+
+class Minibatch(NamedTuple):
+    """What one process sees of a minibatch."""
+
+    inputs: Tensor
+    """(R, B, *shape), standardised."""
+    labels: Tensor
+    """(R, B) int64."""
+    rows: int
+    """Rows of each run's whole minibatch, over all processes."""
 
 
 class Batches:
@@ -57,12 +70,23 @@ class Batches:
         self.scale = torch.stack([moments[seed][1] for seed in seeds])[:, None].to(device)
         self.steps = math.ceil(self.train_rows.shape[1] / self.batch_rows)
         self._epoch, self._order = -1, self.train_rows
+        self._thread = None if dataset.in_memory else ThreadPoolExecutor(1, "minibatches")
+        self._ahead: tuple[int, Future[Minibatch]] | None = None
 
-    def train(self, step: int) -> tuple[Tensor, Tensor, int]:
+    def train(self, step: int) -> Minibatch:
         """This process's share of minibatch `step`, from 0, counted through all epochs.
 
-        Returns: inputs (R, B, *shape), labels (R, B) int64, and the rows of the whole minibatch.
+        Images that are not in memory are read one minibatch ahead, while the model works.
         """
+        if self._thread is None:
+            return self._train(step)
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._thread.submit(self._train, step)
+        batch = self._ahead[1].result()
+        self._ahead = step + 1, self._thread.submit(self._train, step + 1)
+        return batch
+
+    def _train(self, step: int) -> Minibatch:
         epoch, place = divmod(step, self.steps)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
@@ -74,7 +98,8 @@ class Batches:
             draws = hash_integers(seeds, torch.tensor(epoch), own).to(self.device)
             images = augment(inputs.flatten(0, 1), draws.flatten(), self.data)
             inputs = images.unflatten(0, own.shape)
-        return self._standardised(inputs), self.dataset.labels[own].to(self.device), rows.shape[1]
+        labels = self.dataset.labels[own].to(self.device)
+        return Minibatch(self._standardised(inputs), labels, rows.shape[1])
 
     def test(self, rows: slice) -> Tensor:
         """Inputs of some test rows, (R, b, *shape); cut to the middle where training crops."""

@@ -21,6 +21,7 @@ class Dataset:
         is_image: whether inputs can be cropped and mirrored.
         per_pixel: standardise every number of the input by itself, or each channel as a whole.
         test_start: rows from this one on are the data set's own test rows; 0: it has none.
+        in_memory: whether fetching is a copy; else minibatches are fetched one ahead.
         default_rows: training rows where nothing is said and there are no test rows; 0: 4/5 of all.
     """
 
@@ -33,6 +34,7 @@ class Dataset:
     per_pixel: bool = False
     test_start: int = 0
     default_rows: int = 0
+    in_memory: bool = True
 
     def __post_init__(self) -> None:
         if not self.default_rows:

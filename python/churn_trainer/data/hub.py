@@ -115,12 +115,14 @@ def load_hub(data: Data, source: Source) -> Dataset:
         part, place = (train, row) if row < len(train) else (test, row - len(train))
         return part[place][source.image]
 
+    fetch, in_memory = image_fetch(len(labels), size, open_image)
     return Dataset(
         title=f"{data.name} ({size} x {size} pixels, {classes} classes)",
         labels=labels,
         classes=classes,
         shape=(3, size, size),
-        fetch=image_fetch(len(labels), size, open_image),
+        fetch=fetch,
+        in_memory=in_memory,
         is_image=True,
         test_start=len(train),
     )

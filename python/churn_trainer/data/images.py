@@ -40,8 +40,8 @@ def to_square(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
 
 def image_fetch(
     count: int, size: int, open_image: Callable[[int], Image.Image]
-) -> Callable[[Tensor], Tensor]:
-    """A `Dataset.fetch` for pictures that `open_image` opens by their number, several at a time."""
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """`Dataset.fetch` and `in_memory`, for pictures that `open_image` opens by their number."""
     pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="images")
 
     def read(rows: Sequence[int]) -> Tensor:
@@ -51,8 +51,8 @@ def image_fetch(
     if count * 3 * size * size <= IN_MEMORY_BYTES:
         everything = read(range(count))
         pool.shutdown()
-        return everything.__getitem__
-    return lambda rows: read(rows.tolist())
+        return everything.__getitem__, True
+    return lambda rows: read(rows.tolist()), False
 
 
 def load_folder(data: Data) -> Dataset:
@@ -89,12 +89,14 @@ def load_folder(data: Data) -> Dataset:
             )
         test_start, files, labels = len(files), files + more, labels + more_labels
     size = data.image_size
+    fetch, in_memory = image_fetch(len(files), size, lambda row: _open(files[row]))
     return Dataset(
         title=f"{root.name} ({size} x {size} pixels, {len(classes)} classes)",
         labels=torch.tensor(labels),
         classes=len(classes),
         shape=(3, size, size),
-        fetch=image_fetch(len(files), size, lambda row: _open(files[row])),
+        fetch=fetch,
+        in_memory=in_memory,
         is_image=True,
         test_start=test_start,
     )
