@@ -14,7 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from typing_extensions import override
 
 from churn_trainer.config import Draw, Run
-from churn_trainer.models import build_model
+from churn_trainer.models import build_model, check_logits
 from churn_trainer.settings import derive_seed
 
 STACKED_PARAMETERS = 1_000_000
@@ -208,6 +208,7 @@ def build_members(
         classes: C.
         trust: see `build_model`.
         rank: see `Separate`.
+    Raises: ValueError if the model does not fit the data; as `build_model`.
     """
     method = runs[0].method
     networks = []
@@ -216,6 +217,7 @@ def build_members(
             place = method.teachers + member
             with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
                 networks.append(build_model(run.model, shape, classes, trust))
+    check_logits(runs[0].model.name, networks[0], shape, classes)
     if len(networks) > 1 and stackable(networks[0]):
         return Stacked(networks, method.members, len(runs))
     seeds = [run.seeds.dropout for run in runs]

@@ -8,7 +8,7 @@ import torch
 from churn_trainer import models
 from churn_trainer.config import Model, Seeds
 from churn_trainer.members import Separate, Stacked, build_members, seeded, stackable
-from churn_trainer.models import NETWORKS, build_model
+from churn_trainer.models import NETWORKS, build_model, check_logits
 from small_study import small_run
 from torch import nn
 
@@ -111,7 +111,11 @@ def test_building_leaves_the_generator_where_it_was():
 )
 def test_models_that_cannot_be_are_explained(settings, shape, message, mine):
     with pytest.raises(ValueError, match=message):
-        build_model(Model(**settings), shape, 3, trust=["mine"])
+        checked(Model(**settings), shape, 3, trust=["mine"])
+
+
+def checked(model, shape, classes, trust):
+    check_logits(model.name, build_model(model, shape, classes, trust), shape, classes)
 
 
 @pytest.fixture
@@ -131,7 +135,7 @@ def test_a_network_of_one_s_own(mine):
     assert isinstance(model, nn.Linear)
     assert model.weight.shape == (3, 4)
     with pytest.raises(ValueError, match=r"to logits \(2, 3\), got \(2, 6\)"):
-        build_model(Model(name="mine:Linear", options={"scale": 2}), (4,), 3, trust=["mine"])
+        checked(Model(name="mine:Linear", options={"scale": 2}), (4,), 3, trust=["mine"])
 
 
 def test_code_that_is_not_trusted_is_not_imported(tmp_path, monkeypatch):

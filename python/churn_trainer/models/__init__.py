@@ -56,7 +56,7 @@ def build_model(model: Model, shape: Shape, classes: int, trust: Sequence[str] =
         classes: C.
         trust: packages whose code may be imported for `package.module:Name`. A settings file can
             name any; nothing is imported that the caller did not name here.
-    Raises: ValueError for a name that is unknown, not trusted, or does not map to (B, C) logits.
+    Raises: ValueError for a name that is unknown or not trusted.
     """
     if model.name in NETWORKS:
         _refuse_options(model)
@@ -70,8 +70,30 @@ def build_model(model: Model, shape: Shape, classes: int, trust: Sequence[str] =
         raise ValueError(
             f"model.name must be one of {', '.join(NETWORKS)}, got {model.name!r}; {hint}"
         )
-    _check_logits(model.name, network, shape, classes)
     return network
+
+
+def check_logits(name: str, network: nn.Module, shape: Shape, classes: int) -> None:
+    """One pass over zeros, in evaluation, which changes neither weights nor statistics.
+
+    Raises: ValueError unless the network maps (B, *shape) inputs to (B, classes) logits.
+    """
+    training = network.training
+    try:
+        with torch.no_grad():
+            got = tuple(network.eval()(torch.zeros(2, *shape)).shape)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"model {name} must take inputs of shape {shape}, got: {error}; choose another model, "
+            "or other images with data.image_size"
+        ) from None
+    finally:
+        network.train(training)
+    if got != (2, classes):
+        raise ValueError(
+            f"model {name} must map 2 inputs to logits (2, {classes}), got {got}; "
+            f"give it {classes} outputs, one a class"
+        )
 
 
 def _refuse_options(model: Model) -> None:
@@ -113,23 +135,3 @@ def _from_timm(model: Model, shape: Shape, classes: int) -> nn.Module:
     return timm.create_model(
         name, pretrained=False, num_classes=classes, in_chans=shape[0], **options
     )
-
-
-def _check_logits(name: str, network: nn.Module, shape: Shape, classes: int) -> None:
-    """One pass over zeros, in evaluation, which changes neither weights nor statistics."""
-    training = network.training
-    try:
-        with torch.no_grad():
-            got = tuple(network.eval()(torch.zeros(2, *shape)).shape)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"model {name} must take inputs of shape {shape}, got: {error}; choose another model, "
-            "or other images with data.image_size"
-        ) from None
-    finally:
-        network.train(training)
-    if got != (2, classes):
-        raise ValueError(
-            f"model {name} must map 2 inputs to logits (2, {classes}), got {got}; "
-            f"give it {classes} outputs, one a class"
-        )
