@@ -1,0 +1,42 @@
+"""What docs/trainer.md shows works."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from churn_trainer.config import Run, Seeds
+from churn_trainer.data import DATASETS
+from churn_trainer.methods import METHODS
+from churn_trainer.models import NETWORKS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    assert len(blocks("python")) == 2
+    for block in blocks("python"):
+        exec(compile(block, "docs/trainer.md", "exec"), namespace)
+    assert capsys.readouterr().out.count("digits-mlp-skl-") == 2
+    assert len(namespace["finished"]) == 2
+    assert float(namespace["report"].churn[0, 1]) > 0
+
+
+def test_the_settings_file_is_one():
+    (text,) = blocks("toml")
+    run = Run.from_mapping(tomllib.loads(text))
+    assert run.method.label == "SKL co-distillation, beta 1.0"
+    assert run.optimisation.milestones == (200, 300, 400)
+    assert run.seeds == Seeds(initialisation=3)
+
+
+@pytest.mark.parametrize("table", [METHODS, DATASETS, NETWORKS])
+def test_every_name_is_on_the_page(table):
+    for name in table:
+        assert re.search(rf"\b{re.escape(name.removesuffix('-top5'))}\b", PAGE), name
