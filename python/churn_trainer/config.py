@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from churn_kernels.modes import MODES
-from churn_trainer.methods import Method
+from churn_trainer.methods import METHODS, Method
 from churn_trainer.settings import (
     at_least,
     derive_seed,
@@ -168,6 +168,9 @@ class Run:
     method: Method = field(default_factory=Method)
     optimisation: Optimisation = field(default_factory=Optimisation)
     seeds: Seeds = field(default_factory=Seeds)
+
+    def __post_init__(self) -> None:
+        one_of("method.name", self.method.name, METHODS, "take the one it is made from")
 
     @property
     def id(self) -> str:

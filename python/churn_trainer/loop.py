@@ -77,13 +77,21 @@ def make_fabric(precision: Any = "32-true", accelerator: str = "cpu", devices: i
         precision: of the networks' arithmetic, in Lightning's words.
         accelerator: "cpu", "cuda", or "auto".
         devices: processes on this machine; each has a device.
+    Raises: ValueError if the machine has no such devices.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
 
     strategy = "ddp" if devices > 1 else "auto"
-    fabric = Fabric(
-        accelerator=accelerator, devices=devices, precision=precision, strategy=strategy
-    )
+    try:
+        fabric = Fabric(
+            accelerator=accelerator, devices=devices, precision=precision, strategy=strategy
+        )
+    except (RuntimeError, MisconfigurationException) as error:
+        raise ValueError(
+            f"accelerator must be one of this machine's, with {devices} devices, got "
+            f"{accelerator!r}: {error}; cpu is always there"
+        ) from None
     fabric.launch()
     return fabric
 

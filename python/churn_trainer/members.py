@@ -14,7 +14,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from typing_extensions import override
 
 from churn_trainer.config import Draw, Run
-from churn_trainer.models import build_model, check_logits
+from churn_trainer.models import NETWORKS, build_model, check_logits
 from churn_trainer.settings import derive_seed
 
 STACKED_PARAMETERS = 1_000_000
@@ -133,7 +133,7 @@ class Separate(Members):
     Args:
         networks: the M networks.
         members, runs: K and R.
-        seeds: of the dropout of each run.
+        seeds: of the dropout of each run; None: there is none.
         rank: this process among several, whose dropout is its own.
     """
 
@@ -142,13 +142,12 @@ class Separate(Members):
         networks: Sequence[nn.Module],
         members: int,
         runs: int,
-        seeds: Sequence[int],
+        seeds: Sequence[int] | None = None,
         rank: int = 0,
     ):
         super().__init__(members, runs)
         self.networks = nn.ModuleList(networks)
-        self.seeds, self.rank = list(seeds), rank
-        self.random = any(map(_has_dropout, networks))
+        self.seeds, self.rank = seeds, rank
 
     @override
     def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
@@ -182,7 +181,7 @@ class Separate(Members):
 
     def _logits(self, member: int, run: int, inputs: Tensor) -> Tensor:
         network = self._network(member, run)
-        if not (self.random and self.training):
+        if self.seeds is None or not self.training:
             return network(inputs)
         seed = derive_seed(self.seeds[run], Draw.DROPOUT, self.step, member, self.rank)
         with seeded(seed, inputs.device):
@@ -218,20 +217,30 @@ def build_members(
             with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
                 networks.append(build_model(run.model, shape, classes, trust))
     check_logits(runs[0].model.name, networks[0], shape, classes)
-    if len(networks) > 1 and stackable(networks[0]):
+    if len(networks) > 1 and stackable(networks[0], shape):
         return Stacked(networks, method.members, len(runs))
     seeds = [run.seeds.dropout for run in runs]
-    return Separate(networks, method.members, len(runs), seeds, rank)
+    random = runs[0].model.name not in NETWORKS or _has_dropout(networks[0])
+    return Separate(networks, method.members, len(runs), seeds if random else None, rank)
 
 
-def stackable(network: nn.Module) -> bool:
-    """Whether `torch.func` may compute it in a stack: small, no running statistics, no dropout."""
+def stackable(network: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether `torch.func` can compute it in a stack: small, no running statistics, no dropout.
+
+    What else it may not do, such as to branch on its values, shows when it is tried on zeros.
+    """
     normalised = any(
         isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
         for module in network.modules()
     )
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    return not normalised and not _has_dropout(network) and parameters <= STACKED_PARAMETERS
+    if normalised or _has_dropout(network) or parameters > STACKED_PARAMETERS:
+        return False
+    try:
+        Stacked([network], 1, 1)(torch.zeros(1, 2, *shape))
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _has_dropout(network: nn.Module) -> bool:

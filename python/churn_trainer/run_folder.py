@@ -64,12 +64,15 @@ class RunFolder:
     def metrics(self) -> dict[str, Any]:
         """What was measured on the test rows, `status`, `message`, and the environment."""
         try:
-            return json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+            metrics = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
+            if metrics["status"] not in (FINISHED, DIVERGED):
+                raise ValueError(f"status {metrics['status']!r}")
+            return metrics
         except FileNotFoundError:
             raise ValueError(f"{self.path} must hold a run that has ended; train it") from None
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path / METRICS} must hold JSON, got: {error}; delete it"
+                f"{self.path / METRICS} must hold the metrics of a run, got: {error}; delete it"
             ) from None
 
     def logits(self) -> tuple[Tensor, Tensor]:

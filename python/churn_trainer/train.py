@@ -22,7 +22,7 @@ from churn_trainer.data import load_dataset
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, seeded, stackable
-from churn_trainer.models import build_model
+from churn_trainer.models import build_model, check_logits
 from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, RunFolder
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
@@ -174,9 +174,11 @@ def _checkpoint_path(root: Path, group: Sequence[Run]) -> Path:
 
 
 def _runs_together(run: Run, dataset: Dataset, options: Options) -> int:
+    shape = _input_shape(run, dataset)
     with seeded(0):
-        network = build_model(run.model, _input_shape(run, dataset), dataset.classes, options.trust)
-    return RUNS_TOGETHER if stackable(network) else 1
+        network = build_model(run.model, shape, dataset.classes, options.trust)
+    check_logits(run.model.name, network, shape, dataset.classes)
+    return RUNS_TOGETHER if stackable(network, shape) else 1
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:

@@ -317,6 +317,13 @@ def test_losses_are_computed_in_the_run_s_mode(monkeypatch):
     assert modes == ["exact"] * 2 + [None] * 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_explained():
+    message = "accelerator must be one of this machine's, with 1 devices, got 'cuda': .*; cpu is al"
+    with pytest.raises(ValueError, match=message):
+        loop.make_fabric(accelerator="cuda")
+
+
 def test_lower_precision_trains_too():
     run = small_run(optimisation=Optimisation(epochs=20, precision="bf16-mixed"))
     trained = fit([run], DIGITS, fabric=loop.make_fabric("bf16-mixed"))

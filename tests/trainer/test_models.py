@@ -180,7 +180,7 @@ def members_of(method="skl", model=None, seeds=(0, 1, 2), shape=(1, 8, 8)):
 def test_a_stack_is_its_networks_one_by_one(model):
     stack = members_of(model=model)
     assert isinstance(stack, Stacked)
-    alone = Separate(networks_of(stack, model), 2, 3, (0, 0, 0))
+    alone = Separate(networks_of(stack, model), 2, 3)
     inputs = torch.randn(3, 5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     logits, wanted = stack(inputs), alone(inputs)
     assert logits.shape == (2, 3, 5, 10)
@@ -233,13 +233,46 @@ def test_a_network_follows_from_its_run_s_seed_and_its_number_alone():
 
 
 def test_batch_norm_dropout_and_size_keep_networks_apart():
-    assert stackable(network("mlp"))
-    assert stackable(network("cnn"))
-    assert not stackable(network("resnet32"))
-    assert not stackable(network("mlp", dropout=0.1))
-    assert not stackable(network("mlp", hidden=(2000, 2000)))
+    image = (3, 32, 32)
+    assert stackable(network("mlp", shape=image), image)
+    assert stackable(network("cnn"), image)
+    assert not stackable(network("resnet32"), image)
+    assert not stackable(network("mlp", shape=image, dropout=0.1), image)
+    assert not stackable(network("mlp", shape=image, hidden=(500,)), image)
     assert isinstance(members_of(model=Model(dropout=0.5)), Separate)
     assert isinstance(members_of("baseline", seeds=(0,)), Separate)
+
+
+class Branching(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(inputs) if inputs.sum() > 1e9 else super().forward(-inputs)
+
+
+class Noisy(nn.Linear):
+    def forward(self, inputs):
+        return super().forward(nn.functional.dropout(inputs, 0.5, self.training))
+
+
+@pytest.mark.parametrize("kind", [Branching, Noisy])
+def test_a_network_that_torch_func_cannot_take_is_not_stacked(kind):
+    assert stackable(nn.Linear(4, 3), (4,))
+    assert not stackable(kind(4, 3), (4,))
+
+
+def test_dropout_inside_a_network_of_one_s_own_has_its_seed_too(mine, tmp_path):
+    (tmp_path / "noisy.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self, shape, classes): super().__init__(8, classes)\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(nn.functional.dropout(x[:, 0, 0], 0.5, self.training))\n"
+    )
+    runs = [small_run("2-ensemble", model=Model(name="noisy:Net"), seeds=Seeds(dropout=3))]
+    first, second = (build_members(runs, (1, 8, 8), 10, trust=["noisy"]) for _ in range(2))
+    inputs = torch.ones(1, 4, 1, 8, 8)
+    assert torch.equal(first(inputs), second(inputs))
+    first.step = 1
+    assert not torch.equal(first(inputs), second(inputs))
 
 
 def test_dropout_follows_from_its_run_s_seed_the_step_and_the_member():

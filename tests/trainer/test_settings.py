@@ -93,6 +93,7 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         (lambda: Synthetic(patches=3), "synthetic.patches must be at least 4, got 3; two views"),
         (lambda: Synthetic(noise=-1), "synthetic.noise must be a finite .* got -1; 0.5 is the def"),
         (lambda: Synthetic(single_view_share=1), r"single_view_share must be in \[0, 1\), got 1"),
+        (lambda: Run(method=Method("mine")), "method.name must be one of baseline, .* got 'mine'"),
         (lambda: Method(members=0), "method.members must be at least 1, got 0; 1 trains a model"),
         (lambda: Method(alpha=1), r"method.alpha must be in \[0, 1\), got 1; 1 would leave no"),
         (lambda: Method(ramp_share=0), r"ramp_share must be in \(0, 1\], got 0; 1 lets ramps"),

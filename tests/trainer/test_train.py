@@ -378,9 +378,10 @@ def test_folders_that_are_not_as_they_should_be_are_explained(tmp_path):
         ValueError, match=rf"folder of the run {run.id}, got that of {other.id}; its"
     ):
         train([run], tmp_path)
-    folder.path.joinpath("metrics.json").write_text("{")
-    with pytest.raises(ValueError, match=r"metrics.json must hold JSON, got: .*; delete it"):
-        folder.metrics()
+    for content in ("{", "{}", "[]", '{"status": "fine"}', '{"status": []}'):
+        folder.path.joinpath("metrics.json").write_text(content)
+        with pytest.raises(ValueError, match=r"must hold the metrics of a run, got: .*; delete it"):
+            folder.metrics()
 
 
 def test_a_run_has_one_process(tmp_path):
