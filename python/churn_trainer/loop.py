@@ -41,6 +41,7 @@ class Epoch:
         logits: (R, N, C) of the test rows, of what is measured; None between measured epochs.
         labels: (R, N) of the test rows.
         diverged: run's place -> what was said.
+        history: what the callback returned for the epochs before.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Epoch:
     logits: Tensor | None
     labels: Tensor
     diverged: dict[int, str]
+    history: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class _Training:
                     logits,
                     self.batches.test_labels,
                     dict(self.diverged),
+                    tuple(self.history),
                 )
             )
         )

@@ -6,7 +6,26 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
+
+
+class Dense(nn.Module):
+    """X W + b, with W (fan-in, width): the layout in which a stack's batched products are fastest.
+
+    Args:
+        fan_in, width: numbers in and out.
+    """
+
+    def __init__(self, fan_in: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(fan_in, width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        nn.init.normal_(self.weight, std=math.sqrt(2 / fan_in))  # He et al. 2015
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, fan-in) -> (B, width)."""
+        return inputs @ self.weight + self.bias
 
 
 class MLP(nn.Module):
@@ -25,11 +44,10 @@ class MLP(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, width in pairwise((math.prod(shape), *hidden)):
-            layers += [nn.Linear(fan_in, width), nn.ReLU()]
+            layers += [Dense(fan_in, width), nn.ReLU()]
             layers += [nn.Dropout(dropout)] if dropout else []
         last = hidden[-1] if hidden else math.prod(shape)
-        self.layers = nn.Sequential(*layers, nn.Linear(last, classes))
-        he_initialise(self)
+        self.layers = nn.Sequential(*layers, Dense(last, classes))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(B, *shape) -> (B, C)."""
