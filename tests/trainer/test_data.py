@@ -312,6 +312,18 @@ def test_a_local_hugging_face_folder(cifar, kind, hub_cache):
     ]
 
 
+def test_of_several_variants_in_a_folder_the_right_one_is_read(cifar, hub_cache, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    parts = datasets.load_from_disk(str(cifar / "arrow")).rename_column("img", "image")
+    for variant, count in (("cropped_digits", 12), ("full_numbers", 5)):
+        (tmp_path / "svhn" / variant).mkdir(parents=True)
+        for name, rows in parts.items():
+            some = rows.select(range(count))
+            some.to_parquet(tmp_path / "svhn" / variant / f"{name}-00000-of-00001.parquet")
+    dataset = load_dataset(Data(name="svhn", path=str(tmp_path / "svhn")))
+    assert (dataset.test_start, len(dataset.labels)) == (12, 24)
+
+
 def test_hugging_face_data_that_does_not_fit_is_explained(cifar, hub_cache, tmp_path):
     arrow = str(cifar / "arrow")
     with pytest.raises(

@@ -160,6 +160,11 @@ def test_timm_s_absence_names_the_command(monkeypatch):
         network("timm:resnet18")
 
 
+def test_options_of_timm_s_that_load_files_are_refused():
+    with pytest.raises(ValueError, match=r"to the trainer, got \['checkpoint_path'\]; drop them"):
+        network("timm:resnet18", options={"checkpoint_path": "x"})
+
+
 def test_a_network_of_timm_s():
     pytest.importorskip("timm")
     assert network("timm:resnet18", shape=(1, 32, 32)).conv1.weight.shape[1] == 1

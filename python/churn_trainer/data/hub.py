@@ -139,8 +139,10 @@ def _parts(path: str, source: Source) -> Any:
     folder, files = Path(path), {}
     on_disk = (folder / "dataset_dict.json").is_file()
     if folder.is_dir() and not on_disk:
+        variant = folder / (source.configuration or "")
+        below = variant if variant.is_dir() else folder
         files = {
-            part: sorted(map(str, folder.rglob(f"*{part}*.parquet")))
+            part: sorted(map(str, below.rglob(f"*{part}*.parquet")))
             for part in (source.train, source.test)
         }
         if not all(files.values()):

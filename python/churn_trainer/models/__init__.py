@@ -45,6 +45,11 @@ NETWORKS: dict[str, tuple[str, Callable[[Model, Shape, int], nn.Module]]] = {
 """Name -> (what it is, how it is made)."""
 
 TIMM = "timm:"
+_TIMM_OPTIONS = frozenset(
+    {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    | {"num_classes", "in_chans"}
+)
+"""What a settings file may not say: where weights come from, and what follows from the data."""
 
 
 def build_model(model: Model, shape: Shape, classes: int, trust: Sequence[str] = ()) -> nn.Module:
@@ -121,6 +126,11 @@ def _imported(name: str, trust: Sequence[str]) -> Callable[..., nn.Module]:
 
 
 def _from_timm(model: Model, shape: Shape, classes: int) -> nn.Module:
+    if taken := sorted(_TIMM_OPTIONS & set(model.options)):
+        raise ValueError(
+            f"model.options must leave weights, classes and channels to the trainer, got {taken}; "
+            "drop them: a run starts from weights of its own seed"
+        )
     try:
         timm = importlib.import_module("timm")
     except ImportError:
