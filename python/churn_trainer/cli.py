@@ -33,7 +33,7 @@ from churn_trainer.options import all_seeds, settings_command
 from churn_trainer.output import check_replaceable
 from churn_trainer.report import terminal_table, verdicts, write_report
 from churn_trainer.run_folder import FINISHED, Busy
-from churn_trainer.settings import read_settings, to_toml
+from churn_trainer.settings import merged, read_settings, to_toml
 from churn_trainer.study import StudyResult, run_study
 from churn_trainer.train import Event, Options, train
 
@@ -57,14 +57,14 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 def train_runs(
     given: dict[str, Any],
     config: Annotated[
-        Path | None, typer.Option(help="TOML or JSON file of settings; options go before it.")
+        Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("out/runs"),
     seed: Annotated[int, typer.Option(help="Every seed that has no option of its own.")] = 0,
     runs: Annotated[int, typer.Option(help="Runs, with seeds one higher each.")] = 1,
     show: Annotated[bool, typer.Option(help="Print the settings as TOML and stop.")] = False,
     accelerator: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    devices: Annotated[int, typer.Option(help="Devices on this machine, under torchrun.")] = 1,
+    devices: Annotated[int, typer.Option(help="Devices on this machine, one process each.")] = 1,
     curve_points: Annotated[int, typer.Option(help="Measurements along the training.")] = 20,
     checkpoint_seconds: Annotated[
         float, typer.Option(help="Time between checkpoints; 0: one after every step.")
@@ -201,13 +201,9 @@ def _wanted(given: dict[str, Any], config: Path | None, seed: int, runs: int) ->
     """The runs that a file and the command line describe, the command line before the file."""
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")
-    tables = read_settings(config) if config else {}
-    for name, table in given.items():
-        below = tables.get(name, {})
-        tables[name] = {**below, **table} if isinstance(below, dict) else table
-    seeds = tables.get("seeds", {})
-    every = [all_seeds(seed + number) for number in range(runs)]
-    return [Run.from_mapping({**tables, "seeds": {**one, **seeds}}) for one in every]
+    tables = merged(read_settings(config) if config else {}, given)
+    seeds = [{"seeds": all_seeds(seed + number)} for number in range(runs)]
+    return [Run.from_mapping(merged(below, tables)) for below in seeds]
 
 
 @contextmanager

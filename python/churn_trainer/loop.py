@@ -132,7 +132,8 @@ def fit(
         raise ValueError(
             f"runs must share all settings but the seeds, got {len(kinds)} kinds; train each alone"
         )
-    training = _Training(runs, dataset, fabric or make_fabric(), teachers, trust)
+    fabric = fabric or make_fabric(runs[0].optimisation.precision)
+    training = _Training(runs, dataset, fabric, teachers, trust)
     if checkpoint is not None and (state := checkpoint.load()) is not None:
         training.load_state(state)
     while training.step < training.total_steps and len(training.diverged) < len(runs):

@@ -141,6 +141,15 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "", base
     return kind(**given) if base is None else dataclasses.replace(base, **given)
 
 
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables of which `above` wins, setting by setting."""
+    tables = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(tables.get(name), Mapping)
+        tables[name] = merged(tables[name], value) if both else value
+    return tables
+
+
 def to_mapping(settings: Any) -> dict[str, Any]:
     """The settings as plain nested dicts of JSON's types; nothing that is None."""
     return {

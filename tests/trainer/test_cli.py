@@ -204,13 +204,16 @@ def test_help_names_every_setting_and_its_default():
 def test_the_command_line_goes_before_the_file(tmp_path):
     (tmp_path / "run.toml").write_text(
         "[method]\nname = 'l1'\nbeta = 1.0\n[optimisation]\nepochs = 9\n[seeds]\norder = 5\n"
+        "[data.synthetic]\nclasses = 3\nnoise = 1.0\n"
     )
     line = ["train", "--show", "--config", tmp_path / "run.toml", "--epochs", 4]
+    line += ["--synthetic-noise", 2]
     done = CliRunner().invoke(cli.app, list(map(str, line)))
     run = Run.from_mapping(tomllib.loads(done.stdout))
     assert run.method == replace(METHODS["l1"], beta=1.0)
     assert run.optimisation.epochs == 4
     assert run.seeds == Seeds(order=5)
+    assert run.data.synthetic == Synthetic(classes=3, noise=2.0)
 
 
 @pytest.mark.parametrize(
@@ -223,10 +226,13 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--model", "cnnn"), "did you mean 'cnn'?"),
         (("--model", "os:system"), "pass --trust os (trust=['os'] in Python)"),
         (("--config", "nowhere.toml"), "the settings file must exist, got nowhere.toml; check"),
+        (("--config", "seeds.toml"), "seeds must be a table of settings, got 3"),
         (("--data-train-rows", 5), "train_rows must be in [10, 1787], got 5"),
     ],
 )
-def test_train_explains_wrong_settings(arguments, message, tmp_path):
+def test_train_explains_wrong_settings(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seeds.toml").write_text("seeds = 3")
     done = train(tmp_path / "out", *arguments)
     assert done.exit_code == 2, done.output
     assert message in one_line(done.stderr)
