@@ -168,8 +168,10 @@ class Run:
     method: Method = field(default_factory=Method)
     optimisation: Optimisation = field(default_factory=Optimisation)
     seeds: Seeds = field(default_factory=Seeds)
+    repeat: int = setting(0, "Number of a repetition, to see what seeds do not fix.")
 
     def __post_init__(self) -> None:
+        at_least("repeat", self.repeat, 0, "0 is the first")
         one_of("method.name", self.method.name, METHODS, "take the one it is made from")
 
     @property

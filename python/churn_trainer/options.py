@@ -13,6 +13,7 @@ import typer
 from churn_trainer.config import Run, Seeds
 
 _PREFIXES = {
+    "": "",
     "data": "data-",
     "data.synthetic": "synthetic-",
     "model": "model-",
@@ -91,7 +92,7 @@ def _annotation(option: _Option) -> Any:
         shown = " ".join(map(str, default)) or "none"
     else:
         shown = str(default).lower() if isinstance(default, bool) else str(default) or "none"
-    panel = option.path[-2]
+    panel = option.path[-2] if option.path[1:] else "run"
     text = f"{option.field.metadata['help']} Default: {shown}."
     kind, flags = option.kind, [f"--{option.flag}"]
     if typing.get_origin(kind) is tuple:

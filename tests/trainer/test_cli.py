@@ -175,6 +175,7 @@ def test_every_setting_of_a_run_is_an_option():
         "method.renormalize": ("--no-method-renormalize-top-k",),
         "optimisation": ("--milestones", 1, "--milestones", 2, "--nesterov"),
         "seeds": ("--seed", 7, "--seed-order", 3),
+        "repeat": ("--repeat", 4),
     }
     done = CliRunner().invoke(
         cli.app, ["train", "--show", *map(str, [x for part in given.values() for x in part])]
@@ -186,6 +187,7 @@ def test_every_setting_of_a_run_is_an_option():
         method=replace(METHODS["entropy"], alpha=0.25, renormalize_top_k=False),
         optimisation=Optimisation(milestones=(1, 2), nesterov=True),
         seeds=Seeds(7, 7, 3, 7, 7),
+        repeat=4,
     )
 
 

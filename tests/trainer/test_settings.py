@@ -94,6 +94,7 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         (lambda: Synthetic(noise=-1), "synthetic.noise must be a finite .* got -1; 0.5 is the def"),
         (lambda: Synthetic(single_view_share=1), r"single_view_share must be in \[0, 1\), got 1"),
         (lambda: Run(method=Method("mine")), "method.name must be one of baseline, .* got 'mine'"),
+        (lambda: Run(repeat=-1), "repeat must be at least 0, got -1; 0 is the first"),
         (lambda: Method(members=0), "method.members must be at least 1, got 0; 1 trains a model"),
         (lambda: Method(alpha=1), r"method.alpha must be in \[0, 1\), got 1; 1 would leave no"),
         (lambda: Method(ramp_share=0), r"ramp_share must be in \(0, 1\], got 0; 1 lets ramps"),
@@ -168,6 +169,7 @@ EVERYTHING = Run(
     method=METHODS["ce-stale"],
     optimisation=Optimisation(milestones=(3, 5), learning_rate=1e-5, nesterov=True),
     seeds=Seeds(1, 2, 3, 4, 2**63 - 1),
+    repeat=2,
 )
 
 
@@ -190,9 +192,10 @@ def test_what_a_file_leaves_out_has_its_default_or_its_method_s():
 
 
 def test_an_id_is_the_same_everywhere_and_changes_with_any_setting():
-    assert Run().id == "digits-mlp-baseline-e5fb85fb98df"
+    assert Run().id == "digits-mlp-baseline-f657383365d2"
     others = [
         dataclasses.replace(Run(), data=Data(flip=True)),
+        dataclasses.replace(Run(), repeat=1),
         dataclasses.replace(Run(), model=Model(hidden=(64,))),
         dataclasses.replace(Run(), method=Method(label_smoothing=0.1)),
         dataclasses.replace(Run(), optimisation=Optimisation(momentum=0.8)),
@@ -208,3 +211,4 @@ def test_an_id_is_the_same_everywhere_and_changes_with_any_setting():
 def test_runs_go_together_when_only_their_seeds_differ():
     assert small_run().together == small_run(seeds=Seeds(1, 2, 3, 4, 5)).together
     assert small_run().together != small_run("skl").together
+    assert small_run().together != small_run(repeat=1).together

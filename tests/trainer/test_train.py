@@ -142,6 +142,14 @@ def test_weights_load_into_the_network_by_themselves(trained):
     torch.testing.assert_close(logits, folders[0].logits()[0][:50], rtol=1e-3, atol=1e-4)
 
 
+def test_repetitions_of_a_run_are_trained_anew_and_agree_on_a_cpu(tmp_path):
+    runs = [small_run("skl", repeat=repeat) for repeat in (0, 1)]
+    events = []
+    one, other = train(runs, tmp_path, tell=events.append)
+    assert [kind for kind, _ in told(events)] == ["started", "finished"] * 2
+    assert torch.equal(one.logits()[0], other.logits()[0])
+
+
 def test_teachers_are_trained_first_and_once(tmp_path):
     runs = [small_run(name) for name in ("self-distillation", "2-distillation", "2-ensemble")]
     events = []
