@@ -235,31 +235,60 @@ def environment():
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+# The command line, which kills itself when its 15th checkpoint is written and not yet in place.
+DYING = """
+import os, signal
+fsync, calls = os.fsync, []
+
+def dying(descriptor):
+    calls.append(descriptor)
+    if len(calls) == 2 + 2 * 14 + 1:  # a file and its folder each: the settings, 14 checkpoints
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+
+os.fsync = dying
+from churn_trainer import cli
+cli.app()
+"""
+
+
+def step_of(folder):
+    return load_tensors(folder.path / "checkpoint.pt", "")["state"]["step"]
+
+
+def kill_when_it_has_moved_on(line, folder):
+    """Starts the command, and kills it some steps later, wherever it is."""
+    before = step_of(folder)
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while step_of(folder) < before + 5:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_kill_9_at_any_moment_and_the_run_ends_with_the_same_bits(tmp_path, threads):
     threads(1)
     run = small_run("skl", **LONG)
     (whole,) = train([run], tmp_path / "whole", Options(curve_points=3))
     folder = RunFolder(tmp_path / "runs" / run.id)
     line = command(tmp_path, run, "--curve-points", "3")
-    checkpoint = folder.path / "checkpoint.pt"
-    for wait in (0.05, 0.3):
-        last = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        often = [*line, "--checkpoint-seconds", "0"]
-        process = subprocess.Popen(often, stdout=subprocess.DEVNULL, env=environment())
-        try:
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and process.poll() is None:
-                if checkpoint.exists() and checkpoint.stat().st_mtime_ns > last:
-                    break
-                time.sleep(0.002)
-            time.sleep(wait)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        assert process.returncode == -signal.SIGKILL
-        assert not folder.done
-    steps = load_tensors(folder.path / "checkpoint.pt", "")["state"]["step"]
-    assert 0 < steps < 200 * 8
+    often = [*line, "--checkpoint-seconds", "0"]
+
+    dying = [sys.executable, "-c", DYING, *often[3:]]
+    killed = subprocess.run(dying, capture_output=True, env=environment(), check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (folder.path / ".checkpoint.pt.partial").exists()
+    assert step_of(folder) == 14
+    kill_when_it_has_moved_on(often, folder)
+    assert 14 < step_of(folder) < 200 * 8
+    assert not folder.done
+
     done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
     assert f"finished {run.id}" in done.stderr
