@@ -1,6 +1,9 @@
-"""A study and a run that train in a second."""
+"""A study and a run that train in a second, and a run's minibatches."""
 
+import torch
 from churn_trainer.config import Data, Model, Optimisation, Run, Study
+from churn_trainer.data import load_dataset
+from churn_trainer.data.batches import Batches
 from churn_trainer.methods import DIGITS_METHODS, METHODS
 
 SMALL = {
@@ -17,3 +20,8 @@ def small_study(methods=DIGITS_METHODS, **changes):
 
 def small_run(method="baseline", **changes):
     return Run(**(SMALL | {"method": METHODS[method]} | changes))
+
+
+def batches(run, *others, dataset=None, **options):
+    source = dataset or load_dataset(run.data)
+    return Batches([run, *others], source, torch.device("cpu"), **options)
