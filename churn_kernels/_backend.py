@@ -128,7 +128,6 @@ def backend(name: str) -> Iterator[None]:
         _chosen = before
 
 
-@torch.compiler.assume_constant_result
 def _gpu_problem(index: int) -> str | None:
     """Why CUDA device `index` cannot run the Triton kernels; None if it can."""
     if "triton" not in _OPS:
@@ -137,6 +136,11 @@ def _gpu_problem(index: int) -> str | None:
         needed = ".".join(map(str, OLDEST_GPU))
         return f"the kernels need a GPU of compute capability {needed} or later"
     return None
+
+
+# What torch.compiler.assume_constant_result sets: calling it would import the compiler, which takes
+# as long as PyTorch itself.
+_gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pick(logits: Tensor, models: int) -> str:
@@ -215,7 +219,10 @@ def evaluate(
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
     if class_exchange is not None:
-        return _evaluate_shard(name, logits, target, class_weight, options, with_terms)
+        evaluate_shard = _evaluate_shard
+        if torch.compiler.is_compiling():  # the processes talk to each other in between
+            evaluate_shard = torch.compiler.disable(_evaluate_shard)
+        return evaluate_shard(name, logits, target, class_weight, options, with_terms)
     if mode == "exact" and first.dtype == torch.float64:
         raise ValueError(
             "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
@@ -233,7 +240,6 @@ def evaluate(
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
 
 
-@torch.compiler.disable  # the processes talk to each other in between
 def _evaluate_shard(
     name: str,
     logits: Sequence[Tensor],
