@@ -211,8 +211,7 @@ class _LossBackward(Function):
         upstream: Tensor,
         *logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        upstream = upstream.contiguous()
-        return tuple(ops.loss_backward(logits, target, class_weight, stats, upstream, *options))
+        return tuple(_gradients(ops, logits, target, class_weight, stats, upstream, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -229,6 +228,25 @@ class _LossBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return _one_by_one(_LossBackward, info.batch_size, in_dims, inputs)
+
+
+def _gradients(
+    ops: OpSet,
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    stats: Tensor,
+    upstream: Tensor,
+    options: LossOptions,
+) -> list[Tensor]:
+    """The gradients from the row statistics, with the bits of those that came with the loss."""
+    if options.mode != EXACT or not comes_with_gradients(options, logits):
+        upstream = upstream.contiguous()
+        return ops.loss_backward(logits, target, class_weight, stats, upstream, *options)
+    one = torch.ones_like(upstream)
+    gradients: list[Tensor] = ops.loss_backward(logits, target, class_weight, stats, one, *options)
+    ops.scale_(gradients, upstream, True)
+    return gradients
 
 
 def _call(
@@ -290,8 +308,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
     without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
     if upstream is None:
         return [None] * len(logits), *without_gradient
-    upstream = upstream.contiguous()
-    gradients = ops.loss_backward(logits, target, class_weight, stats, upstream, *ctx.options)
+    gradients = _gradients(ops, logits, target, class_weight, stats, upstream, ctx.options)
     return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
 
 

@@ -210,6 +210,13 @@ def evaluate(
         options: checked, but for what depends on the tensors' shapes.
     Returns: the loss as `options.reduction` says, and the terms, if they were asked for.
     """
+    if class_exchange is not None:
+        evaluate_shard = _evaluate_shard
+        if torch.compiler.is_compiling():  # the processes talk to each other in between
+            evaluate_shard = torch.compiler.disable(_evaluate_shard)
+        return evaluate_shard(
+            logits, target, class_weight, options, mode, with_terms, class_exchange
+        )
     first = logits[0]
     if target is not None:
         _checks.target(target, first.shape[-2], first.device)
@@ -218,11 +225,6 @@ def evaluate(
         mode = modes.default
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
-    if class_exchange is not None:
-        evaluate_shard = _evaluate_shard
-        if torch.compiler.is_compiling():  # the processes talk to each other in between
-            evaluate_shard = torch.compiler.disable(_evaluate_shard)
-        return evaluate_shard(name, logits, target, class_weight, options, with_terms)
     if mode == "exact" and first.dtype == torch.float64:
         raise ValueError(
             "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
@@ -241,27 +243,49 @@ def evaluate(
 
 
 def _evaluate_shard(
-    name: str,
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
+    mode: str | None,
     with_terms: bool,
+    exchange: _class_shards.Exchange,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
+    try:
+        _check_shard(logits, target, class_weight, mode)
+    except Exception:
+        _class_shards.refuse(exchange)  # the others wait to hear of this process
+        raise
+    options = options._replace(mode=modes.EXACT)
+    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, exchange)
+
+
+def _check_shard(
+    logits: Sequence[Tensor],
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    mode: str | None,
+) -> None:
+    """Check what one process can know of its arguments."""
+    first = logits[0]
+    if mode is not None:
+        modes.check(mode)
+    wants = "class_parallel takes CPU tensors, and runs on backend 'cpu'"
+    if not first.is_cpu:
+        raise ValueError(f"{wants}, got logits on {first.device}; pass logits.cpu()")
+    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0])
     if name != "cpu":
-        wants = "class_parallel takes CPU tensors, and runs on backend 'cpu'"
-        if logits[0].is_cpu:
-            raise ValueError(f"{wants}, got backend '{name}'; choose 'cpu', or build the library")
-        raise ValueError(f"{wants}, got logits on {logits[0].device}; pass logits.cpu()")
-    if logits[0].dtype == torch.float64:
+        raise ValueError(f"{wants}, got backend '{name}'; choose 'cpu', or build the library")
+    if first.dtype == torch.float64:
         raise ValueError(
             "class_parallel takes float32, float16 or bfloat16 logits, got float64; "
             "pass logits.float()"
         )
-    assert class_exchange is not None
-    options = options._replace(mode=modes.EXACT)
-    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, class_exchange)
+    if target is not None:
+        _checks.target(target, first.shape[-2], first.device)
+    if class_weight is not None:
+        _checks.class_weight(class_weight, first, None)
 
 
 def build_info() -> dict[str, Any]:

@@ -251,11 +251,12 @@ def target_given(value: object) -> None:
         )
 
 
-def class_weight(value: object, logits: Tensor, classes: int) -> Tensor:
-    """The weights of C classes in the dtype the losses are computed in."""
+def class_weight(value: object, logits: Tensor, classes: int | None) -> Tensor:
+    """The weights of C classes in the dtype the losses are computed in; None: of any number."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"class_weight must be a tensor of shape ({classes},), got {type(value).__name__}; "
+            f"class_weight must be a tensor of shape ({classes or 'C'},), got "
+            f"{type(value).__name__}; "
             f"pass torch.as_tensor(class_weight)"
         )
     if not value.is_floating_point():
@@ -263,9 +264,9 @@ def class_weight(value: object, logits: Tensor, classes: int) -> Tensor:
             f"class_weight must be floating point, got {_short(value.dtype)}; "
             f"pass class_weight.float()"
         )
-    if value.dim() != 1 or value.shape[0] != classes:
+    if value.dim() != 1 or classes not in (None, value.shape[0]):
         raise ValueError(
-            f"class_weight must have shape ({classes},), one weight for each class, got "
+            f"class_weight must have shape ({classes or 'C'},), one weight for each class, got "
             f"{tuple(value.shape)}; list the weights in the order of the classes"
         )
     if value.device != logits.device:

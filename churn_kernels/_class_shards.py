@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from churn_kernels import _checks
-from churn_kernels._autograd import comes_with_gradients, evaluate_by_rows
+from churn_kernels._autograd import evaluate_by_rows
 from churn_kernels._options import WANT_TERMS, LossOptions
 
 Merge = Callable[[Tensor, Tensor], Tensor]
@@ -134,17 +134,16 @@ class ShardOps:
         upstream: Tensor,
         *options: Any,
     ) -> list[Tensor]:
-        """The gradients of the shard's classes: those of whole rows, bit for bit."""
-        ops = torch.ops.churn_kernels
-        # Whole rows have their gradients before their upstream, where that is one number.
-        scales = comes_with_gradients(LossOptions(*options), logits)
-        factor = torch.ones_like(upstream) if scales else upstream
-        gradients: list[Tensor] = ops.class_loss_backward(
-            logits, target, class_weight, stats, factor, *self._shard, *options
+        """The gradients of the shard's classes."""
+        gradients: list[Tensor] = torch.ops.churn_kernels.class_loss_backward(
+            logits, target, class_weight, stats, upstream, *self._shard, *options
         )
-        if scales:
-            ops.scale_(gradients, upstream, True)
         return gradients
+
+    @staticmethod
+    def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
+        """In place times a factor."""
+        torch.ops.churn_kernels.scale_(gradients, upstream, exact)
 
 
 def evaluate(
@@ -170,6 +169,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ALONE = "split the classes of the logits, and nothing else"
 
 
+# Numbers by which processes find out whether they ask for the same: mark, whether one refused its
+# arguments, classes, and what they share.
+_FACTS = 3 + 3 + len(LossOptions._fields) + 2
+
+
+def refuse(exchange: Exchange) -> None:
+    """Tell the other processes that this one does not go on, and raises."""
+    facts = torch.zeros(_FACTS, dtype=torch.float64, device="cpu")
+    facts[0], facts[1] = _MARK, 1.0
+    exchange.gather(facts)
+
+
 def _agree(
     logits: Sequence[Tensor],
     target: Tensor | None,
@@ -187,23 +198,31 @@ def _agree(
         "target": _checksum(target),
         "class_weight": _checksum(class_weight),
     }
-    facts = torch.tensor([_MARK, first.shape[-1], *shared.values()], dtype=torch.float64)
-    everyone = torch.stack(exchange.gather(facts)).tolist()
-    for process, (mark, _, *theirs) in enumerate(everyone):
+    facts = [_MARK, 0, first.shape[-1], *shared.values()]
+    everyone = torch.stack(
+        exchange.gather(torch.tensor(facts, dtype=torch.float64, device="cpu"))
+    ).tolist()
+    for process, (_, refused, *_) in enumerate(everyone):
+        if refused:
+            raise ValueError(
+                f"every process of class_parallel must accept its arguments, but process {process} "
+                f"of the group refused its own; its error says why"
+            )
+    for process, (mark, _, _, *theirs) in enumerate(everyone):
         if mark != _MARK:
             raise ValueError(
                 f"every process of class_parallel must call the same losses in the same order, but "
                 f"process {process} of the group has come to another collective; did a call of its "
                 f"raise before?"
             )
-        for name, here, there in zip(shared, everyone[0][2:], theirs, strict=True):
+        for name, here, there in zip(shared, everyone[0][3:], theirs, strict=True):
             if here != there:
                 raise ValueError(
                     f"{name} must be the same in every process of class_parallel, got "
                     f"{_shown(name, here)} in process 0 and {_shown(name, there)} in process "
                     f"{process}; {_ALONE}"
                 )
-    widths = [int(width) for _, width, *_ in everyone]
+    widths = [int(width) for _, _, width, *_ in everyone]
     return Shard(sum(widths[: exchange.place]), sum(widths))
 
 

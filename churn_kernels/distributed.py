@@ -47,10 +47,10 @@ def class_parallel(group: Any = None) -> Iterator[None]:
     """A block whose losses take rows that no process holds whole, and give those of whole rows.
 
     Every process passes the logits of some classes, (N, C_r): the classes follow each other in the
-    order of the group's ranks, C = sum_r C_r, in as uneven parts as you like. `target` holds
-    classes of [0, C), `class_weight` is (C,); both, and all else, are the same everywhere. All
-    members of the group call the same losses in the same order. The block is the process's, all
-    its threads included:
+    order of the group's ranks, C = sum_r C_r, in as uneven parts as you like, C_r >= 1. `target`
+    holds classes of [0, C), `class_weight` is (C,); both, and all else, are the same everywhere.
+    All members of the group call the same losses in the same order. The block is the process's,
+    all its threads included:
 
         with ck.distributed.class_parallel():
             loss = ck.codistillation_loss([my_classes_a, my_classes_b], target)
@@ -66,12 +66,13 @@ def class_parallel(group: Any = None) -> Iterator[None]:
             does.
     Gradient: that of the loss for the classes that this process holds; what all processes share
         before the logits has the sum of their gradients. The backward pass sends nothing and may
-        stand outside the block.
+        stand outside the block, unless it computes the loss again (activation checkpointing).
     Raises: RuntimeError where torch.distributed was not initialised, ValueError if this process is
         not in the group, both before the block; from the losses ValueError for tensors that are
-        not on the CPU, for float64 logits, and, in every process, where the processes' arguments do
-        not fit each other. What is wrong in one process's arguments alone raises there alone, and
-        the others wait for the group's timeout. `churn_report` raises ValueError in the block.
+        not on the CPU, for float64 logits, and, in every process, where one of them refuses its
+        tensors or the processes' arguments do not fit each other. A wrong option raises before they
+        meet, in its process alone; the others wait for the group's timeout. `churn_report` raises
+        ValueError in the block.
     Source: vocabulary-parallel cross entropy (Shoeybi et al. 2019, "Megatron-LM"), made exact.
     """
     _check_group("class_parallel", group, "the losses outside of the block in one process")

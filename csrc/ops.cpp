@@ -107,7 +107,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
   STD_TORCH_CHECK(!options.exact() || in.loss.dtype != ck::DType::kFloat64,
                   "mode 3 (exact) takes logits of at most float32");
   STD_TORCH_CHECK(!shard || (options.exact() && shard->first_class >= 0 &&
-                             shard->first_class + in.loss.classes <= shard->classes),
+                             shard->first_class <= shard->classes - in.loss.classes),
                   "shards of classes are for mode 3 (exact), and lie in [0, classes)");
   STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.all_classes(),
                   "top_k must be in [0, C]");

@@ -1,5 +1,6 @@
 """A backend's ops against the float64 reference: named option sets, inputs, and the comparison."""
 
+import math
 import zlib
 
 import torch
@@ -47,6 +48,8 @@ EXACT = {name: options._replace(mode=modes.EXACT) for name, options in OPTIONS.i
 
 # What `special_logits` makes.
 KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "sure", "equal", "tied", "huge"]
+# What it makes for comparisons byte by byte: rows without a meaning, and beyond the reference.
+EXACT_KINDS = [*KINDS, "broken", "far"]
 
 
 def seeded(*name: object) -> torch.Generator:
@@ -153,6 +156,16 @@ def special_logits(kind, generator, models, dtype):
         elif kind == "sure":  # all models of one class, but of the last row
             z[:, 5] = 30.0 + k
             z[3, 6 + k] = 60.0
+        elif kind == "broken":  # NaN, +inf, no class at all: each in one model
+            z[0, 3] = math.nan if k == 0 else z[0, 3]
+            z[1, 5 + k] = INF if k == 0 else z[1, 5 + k]
+            z[2] = -INF if k == models - 1 else z[2]
+        elif kind == "far":  # a mask of another kind in each model, a mask and a number
+            lowest = torch.finfo(dtype).min
+            z[0, 3] = -INF if k == 0 else lowest
+            z[1, 3] = lowest
+            z[2, 3] = lowest if k == 0 else z[2, 3]
+            z[3, 3] = -INF if k == 0 else -1e4
         elif kind == "equal":
             z[:] = 0.5
         elif kind == "tied":

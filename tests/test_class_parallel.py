@@ -14,7 +14,7 @@ import torch.distributed as dist
 from parity import (
     EXACT,
     EXACT_DTYPES,
-    KINDS,
+    EXACT_KINDS,
     PLAIN,
     bytes_of,
     kernel,
@@ -104,7 +104,7 @@ def assert_no_split_shows(logits, target, weight, options, cuts=CUTS):
 @pytest.mark.parametrize("models", [1, 2, 3])
 @pytest.mark.parametrize("name", EXACT)
 def test_no_split_of_the_classes_shows(name, models):
-    for kind in (None, *KINDS):
+    for kind in (None, *EXACT_KINDS):
         generator = seeded(name, models, kind)
         dtype = EXACT_DTYPES[models - 1] if kind is None else torch.float32
         logits = random_logits(generator, models, ROWS, CLASSES, dtype)
@@ -117,7 +117,7 @@ def test_no_split_of_the_classes_shows(name, models):
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXACT_KINDS)
 def test_distillation(teachers, kind):
     generator = seeded("distillation", teachers, kind)
     options = PLAIN._replace(
@@ -270,11 +270,18 @@ def mistakes(rank, mine, target, weight):
         "class_weight": told(mine, target, class_weight=weight[1:]),
         "float64": told([z.double() for z in mine], target),
     }
+    for name, one in {
+        "alone: float64": ([z.double() for z in mine], target),
+        "alone: target": (mine, target[1:]),
+        "alone: class_weight": (mine, target, [1.0]),
+    }.items():
+        logits, labels, *weights = one if rank == 1 else (mine, target)
+        found[name] = told(logits, labels, class_weight=weights[0] if weights else None)
     with ck.backend("reference"):
         found["reference"] = told(mine, target)
     found["report"] = told(mine, target, loss=lambda z, y: ck.metrics.churn_report(z))
     if rank == 0:  # lost its way: as large a tensor as the others', but no loss
-        facts = torch.zeros(20, dtype=torch.float64)
+        facts = torch.zeros(_class_shards._FACTS, dtype=torch.float64)
         dist.all_gather([torch.empty_like(facts) for _ in range(dist.get_world_size())], facts)
     else:
         found["lost"] = told(mine, target)
@@ -335,13 +342,30 @@ TOLD = {
 }
 
 
+REFUSED = (
+    "ValueError: every process of class_parallel must accept its arguments, but process 1 of the "
+    "group refused its own; its error says why"
+)
+ALONE = {
+    "alone: float64": "ValueError: class_parallel takes float32, float16 or bfloat16",
+    "alone: target": "ValueError: target must",
+    "alone: class_weight": "TypeError: class_weight must be a tensor of shape (C,), got list",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_every_process_is_told_what_does_not_fit(tmp_path):
-    for one in run(worker, 3, tmp_path / "told"):
-        for name, told in one["told"].items():
-            assert told.startswith(TOLD[name]), (name, told)
-        assert one["told"].keys() | {"lost"} == TOLD.keys()
+    processes = run(worker, 3, tmp_path / "told")
+    second = processes[1]
+    for one in processes:
+        alone = {name for name in one["told"] if name.startswith("alone")}
+        assert len(alone) == 3
+        for name in alone:
+            assert one["told"][name].startswith(ALONE[name] if one is second else REFUSED)
+        for name in one["told"].keys() - alone:
+            assert one["told"][name].startswith(TOLD[name]), name
+        assert (one["told"].keys() - alone) | {"lost"} == TOLD.keys()
 
 
 def test_needs_torch_distributed_to_be_initialised():

@@ -17,10 +17,12 @@ from churn_kernels.audit.operators import (
     snapshot,
 )
 from churn_kernels.audit.record import Recorder, record
+from churn_kernels.audit.stress import AXES, Split, Stressed, split_batch, stress
 from churn_kernels.audit.trace import Step, Trace, TraceError
 from churn_kernels.hashing import HASH_SPEC, hash_of_words, hash_words, tensor_hash
 
 __all__ = [
+    "AXES",
     "HASH_SPEC",
     "Comparison",
     "Difference",
@@ -29,7 +31,9 @@ __all__ = [
     "Operation",
     "OperatorLog",
     "Recorder",
+    "Split",
     "Step",
+    "Stressed",
     "Trace",
     "TraceError",
     "compare",
@@ -41,5 +45,7 @@ __all__ = [
     "manifest_hash",
     "record",
     "snapshot",
+    "split_batch",
+    "stress",
     "tensor_hash",
 ]

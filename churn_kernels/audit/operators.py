@@ -9,8 +9,9 @@ import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import count
 from types import FrameType
 from typing import Any
 
@@ -256,7 +257,7 @@ class Finding:
         other: the same call in the replay that differs.
         outputs: how its outputs differ, one for each; empty where they could not be caught twice.
         operations: calls of operators in the step.
-        replays: how often the step was run.
+        replays: how often the step was run until two differed.
     """
 
     verdict: str
@@ -279,6 +280,7 @@ def find_operator(
     restore: Callable[[], Any],
     *,
     replays: int = 5,
+    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> Finding:
     """Replay a step until two replays differ, and name the first operator that makes them.
 
@@ -288,6 +290,8 @@ def find_operator(
         restore: brings everything that the step starts from back to one state, random states
             included; called before each replay. `snapshot` makes such a function.
         replays: how often to run the step, at least 2; more only to catch the outputs that differ.
+        around: the block that a replay runs in, by the replay's number from 0: to compare settings,
+            let it alternate between them, as `stress` does.
     Returns: a `Finding`. Every operator's tensors are hashed, so a step takes many times as long.
     Raises: ValueError for fewer than two replays.
     """
@@ -296,22 +300,24 @@ def find_operator(
             f"replays must be at least 2, got {replays}; one has nothing to differ from"
         )
 
+    numbers = count()
+
     def run(keep: int = -1) -> OperatorLog:
         restore()
-        with OperatorLog(model, keep) as log:
+        with around(next(numbers)), OperatorLog(model, keep) as log:
             step()
         return log
 
     first = run().operations
-    for count in range(2, replays + 1):
+    for runs in range(2, replays + 1):
         again = run().operations
         found = _first_difference(first, again)
         if found is None:
             continue
         verdict, index = found
-        outputs, more = _catch(run, index, replays) if verdict == "operator" else ([], 0)
+        outputs = _catch(run, index, replays) if verdict == "operator" else []
         one, other = (log[index] if index < len(log) else None for log in (first, again))
-        return Finding(verdict, index, one, other, outputs, len(first), count + more)
+        return Finding(verdict, index, one, other, outputs, len(first), runs)
     return Finding("none", -1, None, None, [], len(first), replays)
 
 
@@ -326,19 +332,16 @@ def _first_difference(a: list[Operation], b: list[Operation]) -> tuple[str, int]
     return None if len(a) == len(b) else ("sequence", min(len(a), len(b)))
 
 
-def _catch(
-    run: Callable[[int], OperatorLog], index: int, replays: int
-) -> tuple[list[Differences | None], int]:
-    """The operation's outputs in two replays that differ, side by side; and how many it took."""
-    most = max(replays, 10)
+def _catch(run: Callable[[int], OperatorLog], index: int, replays: int) -> list[Differences | None]:
+    """The operation's outputs in two more replays that differ, side by side."""
     kept = run(index).kept
-    for count in range(2, most + 1):
+    for _ in range(max(replays, 10)):
         again = run(index).kept
         if len(kept) == len(again):
             found = [differences(a, b) for a, b in zip(kept, again, strict=True)]
             if any(found):
-                return found, count
-    return [], most
+                return found
+    return []
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

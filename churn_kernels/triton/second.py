@@ -5,6 +5,7 @@ import triton.language as tl
 
 from churn_kernels.triton.divergence import kl_term, sign
 from churn_kernels.triton.math import INFINITY, at_least_lowest, log_pos, mul_add
+from churn_kernels.triton.row import pair_index
 from churn_kernels.triton.scales import extremes, integers, pair_scales, real
 from churn_kernels.triton.softmax import tempered
 from churn_kernels.triton.sums import with_pairs
@@ -85,18 +86,24 @@ def block_terms(z, sums, by, inverse_temperature, S: tl.constexpr):
 
 
 @triton.jit
-def real_pairs(totals, by, sums, S: tl.constexpr):
-    """Sums of pairs as numbers; NaN where one of the two models is, as integers cannot be."""
+def real_pairs(totals, sums, S: tl.constexpr):
+    """L1's sums as numbers; NaN where one of the two models is, as integers cannot be."""
     found = ()
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            if len(found) < len(totals):
-                poison = (sums.tempered_mass[i] + sums.tempered_mass[j]) * 0.0
-                if S.divergence == 4:
-                    for t in tl.static_range(2, S.models):
-                        poison += sums.tempered_mass[t] * 0.0
-                found += (real(totals[len(found)], by) + poison,)
+            poison = (sums.mass[i] + sums.mass[j]) * 0.0
+            total = totals[pair_index(i, j, S.models)].to(tl.float64) / S.unit
+            found += (total + poison,)
     return found
+
+
+@triton.jit
+def real_divergence(total, by, sums, S: tl.constexpr):
+    """KL to the teachers as a number; NaN where any model is."""
+    poison = sums.mass[0] * 0.0
+    for t in tl.static_range(1, S.models):
+        poison += sums.mass[t] * 0.0
+    return real(total, by) + poison
 
 
 @triton.jit
@@ -115,5 +122,8 @@ def second_sums(z, at, sums, inverse_temperature, S: tl.constexpr):
     if S.wide:
         first, second, reach = total_each(first), total_each(second), largest_each(reach)
     if S.exact:
-        first, second = real_pairs(first, by, sums, S), real_pairs(second, by, sums, S)
+        if S.divergence == 4:
+            first = (real_divergence(first[0], by, sums, S),)
+        else:
+            first, second = real_pairs(first, sums, S), real_pairs(second, sums, S)
     return with_pairs(sums, first, second, reach)

@@ -82,10 +82,10 @@ struct Fused {
     }
   }
 
-  // logit - maximum; exact sums need a number for a class at -inf, too.
-  CK_HD static V difference(V z, V maximum) {
-    if constexpr (kExact) return max(V(kLowest<S>), z - maximum);
-    return z - maximum;
+  // d of logit - maximum; exact sums need a number for a class at -inf, too.
+  CK_HD static V finite(V difference) {
+    if constexpr (kExact) return max(V(kLowest<S>), difference);
+    return difference;
   }
 
   // What tells that a row is not for this kernel's exact sums: a NaN, or terms out of bounds.
@@ -124,7 +124,8 @@ struct Fused {
       z[k] = logits(row, k);
     }
     const bool spread = row.options->regularizer == Regularizer::kUniformSkl;
-    const auto step = [&](const V* d, int64_t c) {
+    // `raw` are the d, -inf where the logit is.
+    const auto step = [&](const V* d, const V* raw, int64_t c) {
       V e[K];
       for (int k = 0; k < K; ++k) {
         e[k] = rows::exp_nonpos(d[k]);
@@ -133,19 +134,19 @@ struct Fused {
         if constexpr (kExact) check.exponentials = check.exponentials + e[k];
       }
       if constexpr (K == 2) {
-        const V between = d[0] - d[1];
-        rows::add_skl(pair, e[0], e[1], between);
-        if constexpr (kExact) check.far(between);
+        rows::add_skl(pair, e[0], e[1], d[0] - d[1]);
+        if constexpr (kExact) check.far(raw[0] - raw[1]);
       }
     };
     int64_t c = begin;
     for (; c + kWidth <= end; c += kWidth) {
-      V d[K];
+      V d[K], raw[K];
       for (int k = 0; k < K; ++k) {
         fetch_ahead(row, k, c);
-        d[k] = difference(load(z[k] + c), maximum[k]);
+        raw[k] = load(z[k] + c) - maximum[k];
+        d[k] = finite(raw[k]);
       }
-      step(d, c);
+      step(d, raw, c);
       if (spread) {
         for (int k = 0; k < K; ++k) {
           rows::add_spread(model[k], d[k]);
@@ -155,11 +156,12 @@ struct Fused {
     }
     if (c < end) {
       const int n = static_cast<int>(end - c);
-      V d[K];
+      V d[K], raw[K];
       for (int k = 0; k < K; ++k) {
-        d[k] = keep_first(difference(load_first(z[k] + c, n, S(0)), maximum[k]), n, kNowhere);
+        raw[k] = keep_first(load_first(z[k] + c, n, S(0)) - maximum[k], n, kNowhere);
+        d[k] = finite(raw[k]);
       }
-      step(d, c);
+      step(d, raw, c);
       for (int k = 0; k < K; ++k) {
         d[k] = keep_first(d[k], n, S(0));
         rows::add_spread(model[k], d[k]);

@@ -181,8 +181,8 @@ void RowWork::set_scales() {
     return;
   }
   const bool probabilities = in_.options.divergence == Divergence::kL1;
+  const auto inverse_temperature = static_cast<float>(1.0 / in_.options.temperature);
   const auto bits_of = [&](int i, int j) {
-    const auto inverse_temperature = static_cast<float>(1.0 / in_.options.temperature);
     const int peak_i = peak_exponent(i, inverse_temperature);
     const int peak_j = peak_exponent(j, inverse_temperature);
     const bool shares = peak_i < 0 && peak_j < 0 && shares_maximum(i, j);
@@ -359,6 +359,10 @@ void RowWork::set_gradient(const double* weights) {
       rows::add_regularizer_gradient(g, model(k), o, weights[students + k]);
     }
   }
+  // A row without a meaning has a gradient without one at every class, whatever the weights.
+  for (int k = 0; k < students; ++k) {
+    if (std::isnan(model(k).mass)) gradient_[k].constant = model(k).mass;
+  }
   if (in_.pairs() == 0) return;
   const double* divergence_weights = weights + 2 * students;
   const auto couple = [&](int i, int j, double mean, double weight) {
@@ -427,7 +431,7 @@ void RowWork::restore(const double* stats) {
       last_ties_[k] = static_cast<int64_t>(*stats++);
       s.top_mass = *stats++;
     }
-    if (s.live < static_cast<double>(in_.all_classes())) use_general();
+    if (std::isnan(s.mass) || s.live < static_cast<double>(in_.all_classes())) use_general();
   }
   if (in_.options.divergence == Divergence::kSkl || in_.options.divergence == Divergence::kL1) {
     for (int p = 0; p < in_.pairs(); ++p) {
