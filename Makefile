@@ -17,7 +17,7 @@ DEPENDENCIES := build/dependencies.stamp
 LIBRARY := build/library.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test nightly bench gpu-report lint format clean
+.PHONY: help build run study test nightly bench gpu-report lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,11 @@ help:  ## this list
 build: $(LIBRARY)  ## .venv with torch, the tools and the package; compiles what changed
 
 run: build  ## train the co-distillation methods on the digits, report into out/
-	@$(BIN)/churn-train digits
+	@$(BIN)/churn-train study digits
+
+study: build  ## the papers' claims and the sources of churn on the digits; ten minutes on two cores
+	@$(BIN)/churn-train study claims
+	@$(BIN)/churn-train sources
 
 test: build  ## the test suite
 	@$(BIN)/python -m pytest -q -n 2

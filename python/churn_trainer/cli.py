@@ -1,40 +1,33 @@
-"""The command line: `churn-train train` trains runs, `churn-train digits` a whole study."""
+"""The command line: `churn-train train` trains runs; `study_cli` has the commands for many."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from rich.table import Table
+from rich.progress import Progress
 
-from churn_trainer.config import Data, Optimisation, Run, Study
+from churn_trainer.config import Run
 from churn_trainer.data import DATASETS
-from churn_trainer.loop import TrainingDiverged
-from churn_trainer.methods import BASELINE, DIGITS_METHODS, METHODS, find_method
+from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
 from churn_trainer.options import all_seeds, settings_command
-from churn_trainer.output import check_replaceable
-from churn_trainer.report import terminal_table, verdicts, write_report
 from churn_trainer.run_folder import FINISHED, Busy
 from churn_trainer.settings import merged, read_settings, to_toml
-from churn_trainer.study import StudyResult, run_study
+from churn_trainer.study_cli import recipes, sources, study
+from churn_trainer.terminal import (
+    FAILED,
+    INTERRUPTED,
+    WRONG,
+    fail,
+    print_table,
+    progress_columns,
+)
 from churn_trainer.train import Event, Options, train
 
 app = typer.Typer(
@@ -45,11 +38,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_WIDE = 150
-"""Columns in which the table has its intervals beside the means."""
-
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-"""Exit statuses: a run diverged or a file could not be written; wrong settings; Ctrl-C."""
+app.command("study")(study)
+app.command("sources")(sources)
+app.command("recipes")(recipes)
 
 
 @app.command("train")
@@ -108,59 +99,13 @@ def train_runs(
         with _telling(wanted) as tell:
             folders = train(wanted, out, options, tell)
     except (ValueError, Busy) as error:
-        _fail(str(error), WRONG)
+        fail(str(error), WRONG)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
+        fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
     except OSError as error:
-        _fail(f"{error}; what was finished stays, the same command goes on", FAILED)
+        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
     if any(folder.status != FINISHED for folder in folders):
         raise typer.Exit(FAILED)
-
-
-@app.command()
-def digits(
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method", help="Method to train beside the baseline; may be repeated. Default: seven."
-        ),
-    ] = None,
-    runs: Annotated[int, typer.Option(help="Independent runs per method and split.")] = 10,
-    splits: Annotated[int, typer.Option(help="Random splits into training and test rows.")] = 8,
-    epochs: Annotated[int, typer.Option(help="Passes over the training rows.")] = 100,
-    train_rows: Annotated[int, typer.Option(help="Training rows of a split.")] = 300,
-    seed: Annotated[int, typer.Option(help="What all randomness follows from.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("out/digits"),
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Methods trained at a time. Default: one per core. Changes no number."),
-    ] = None,
-) -> None:
-    """Train on scikit-learn's handwritten digits and report accuracy and churn of every method."""
-    try:
-        chosen = [find_method(name) for name in methods or DIGITS_METHODS]
-        study = Study(
-            methods=(METHODS[BASELINE], *(one for one in chosen if one.name != BASELINE)),
-            data=Data(train_rows=train_rows),
-            runs=runs,
-            splits=splits,
-            seed=seed,
-            optimisation=Optimisation(epochs=epochs),
-        )
-        if workers is not None and workers < 1:
-            raise ValueError(
-                f"workers must be at least 1, got {workers}; leave it out for all cores"
-            )
-        check_replaceable(out)
-        _run(study, out, workers or _cores())
-    except ValueError as error:
-        _fail(str(error), WRONG)
-    except TrainingDiverged as error:
-        _fail(f"{error}; there is nothing to compare with", FAILED)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; no report was written to {out}", INTERRUPTED)
-    except OSError as error:
-        _fail(f"no report was written to {out}: {error}", FAILED)
 
 
 @app.command("methods")
@@ -172,13 +117,13 @@ def list_methods() -> None:
         rows.append(
             (method.name, method.label, method.source, str(method.members), *weights, method.ramp)
         )
-    _print_table(("name", "method", "source", "models", "alpha", "beta", "ramp"), rows)
+    print_table(("name", "method", "source", "models", "alpha", "beta", "ramp"), rows)
 
 
 @app.command("data")
 def list_data() -> None:
     """List the data sets there are."""
-    _print_table(("name", "data set"), [(name, entry[0]) for name, entry in DATASETS.items()])
+    print_table(("name", "data set"), [(name, entry[0]) for name, entry in DATASETS.items()])
 
 
 @app.command("models")
@@ -187,14 +132,7 @@ def list_models() -> None:
     rows = [(name, entry[0]) for name, entry in NETWORKS.items()]
     rows.append(("timm:NAME", "any network of timm, where it is installed"))
     rows.append(("package.module:Name", "yours, called with shape and classes; see --trust"))
-    _print_table(("name", "network"), rows)
-
-
-def _print_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _console().print(table)
+    print_table(("name", "network"), rows)
 
 
 def _wanted(given: dict[str, Any], config: Path | None, seed: int, runs: int) -> list[Run]:
@@ -212,7 +150,7 @@ def _telling(wanted: list[Run]) -> Iterator[Any]:
     console = Console(stderr=True)
     epochs = wanted[0].optimisation.epochs
     bars: dict[str, Any] = {}
-    with Progress(*_columns(), console=console, transient=True) as progress:
+    with Progress(*progress_columns(), console=console, transient=True) as progress:
 
         def tell(event: Event) -> None:
             key = event.runs[0].together
@@ -229,56 +167,3 @@ def _telling(wanted: list[Run]) -> Iterator[Any]:
                     console.print(escape(line), highlight=False, soft_wrap=True)
 
         yield tell
-
-
-def _run(study: Study, out: Path, workers: int) -> None:
-    console = _console()
-    result = _with_progress(study, workers, console)
-    page = write_report(result, out, shlex.join(["churn-train", *sys.argv[1:]]))
-    console.print(terminal_table(result, narrow=console.width < _WIDE))
-    for sentence in verdicts(result):
-        console.print(f"  {sentence}", highlight=False)
-    console.print(f"\nReport: {page}  ({result.seconds:.0f} s)", highlight=False, soft_wrap=True)
-
-
-def _with_progress(study: Study, workers: int, console: Console) -> StudyResult:
-    stop = threading.Event()
-    with Progress(*_columns(), console=console, transient=True) as progress:
-        tasks = {
-            method.name: progress.add_task(
-                method.label, total=study.optimisation.epochs, start=False
-            )
-            for method in study.methods
-        }
-
-        def advance(method: str, epoch: int) -> None:
-            if epoch == 1:
-                progress.start_task(tasks[method])
-            progress.update(tasks[method], completed=epoch)
-
-        return run_study(study, workers=workers, on_epoch=advance, stop=stop)
-
-
-def _columns() -> tuple[ProgressColumn, ...]:
-    return (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-
-
-def _console() -> Console:
-    # A pipe or a log has no width of its own: give the table the room it needs.
-    return Console() if sys.stdout.isatty() else Console(width=_WIDE)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/red] {escape(message)}", highlight=False
-    )
-    raise typer.Exit(status)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from churn_kernels.modes import MODES
-from churn_trainer.methods import METHODS, Method
+from churn_trainer.methods import METHODS, Method, find_method
 from churn_trainer.settings import (
     at_least,
     derive_seed,
@@ -159,6 +159,10 @@ class Seeds:
             at_least(f"seeds.{entry.name}", getattr(self, entry.name), 0, "any from 0 will do")
 
 
+SOURCES = tuple(entry.name for entry in dataclasses.fields(Seeds))[1:]
+"""The sources of randomness beside the split."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: the unit that is named, stored and never done twice."""
@@ -215,30 +219,56 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """One row of a study's table: a method, and what else is different for it."""
+
+    method: Method = field(default_factory=Method)
+    name: str = setting("", "What files call it, once in a study; the method's name if left out.")
+    changes: dict[str, Any] = setting(
+        {}, "Tables of data, model or optimisation: what differs from the study's."
+    )
+    fixed: tuple[str, ...] = setting(
+        (), "Sources of randomness that the runs of a split share: initialisation, order, ..."
+    )
+
+    @classmethod
+    def named(cls, name: str) -> Variant:
+        """The method of that name as it is. Raises: ValueError naming the nearest."""
+        return cls(find_method(name))
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.method.name)
+        for source in self.fixed:
+            one_of(f"fixed of {self.name}", source, SOURCES)
+        for table in self.changes:
+            one_of(f"changes of {self.name}", table, ("data", "model", "optimisation"))
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it."""
+        changed = [
+            f"{name} {str(value).lower() if isinstance(value, bool) else value}"
+            for table in self.changes.values()
+            for name, value in table.items()
+        ]
+        return ", ".join([self.method.label, *changed, *(f"same {one}" for one in self.fixed)])
+
+
+@dataclass(frozen=True)
 class Study:
-    """Methods x splits x runs on one data set.
+    """Methods x splits x runs on one data set; the first method is the one to compare with."""
 
-    Attributes:
-        data: the data set.
-        methods: the first is what the others are compared with.
-        runs: independent runs per split and method, at least 2.
-        splits: random splits of the data into training and test rows.
-        model: the network.
-        seed: the one number all randomness follows from, >= 0.
-        level: coverage of the intervals, in (0, 1).
-        curve_points: how many times a training is measured on the test rows for the curves.
-        optimisation: see `Optimisation`.
-    """
-
-    methods: tuple[Method, ...]
+    methods: tuple[Variant, ...]
+    title: str = setting("", "What the study is for, in one sentence.")
     data: Data = field(default_factory=Data)
-    runs: int = 10
-    splits: int = 8
     model: Model = field(default_factory=Model)
-    seed: int = 0
-    level: float = 0.95
-    curve_points: int = 20
     optimisation: Optimisation = field(default_factory=Optimisation)
+    runs: int = setting(10, "Independent runs per split and method, at least 2.")
+    splits: int = setting(8, "Random splits of the data into training and test rows.")
+    seed: int = setting(0, "The one number all randomness follows from.")
+    level: float = setting(0.95, "Coverage of the intervals, in (0, 1).")
+    curve_points: int = setting(20, "How many times a training is measured on the test rows.")
 
     def __post_init__(self) -> None:
         at_least("runs", self.runs, 2, "churn compares runs")
@@ -247,29 +277,74 @@ class Study:
         at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
         if not 0 < self.level < 1:
             raise ValueError(f"level must be in (0, 1), got {self.level}; 0.95 is customary")
-        names = [method.name for method in self.methods]
+        names = [variant.name for variant in self.methods]
         if len(set(names)) != len(names) or not names:
             raise ValueError(
                 f"methods must name each method once and at least one, got {names}; "
-                "drop what is there twice"
+                "drop what is there twice, or give each a name of its own"
             )
+        for variant in self.methods:
+            data = self.run(variant, 0, 0).data
+            augmented = {
+                name: getattr(data, name) for name in ("crop_padding", "crop_size", "flip")
+            }
+            if dataclasses.replace(self.data, **augmented) != data:
+                raise ValueError(
+                    f"changes of {variant.name} must leave the data set and its rows as they are, "
+                    f"got {variant.changes['data']}; methods are compared on the same rows: make "
+                    "it a study of its own"
+                )
 
-    def run(self, method: Method, split: int, run: int) -> Run:
-        """The run of a method at a place; its seeds are the same for every method."""
-        return Run(
-            data=self.data,
-            model=self.model,
-            method=method,
-            optimisation=self.optimisation,
-            seeds=Seeds(
-                self.seed_for(Draw.SPLIT, split),
-                *(self.seed_for(draw, split, run) for draw in list(Draw)[1:]),
-            ),
+    def run(self, variant: Variant, split: int, run: int) -> Run:
+        """The run of a method at a place; its seeds are the same for every method.
+
+        Runs for which every source of randomness is fixed are repetitions of one another.
+        """
+        base = Run(self.data, self.model, variant.method, self.optimisation)
+        changed = from_mapping(Run, variant.changes, f"changes of {variant.name}", base)
+        seeds = {
+            source: self.seed_for(Draw[source.upper()], split)
+            if source in variant.fixed
+            else self.seed_for(Draw[source.upper()], split, run)
+            for source in SOURCES
+        }
+        return dataclasses.replace(
+            changed,
+            seeds=Seeds(self.seed_for(Draw.SPLIT, split), **seeds),
+            repeat=run if set(SOURCES) == set(variant.fixed) else 0,
         )
+
+    def runs_of(self, variant: Variant) -> list[list[Run]]:
+        """A method's runs, split by split."""
+        return [
+            [self.run(variant, split, run) for run in range(self.runs)]
+            for split in range(self.splits)
+        ]
+
+    def all_runs(self) -> list[Run]:
+        """Every run of the study."""
+        return [run for one in self.methods for runs in self.runs_of(one) for run in runs]
 
     def seed_for(self, draw: Draw, *where: int) -> int:
         """A 63-bit seed for one draw at a place (split, run), the same for every method."""
         return derive_seed(self.seed, int(draw), *where)
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """The study a .toml or .json file describes; what it leaves out has its default.
+
+        Raises: ValueError naming the file or setting, what is wanted, what it got, the remedy.
+        """
+        return cls.from_mapping(read_settings(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Study:
+        """The study that nested tables describe. Raises: ValueError, as `load`."""
+        return from_mapping(cls, {"methods": [], **values})
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The study as nested tables, which `from_mapping` reads."""
+        return to_mapping(self)
 
 
 def measured_epochs(epochs: int, points: int) -> tuple[int, ...]:

@@ -163,7 +163,7 @@ def training_curves(result: StudyResult) -> str:
 
 
 def _curve(axes: Axes, entry: MethodResult, index: int, values: Any) -> None:
-    style = "-" if entry.method.members > 1 or index == 0 else (0, (4, 2))
+    style = "-" if entry.method.method.members > 1 or index == 0 else (0, (4, 2))
     marker = "o" if len(values) == 1 else None
     axes.plot(
         entry.curves.epoch,

@@ -26,10 +26,6 @@ TEST_BLOCK = 1024
 """Test rows of each run that go through the networks at a time."""
 
 
-class TrainingDiverged(ArithmeticError):
-    """A loss is no longer finite, or a model predicts one class whatever it sees."""
-
-
 @dataclass(frozen=True)
 class Epoch:
     """What a callback sees after an epoch.

@@ -213,8 +213,6 @@ DESCRIPTIONS: dict[str, Description] = {
     method.name: Description(label, source) for method, label, source in _TABLE
 }
 BASELINE = "baseline"
-DIGITS_METHODS = tuple(METHODS)[:7]
-"""What `churn-train digits` compares unless it is told otherwise."""
 
 
 def find_method(name: str) -> Method:

@@ -6,6 +6,8 @@ the N rows, in nats, with its gradient. Runs that share no weights are simply mo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,7 +111,8 @@ def measured_logits(method: Method, logits: Tensor) -> Tensor:
     Member 0; the logarithm of an ensemble's mean probabilities; or the mean of the logits.
     """
     if method.measured == "ensemble":
-        return logits.log_softmax(dim=-1).exp().mean(dim=0).log()
+        # As a sum of exponentials: where every member's probability underflows, this does not.
+        return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
     return logits.mean(dim=0) if method.measured == "average" else logits[0]
 
 

@@ -80,16 +80,27 @@ class RunFolder:
 
         Raises: ValueError if the file is missing or holds anything but these two arrays.
         """
+        logits, labels = self._arrays("logits", "labels")
+        return logits, labels
+
+    def predictions_along(self) -> tuple[Tensor, Tensor]:
+        """(P,) the epochs that were measured, from 1, and (P, N) the classes predicted after each.
+
+        Raises: ValueError if the file is missing or holds anything but these arrays.
+        """
+        epochs, predicted = self._arrays("epochs", "predicted")
+        return epochs, predicted
+
+    def _arrays(self, *names: str) -> list[Tensor]:
         path = self.path / LOGITS
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                logits, labels = arrays["logits"], arrays["labels"]
+                return [torch.from_numpy(arrays[name]) for name in names]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(
-                f"{path} must hold the arrays logits and labels, got: {error}; delete "
+                f"{path} must hold the arrays {' and '.join(names)}, got: {error}; delete "
                 f"{self.path} and train again"
             ) from None
-        return torch.from_numpy(logits), torch.from_numpy(labels)
 
     def weights(self) -> list[dict[str, Tensor]]:
         """Each member's state dict. Raises: ValueError if the file holds anything else."""
@@ -113,11 +124,27 @@ class RunFolder:
         logits: Tensor,
         labels: Tensor,
         weights: Sequence[dict[str, Tensor]],
+        along: Mapping[int, Tensor],
     ) -> None:
-        """Writes a finished run's files, the metrics last."""
+        """Writes a finished run's files, the metrics last.
+
+        Args:
+            metrics: see `metrics`.
+            logits, labels: see `logits`.
+            weights: see `weights`.
+            along: epoch -> (N,) the classes predicted after it.
+        """
         save_tensors(self.path / WEIGHTS, list(weights))
         arrays = io.BytesIO()
-        np.savez(arrays, logits=logits.numpy(), labels=labels.numpy())
+        kind = np.min_scalar_type(logits.shape[1] - 1)
+        predicted = np.stack([classes.numpy() for classes in along.values()]).astype(kind)
+        np.savez(
+            arrays,
+            logits=logits.numpy(),
+            labels=labels.numpy(),
+            epochs=np.array(list(along)),
+            predicted=predicted,
+        )
         write_atomically(self.path / LOGITS, arrays.getvalue())
         self.end(FINISHED, metrics)
 

@@ -153,7 +153,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def to_mapping(settings: Any) -> dict[str, Any]:
     """The settings as plain nested dicts of JSON's types; nothing that is None."""
     return {
-        field.name: to_mapping(value) if dataclasses.is_dataclass(value) else _plain(value)
+        field.name: _plain(value)
         for field in dataclasses.fields(settings)
         if (value := getattr(settings, field.name)) is not None
     }
@@ -175,11 +175,20 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint` asks for; a whole number will do for a float."""
     if isinstance(hint, types.UnionType):  # "X | None"
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if isinstance(hint, type) and dataclasses.is_dataclass(
+        hint
+    ):  # in a list; a name can stand for the whole table
+        named = getattr(hint, "named", None)
+        return (
+            named(value) if named and isinstance(value, str) else from_mapping(hint, value, where)
+        )
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where} must be a list, got {value!r}; write it in brackets")
-        return tuple(_typed(arguments[0], entry, where) for entry in value)
+        return tuple(
+            _typed(arguments[0], entry, f"{where}[{place}]") for place, entry in enumerate(value)
+        )
     if origin is not None:  # a table of free form
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a table, got {value!r}; write name = value in it")
@@ -192,7 +201,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return to_mapping(value) if dataclasses.is_dataclass(value) else value
 
 
 def _toml_tables(table: Mapping[str, Any], name: str) -> Iterable[str]:

@@ -1,12 +1,13 @@
-"""A study: every method over the same splits and seeds, measured and compared with the first."""
+"""A study: its runs trained, then read from their folders, measured, compared with the first."""
 
 from __future__ import annotations
 
-import threading
+import csv
+import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from torch import Tensor
 from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
-from churn_trainer.config import Study, measured_epochs
+from churn_trainer.config import Study, Variant
 from churn_trainer.data import load_dataset
 from churn_trainer.data.dataset import Dataset
-from churn_trainer.loop import Epoch, Trained, TrainingDiverged, fit
-from churn_trainer.methods import Method
+from churn_trainer.output import write_atomically
+from churn_trainer.run_folder import CURVES, FINISHED, RunFolder
+from churn_trainer.tasks import Workers, train_all
+from churn_trainer.train import Event, Options
 
 HISTOGRAM_BINS = 20
 
@@ -34,8 +37,12 @@ METRICS = {
 """The metrics of the table, as `ChurnReport` and as the reader call them."""
 
 
-class Interrupted(Exception):
-    """The study was asked to stop."""
+STUDY = "study.json"
+"""The study's settings, beside its runs."""
+
+
+class NothingToCompare(RuntimeError):
+    """The first method has runs that did not finish."""
 
 
 @dataclass
@@ -61,10 +68,10 @@ class MethodResult:
             confidence falls into each equal bin of [0, 1].
         curves: see `Curves`.
         summary: metric -> mean with interval, for the names in `METRICS`.
-        seconds: what the training took.
+        seconds: what the training took, of all runs.
     """
 
-    method: Method
+    method: Variant
     reports: list[ChurnReport]
     predictions: Tensor
     histogram: Tensor
@@ -84,7 +91,7 @@ class Comparison:
         p_holm: the same, corrected for the number of methods compared.
     """
 
-    method: Method
+    method: Variant
     change: dict[str, Estimate]
     p_value: float
     p_holm: float
@@ -92,7 +99,17 @@ class Comparison:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """Everything a report shows."""
+    """Everything a report shows.
+
+    Attributes:
+        study: its settings.
+        dataset: its data.
+        test_rows: N.
+        results: of the methods whose runs all finished, in the study's order.
+        comparisons: of each of them after the first with the first.
+        diverged: method's name -> why it is not in `results`.
+        seconds: from the call to the result, which is less where runs had ended before.
+    """
 
     study: Study
     dataset: Dataset
@@ -105,149 +122,163 @@ class StudyResult:
 
 def run_study(
     study: Study,
+    root: Path,
+    workers: Workers,
+    options: Options | None = None,
     *,
-    workers: int = 1,
-    on_epoch: Callable[[str, int], None] = lambda method, epoch: None,
-    stop: threading.Event | None = None,
+    retries: int = 2,
+    tell: Callable[[Event], None] = lambda event: None,
 ) -> StudyResult:
-    """Trains and measures every method of a study.
+    """Trains the runs of a study that have not ended, then measures and compares all.
 
-    Each method is trained by one thread with one-threaded arithmetic, so that the numbers depend
-    neither on the number of cores nor on `workers`.
+    A worker's arithmetic has one thread, so that the numbers depend neither on the number of cores
+    nor on that of the workers.
 
     Args:
         study: what to do.
-        workers: methods trained at a time.
-        on_epoch: called with the method's name and the epoch's number, from the worker threads.
-        stop: once set, the study raises `Interrupted` at the next epoch.
+        root: folder of the runs' folders.
+        workers: who trains.
+        options: see `train.Options`; its `curve_points` are the study's.
+        retries: how often runs that fail are tried again.
+        tell: called as it goes.
     Raises:
-        ValueError: a data set or method that does not exist, or a split that cannot be made.
-        Interrupted: `stop` was set.
-        TrainingDiverged: the first method diverged, and with it what the others are compared with.
+        ValueError: a data set or model that does not exist, or a split that cannot be made.
+        NothingToCompare: the first method has runs that did not finish.
     """
-    stop = stop or threading.Event()
-    methods = study.methods
-    dataset = load_dataset(study.data)
     started = time.perf_counter()
+    write_atomically(root / STUDY, json.dumps(study.to_mapping(), indent=1).encode() + b"\n")
+    options = replace(options or Options(), curve_points=study.curve_points)
+    failed = train_all(study.all_runs(), root, workers, options, retries=retries, tell=tell)
+    result = read_study(study, root, failed)
+    return replace(result, seconds=time.perf_counter() - started)
 
-    def train(method: Method) -> MethodResult | TrainingDiverged:
-        def watch(epoch: Epoch) -> None:
-            if stop.is_set():
-                raise Interrupted
-            on_epoch(method.name, epoch.number)
 
-        torch.set_num_threads(1)
-        try:
-            return train_and_measure(method, dataset, study, watch)
-        except TrainingDiverged as error:
-            return error
+def read_study(study: Study, root: Path, failed: dict[str, str] | None = None) -> StudyResult:
+    """Measures and compares the runs of a study from their folders.
 
-    # The longest first, so that no worker is left alone with one at the end.
-    longest_first = sorted(methods, key=lambda method: -method.members - method.teachers)
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(workers) as pool:
-        futures = {method.name: pool.submit(train, method) for method in longest_first}
-        try:
-            outcomes = {name: future.result() for name, future in futures.items()}
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(threads)
-
-    first = outcomes[methods[0].name]
-    if isinstance(first, TrainingDiverged):
-        raise first
-    results = [
-        result for method in methods if isinstance(result := outcomes[method.name], MethodResult)
-    ]
+    Args:
+        study: which runs.
+        root: folder of the runs' folders.
+        failed: run id -> what stopped it, for those that did not end.
+    Raises:
+        ValueError: a folder does not hold what it should.
+        NothingToCompare: the first method has runs that did not finish.
+    """
+    started = time.perf_counter()
+    missing: dict[str, str] = {}
+    results = []
+    for variant in study.methods:
+        folders = [[RunFolder(root / run.id) for run in runs] for runs in study.runs_of(variant)]
+        reason = _unfinished([folder for part in folders for folder in part], failed or {})
+        if reason:
+            missing[variant.name] = f"{variant.label}: {reason}"
+        else:
+            results.append(measure_method(variant, folders, study.level))
+    first = study.methods[0]
+    if first.name in missing:
+        raise NothingToCompare(f"{missing[first.name]}; there is nothing to compare with")
     return StudyResult(
         study=study,
-        dataset=dataset,
+        dataset=load_dataset(study.data),
         test_rows=results[0].predictions.shape[-1],
         results=results,
         comparisons=compare(results, study.level),
-        diverged={
-            name: str(outcome)
-            for name, outcome in outcomes.items()
-            if isinstance(outcome, TrainingDiverged)
-        },
+        diverged=missing,
         seconds=time.perf_counter() - started,
     )
 
 
-def train_and_measure(
-    method: Method, dataset: Dataset, study: Study, watch: Callable[[Epoch], None]
+def measure_method(
+    variant: Variant, folders: Sequence[Sequence[RunFolder]], level: float
 ) -> MethodResult:
-    """Trains a method's runs over all splits as one stack, and measures each on its test rows.
+    """Measures a method's finished runs on their test rows.
 
-    The other members of a co-distilled run have been pulled towards the measured one; churn is a
-    question about models trained apart, so no two members of a run are ever compared.
+    Members of one run have been trained together, and at most one of them is measured; churn is a
+    question about models trained apart.
 
-    Raises: TrainingDiverged if one of the runs diverged.
+    Args:
+        variant: the method.
+        folders: of its runs, split by split.
+        level: coverage of the intervals.
+    Raises: ValueError if a folder does not hold what it should.
     """
-    started = time.perf_counter()
-    curves = Curves()
-
-    def on_epoch(epoch: Epoch) -> None:
-        watch(epoch)
-        _raise_diverged(method, epoch.diverged)
-        if epoch.logits is not None:
-            reports = _by_split(study, epoch.logits, epoch.labels)
-            curves.epoch.append(epoch.number)
-            curves.cross_entropy.append(float(epoch.cross_entropy.mean()))
-            for name in ("accuracy", "churn", "confidence"):
-                values = [getattr(report, name) for report in reports]
-                getattr(curves, name).append(over_splits(values, study.level).mean)
-
-    trained = _train_runs(method, dataset, study, on_epoch)
-    reports = _by_split(study, trained.logits, trained.labels)
-    confidence = prediction_confidence(trained.logits.flatten(0, 1)).float()
-    histogram = torch.histc(confidence, bins=HISTOGRAM_BINS, min=0, max=1)
+    reports, predictions = [], []
+    histogram = torch.zeros(HISTOGRAM_BINS)
+    for part in folders:
+        logits, labels = zip(*(folder.logits() for folder in part), strict=True)
+        reports.append(churn_report(logits, labels[0]))
+        predictions.append(torch.stack([run.argmax(dim=-1) for run in logits]))
+        for run in logits:
+            confidence = prediction_confidence(run).float()
+            histogram += torch.histc(confidence, bins=HISTOGRAM_BINS, min=0, max=1)
+    seconds = [folder.metrics()["environment"] for part in folders for folder in part]
     return MethodResult(
-        method=method,
+        method=variant,
         reports=reports,
-        predictions=trained.logits.argmax(dim=-1).unflatten(0, (study.splits, study.runs)),
+        predictions=torch.stack(predictions),
         histogram=histogram / histogram.sum(),
-        curves=curves,
+        curves=_curves(folders),
         summary={
-            name: over_splits([getattr(report, name) for report in reports], study.level)
+            name: over_splits([getattr(report, name) for report in reports], level)
             for name in METRICS
         },
-        seconds=time.perf_counter() - started,
+        seconds=sum(one["seconds"] / one["runs_together"] for one in seconds),
     )
 
 
-def _train_runs(
-    method: Method, dataset: Dataset, study: Study, on_epoch: Callable[[Epoch], None]
-) -> Trained:
-    """The method's runs in the order split, run, and before them their teachers."""
-    places = [(split, run) for split in range(study.splits) for run in range(study.runs)]
-    teachers = None
-    if (teacher := method.teacher()) is not None:
-        taught = fit([study.run(teacher, *place) for place in places], dataset)
-        _raise_diverged(teacher, taught.diverged)
-        teachers = taught.members
-    return fit(
-        [study.run(method, *place) for place in places],
-        dataset,
-        teachers=teachers,
-        measured=measured_epochs(study.optimisation.epochs, study.curve_points),
-        on_epoch=on_epoch,
+def _unfinished(folders: Sequence[RunFolder], failed: dict[str, str]) -> str:
+    """What to say of a method some of whose runs did not finish; nothing if all did."""
+    bad = [folder for folder in folders if folder.status != FINISHED]
+    if not bad:
+        return ""
+    first = bad[0]
+    if first.done:
+        reason = f"{first.status}: {first.metrics().get('message', '')}"
+    else:
+        reason = failed.get(first.path.name, "it was not trained")
+    return (
+        f"{len(bad)} of {len(folders)} runs did not finish, the first {first.path.name}, {reason}"
     )
 
 
-def _by_split(study: Study, logits: Tensor, labels: Tensor) -> list[ChurnReport]:
-    """One report a split, over its runs: from (S * R, N, C) logits and (S * R, N) labels."""
-    parts = zip(logits.split(study.runs), labels[:: study.runs], strict=True)
-    return [churn_report(runs, target) for runs, target in parts]
+def _curves(folders: Sequence[Sequence[RunFolder]]) -> Curves:
+    """Means over splits and runs, and over pairs of runs of a split, at the measured epochs."""
+    tables = [_curve_table(folder) for part in folders for folder in part]
+    epochs = [epoch for epoch, row in tables[0].items() if row["test_accuracy"]]
+
+    def mean(column: str) -> list[float]:
+        values = [[float(table[epoch][column]) for table in tables] for epoch in epochs]
+        return torch.tensor(values, dtype=torch.float64).mean(dim=1).tolist()
+
+    churn = torch.stack([_churn_along(part) for part in folders]).mean(dim=0)
+    return Curves(
+        epoch=epochs,
+        cross_entropy=mean("train_cross_entropy"),
+        accuracy=mean("test_accuracy"),
+        churn=churn.tolist(),
+        confidence=mean("test_confidence"),
+    )
 
 
-def _raise_diverged(method: Method, diverged: dict[int, str]) -> None:
-    if diverged:
-        place, message = next(iter(diverged.items()))
-        raise TrainingDiverged(f"{method.label} diverged: {message} (run {place})")
+def _curve_table(folder: RunFolder) -> dict[int, dict[str, str]]:
+    path = folder.path / CURVES
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {int(row["epoch"]): row for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} must hold a run's curves, got: {error}; delete {folder.path} and train again"
+        ) from None
+
+
+def _churn_along(folders: Sequence[RunFolder]) -> Tensor:
+    """(P,) mean churn of the pairs of runs, float64, after each measured epoch."""
+    runs = torch.stack([folder.predictions_along()[1] for folder in folders])  # (R, P, N)
+    count = len(runs)
+    differ = torch.zeros(runs.shape[1], dtype=torch.float64)
+    for place in range(count - 1):
+        differ += (runs[place] != runs[place + 1 :]).double().mean(dim=-1).sum(dim=0)
+    return differ / (count * (count - 1) / 2)
 
 
 def compare(results: Sequence[MethodResult], level: float) -> list[Comparison]:

@@ -39,8 +39,8 @@ class Event:
     """What `train` tells as it goes.
 
     Attributes:
-        kind: `runs` have "started", ended an "epoch", "finished", "diverged", or were "skipped"
-            because they had ended before.
+        kind: `runs` have "started", ended an "epoch", "finished", "diverged", were "skipped"
+            because they had ended before, or "failed" in a study (see `tasks`).
         runs: which.
         epoch: its number, from 1.
         detail: more about it.
@@ -123,6 +123,18 @@ def load_teachers(
     return members
 
 
+def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = ()) -> int:
+    """How many runs of `run`'s settings are trained in one stack; 1 where networks allow none.
+
+    Raises: ValueError for a model that cannot be made, or does not fit the data.
+    """
+    shape = _input_shape(run, dataset)
+    with seeded(0):
+        network = build_model(run.model, shape, dataset.classes, trust)
+    check_logits(run.model.name, network, shape, dataset.classes)
+    return RUNS_TOGETHER if stackable(network, shape) else 1
+
+
 def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Metrics of one run on its test rows; cross entropy and entropy in nats.
 
@@ -152,7 +164,7 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
     if not pending:
         return
     dataset = load_dataset(kind[0].data)
-    size = _runs_together(kind[0], dataset, options)
+    size = runs_together(kind[0], dataset, options.trust)
     for start in range(0, len(kind), size):
         group = kind[start : start + size]
         if not _checkpoint_path(root, group).exists():  # else they go on as they were
@@ -171,14 +183,6 @@ def _checkpoint_path(root: Path, group: Sequence[Run]) -> Path:
     if len(group) == 1:
         return root / group[0].id / CHECKPOINT
     return root / ".together" / f"{fingerprint([run.id for run in group])}.pt"
-
-
-def _runs_together(run: Run, dataset: Dataset, options: Options) -> int:
-    shape = _input_shape(run, dataset)
-    with seeded(0):
-        network = build_model(run.model, shape, dataset.classes, options.trust)
-    check_logits(run.model.name, network, shape, dataset.classes)
-    return RUNS_TOGETHER if stackable(network, shape) else 1
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
@@ -259,8 +263,8 @@ class _Group:
         if self.runs:
             self.train()
 
-    def _on_epoch(self, epoch: Epoch) -> list[dict[str, Any]]:
-        """One row of curves for each run."""
+    def _on_epoch(self, epoch: Epoch) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """One row of curves for each run, and (R, N) the classes predicted, where measured."""
         rows = []
         for place in range(len(self.runs)):
             row: dict[str, Any] = {
@@ -278,16 +282,20 @@ class _Group:
             for board, row in zip(self.boards, rows, strict=False):
                 board.write(row)
             if len(self.runs) == 1 and epoch.logits is not None:  # one flush to the disk, not 100
-                self.folders[0].write_curves([one for (one,) in (*epoch.history, rows)])
+                earlier = [row for (row,), _ in epoch.history]
+                self.folders[0].write_curves([*earlier, rows[0]])
         mean = float(epoch.cross_entropy.mean())
         self.tell(Event("epoch", self.runs, epoch.number, f"cross entropy {mean:.4f}"))
-        return rows
+        return rows, None if epoch.logits is None else epoch.logits.argmax(dim=-1)
 
     def _write(self, trained: Trained, seconds: float) -> None:
+        measured = [
+            number for number, (_, seen) in enumerate(trained.history, 1) if seen is not None
+        ]
         for place, (run, folder) in enumerate(zip(self.runs, self.folders, strict=True)):
             if folder.done:
                 continue  # written before the others' writing was killed
-            folder.write_curves([rows[place] for rows in trained.history])
+            folder.write_curves([rows[place] for rows, _ in trained.history])
             if place in trained.diverged:
                 self._diverged(run, folder, trained.diverged[place])
                 continue
@@ -301,7 +309,8 @@ class _Group:
                 "test_rows": len(labels),
                 "environment": self._environment(seconds),
             }
-            folder.finish(metrics, logits, labels, weights)
+            along = {number: trained.history[number - 1][1][place] for number in measured}
+            folder.finish(metrics, logits, labels, weights, along)
             self.tell(Event("finished", [run], detail=f"accuracy {test['accuracy']:.2%}"))
 
     def _diverged(self, run: Run, folder: RunFolder, message: str) -> None:

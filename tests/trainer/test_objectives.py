@@ -1,6 +1,7 @@
 """Methods: their table, their ramps, and each objective against its formula."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -162,6 +163,12 @@ def test_a_label_says_what_was_changed():
     assert METHODS["skl"].label == "SKL co-distillation"
     changed = dataclasses.replace(METHODS["skl"], beta=1.0, ramp="step")
     assert changed.label == "SKL co-distillation, beta 1.0, ramp step"
+
+
+def test_an_ensemble_s_logits_stay_finite_where_probabilities_underflow():
+    logits = torch.tensor([[[0.0, -200.0]], [[0.0, -300.0]]])
+    wanted = torch.tensor([[0.0, -200 - math.log(2)]])
+    torch.testing.assert_close(measured_logits(METHODS["2-ensemble"], logits), wanted)
 
 
 def test_teachers_are_ensembles_with_the_same_smoothing():

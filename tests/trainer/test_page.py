@@ -5,10 +5,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from churn_trainer.config import Run, Seeds
+from churn_trainer.config import Run, Seeds, Study
 from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
+from churn_trainer.named_studies import OWN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text(encoding="utf-8")
 
@@ -28,15 +29,18 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert float(namespace["report"].churn[0, 1]) > 0
 
 
-def test_the_settings_file_is_one():
-    (text,) = blocks("toml")
+def test_the_settings_files_are_what_they_say():
+    text, study = blocks("toml")
     run = Run.from_mapping(tomllib.loads(text))
     assert run.method.label == "SKL co-distillation, beta 1.0"
     assert run.optimisation.milestones == (200, 300, 400)
     assert run.seeds == Seeds(initialisation=3)
+    variants = Study.from_mapping(tomllib.loads(study)).methods
+    assert variants[1].label == "SKL co-distillation, beta 9.0"
+    assert [variant.name for variant in variants][2:] == ["strong, decayed", "same order"]
 
 
-@pytest.mark.parametrize("table", [METHODS, DATASETS, NETWORKS])
+@pytest.mark.parametrize("table", [METHODS, DATASETS, NETWORKS, OWN])
 def test_every_name_is_on_the_page(table):
     for name in table:
         assert re.search(rf"\b{re.escape(name.removesuffix('-top5'))}\b", PAGE), name

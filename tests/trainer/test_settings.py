@@ -13,7 +13,9 @@ from churn_trainer.config import (
     Optimisation,
     Run,
     Seeds,
+    Study,
     Synthetic,
+    Variant,
     measured_epochs,
 )
 from churn_trainer.methods import METHODS, Method
@@ -36,11 +38,11 @@ def test_seeds_differ_by_what_and_where_and_follow_from_the_study_s():
 
 def test_a_study_s_runs_share_the_split_and_differ_in_the_rest():
     study = small_study()
-    one, other = (study.run(METHODS["skl"], 1, run).seeds for run in (0, 1))
+    one, other = (study.run(Variant(METHODS["skl"]), 1, run).seeds for run in (0, 1))
     assert one.split == other.split
     for name in ("initialisation", "order", "augmentation", "dropout"):
         assert getattr(one, name) != getattr(other, name)
-    assert one == study.run(METHODS["baseline"], 1, 0).seeds
+    assert one == study.run(Variant(METHODS["baseline"]), 1, 0).seeds
 
 
 def test_derived_seeds_are_the_same_in_every_version():
@@ -212,3 +214,106 @@ def test_runs_go_together_when_only_their_seeds_differ():
     assert small_run().together == small_run(seeds=Seeds(1, 2, 3, 4, 5)).together
     assert small_run().together != small_run("skl").together
     assert small_run().together != small_run(repeat=1).together
+
+
+# Studies ------------------------------------------------------------------------------------------
+
+STUDY = """
+title = "a study"
+runs = 3
+splits = 2
+[data]
+train_rows = 60
+[optimisation]
+epochs = 4
+[[methods]]
+method = { name = "baseline" }
+[[methods]]
+name = "strong"
+method = { name = "skl", beta = 9.0 }
+changes = { optimisation = { epochs = 5 }, data = { crop_padding = 1 } }
+[[methods]]
+name = "same order"
+fixed = ["order"]
+[[methods]]
+name = "same everything"
+fixed = ["initialisation", "order", "augmentation", "dropout"]
+"""
+
+
+def test_a_study_s_file_expands_to_its_runs(tmp_path):
+    (tmp_path / "study.toml").write_text(STUDY)
+    study = Study.load(tmp_path / "study.toml")
+    baseline, strong, same_order, same = study.methods
+    assert [variant.name for variant in study.methods] == [
+        "baseline",
+        "strong",
+        "same order",
+        "same everything",
+    ]
+    assert strong.label == "SKL co-distillation, beta 9.0, epochs 5, crop_padding 1"
+    assert same_order.label == "baseline, same order"
+    runs = study.all_runs()
+    assert len(runs) == len({run.id for run in runs}) == 4 * 3 * 2
+    assert {run.data.train_rows for run in runs} == {60}
+    one, other = (study.run(variant, 1, 2) for variant in (baseline, strong))
+    assert one.seeds == other.seeds
+    assert (one.optimisation.epochs, other.optimisation.epochs) == (4, 5)
+    assert (one.data.crop_padding, other.data.crop_padding) == (0, 1)
+    assert other.method.beta == 9
+    first, *rest = (run.seeds for run in study.runs_of(same_order)[0])
+    assert {seeds.order for seeds in rest} == {first.order}
+    assert len({seeds.initialisation for seeds in (first, *rest)}) == 3
+    assert study.runs_of(same_order)[1][0].seeds.order != first.order
+    assert [run.repeat for run in study.runs_of(same)[0]] == [0, 1, 2]
+    assert len({run.seeds for run in study.runs_of(same)[0]}) == 1
+
+
+def test_a_study_can_be_written_and_read(tmp_path):
+    study = Study.from_mapping(tomllib.loads(STUDY))
+    (tmp_path / "study.json").write_text(json.dumps(study.to_mapping()))
+    assert Study.load(tmp_path / "study.json") == study
+
+
+def test_a_method_s_name_stands_for_its_table():
+    short = Study.from_mapping({"methods": ["baseline", "skl"]})
+    assert short == Study.from_mapping(
+        {"methods": [{"method": {"name": name}} for name in ("baseline", "skl")]}
+    )
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"method": {}}, "there is no setting 'method'; did you mean 'methods'?"),
+        ({"split": 3}, "there is no setting 'split'; did you mean 'splits'?"),
+        ({}, r"methods must name each method once and at least one, got \[\]"),
+        ({"methods": "skl"}, "methods must be a list, got 'skl'; write it in brackets"),
+        ({"methods": [3]}, r"methods\[0\] must be a table of settings, got 3"),
+        ({"methods": ["skll"]}, "method must be one of .* did you mean 'skl'?"),
+        ({"methods": [{"fix": []}]}, r"no setting 'methods\[0\]\.fix'; did you mean 'fixed'?"),
+        (
+            {"methods": [{"method": {"name": "skl"}, "changes": {"seeds": {}}}]},
+            "changes of skl must be one of data, model, optimisation, got 'seeds'",
+        ),
+        (
+            {"methods": [{"changes": {"optimisation": {"epoch": 1}}}]},
+            "no setting 'changes of baseline.optimisation.epoch'; did you mean 'epochs'?",
+        ),
+        (
+            {"methods": [{"changes": {"model": 3}}]},
+            "changes of baseline.model must be a table of settings, got 3",
+        ),
+        (
+            {"methods": [{"fixed": ["ordr"]}]},
+            "fixed of baseline must be one of initialisation, .* got 'ordr'; did you mean 'order'?",
+        ),
+        (
+            {"methods": ["skl", {"changes": {"data": {"train_rows": 90}}}]},
+            "changes of baseline must leave the data set .* got {'train_rows': 90}; methods are",
+        ),
+    ],
+)
+def test_a_wrong_study_is_refused(tables, message):
+    with pytest.raises(ValueError, match=message):
+        Study.from_mapping(tables)

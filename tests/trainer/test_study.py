@@ -3,20 +3,19 @@
 import csv
 import io
 import re
-import threading
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
-from churn_trainer import report, study
-from churn_trainer.config import Data
-from churn_trainer.loop import TrainingDiverged
-from churn_trainer.methods import DIGITS_METHODS
+from churn_trainer import report
+from churn_trainer.config import Data, Study, Variant
+from churn_trainer.methods import METHODS as METHOD_TABLE
 from churn_trainer.output import MARKER, check_replaceable, replaced
-from churn_trainer.study import METRICS, Interrupted, run_study
+from churn_trainer.run_folder import RunFolder
+from churn_trainer.study import METRICS, STUDY, NothingToCompare, read_study
 from rich.console import Console
-from small_study import small_study
+from small_study import SEVEN, local_study, small_study
 
 from churn_kernels.intervals import Estimate, run_mean
 
@@ -42,8 +41,8 @@ def folder(result, tmp_path_factory):
 
 
 def test_every_method_is_measured_and_compared_with_the_first(result):
-    assert [entry.method.name for entry in result.results] == list(DIGITS_METHODS)
-    assert [entry.method.name for entry in result.comparisons] == list(DIGITS_METHODS)[1:]
+    assert [entry.method.name for entry in result.results] == list(SEVEN)
+    assert [entry.method.name for entry in result.comparisons] == list(SEVEN)[1:]
     assert result.test_rows == 1797 - 60
     assert not result.diverged
     for entry in result.results:
@@ -52,90 +51,107 @@ def test_every_method_is_measured_and_compared_with_the_first(result):
         assert entry.reports[0].churn.shape == (2, 2)
         assert float(entry.histogram.sum()) == pytest.approx(1)
         assert entry.curves.epoch == [1, 2, 3]
-        assert entry.curves.accuracy[-1] == pytest.approx(entry.summary["accuracy"].mean)
-        assert entry.curves.churn[-1] == pytest.approx(entry.summary["churn"].mean)
+        for name in ("accuracy", "churn", "confidence"):
+            assert getattr(entry.curves, name)[-1] == pytest.approx(entry.summary[name].mean)
+        assert entry.seconds > 0
     baseline, entropy = result.results[:2]
     change = result.comparisons[0].change["churn"].mean
     assert change == pytest.approx(entropy.summary["churn"].mean - baseline.summary["churn"].mean)
     assert all(0 < entry.p_value <= entry.p_holm <= 1 for entry in result.comparisons)
 
 
-def test_numbers_do_not_depend_on_workers_or_on_the_other_methods(result):
-    again = run_study(small_study(methods=("baseline", "skl")), workers=1)
+def test_numbers_do_not_depend_on_workers_or_on_the_other_methods(result, tmp_path):
+    again = local_study(small_study(methods=("baseline", "skl")), tmp_path, workers=1)
     for entry in again.results:
-        first = next(other for other in result.results if other.method is entry.method)
+        first = next(other for other in result.results if other.method == entry.method)
         assert torch.equal(entry.predictions, first.predictions)
         assert entry.summary == first.summary
         assert entry.curves == first.curves
     assert torch.equal(again.results[0].histogram, result.results[0].histogram)
 
 
-def test_another_seed_gives_other_numbers(result):
-    other = run_study(small_study(seed=1, methods=("baseline",)))
+def test_the_study_lies_beside_its_runs_and_is_read_from_them(tmp_path):
+    study = small_study(methods=("baseline",))
+    trained = local_study(study, tmp_path)
+    assert Study.load(tmp_path / STUDY) == study
+    read = read_study(Study.load(tmp_path / STUDY), tmp_path)
+    assert torch.equal(read.results[0].predictions, trained.results[0].predictions)
+    assert read.results[0].summary == trained.results[0].summary
+    predictions = trained.results[0].predictions
+    for split, runs in enumerate(study.runs_of(study.methods[0])):
+        for place, run in enumerate(runs):
+            logits, _ = RunFolder(tmp_path / run.id).logits()
+            assert torch.equal(logits.argmax(dim=-1), predictions[split, place])
+
+
+def test_curves_of_churn_are_those_of_the_runs_at_each_epoch(tmp_path):
+    study = small_study(methods=("baseline",), runs=3, splits=1, curve_points=2)
+    (whole,) = local_study(study, tmp_path / "whole").results
+    shorter = replace(study, optimisation=replace(study.optimisation, epochs=2))
+    (short,) = local_study(shorter, tmp_path / "short").results
+    assert whole.curves.epoch == [2, 3]
+    assert whole.curves.churn[0] == pytest.approx(short.summary["churn"].mean)
+
+
+def test_another_seed_gives_other_numbers(result, tmp_path):
+    other = local_study(small_study(seed=1, methods=("baseline",)), tmp_path)
     assert not torch.equal(other.results[0].predictions, result.results[0].predictions)
 
 
-def test_torch_s_thread_count_comes_back(result):
-    threads = torch.get_num_threads()
-    run_study(small_study(methods=("baseline",)))
-    assert torch.get_num_threads() == threads
-
-
-def test_a_study_that_is_told_to_stop_stops_at_the_next_epoch():
-    stop, seen = threading.Event(), []
-
-    def on_epoch(method, epoch):
-        seen.append(epoch)
-        stop.set()
-
-    with pytest.raises(Interrupted):
-        run_study(small_study(methods=("baseline",)), on_epoch=on_epoch, stop=stop)
-    assert seen == [1]
-
-
-def test_an_unknown_data_set_is_refused_before_training():
+def test_an_unknown_data_set_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"data.name must be one of digits, .* got 'mnist'"):
-        run_study(small_study(data=Data(name="mnist")))
+        local_study(small_study(data=Data(name="mnist")), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [STUDY]
 
 
-def test_a_distilled_method_learns_from_its_own_teachers(result):
-    outcome = run_study(small_study(methods=("baseline", "self-distillation")))
+def test_a_distilled_method_learns_from_its_own_teachers(result, tmp_path):
+    outcome = local_study(small_study(methods=("baseline", "self-distillation")), tmp_path)
     assert [entry.method.name for entry in outcome.results] == ["baseline", "self-distillation"]
     baseline = result.results[0]
     assert torch.equal(outcome.results[0].predictions, baseline.predictions)
     assert not torch.equal(outcome.results[1].predictions, baseline.predictions)
 
 
-@pytest.fixture
-def diverging(monkeypatch):
-    def arrange(name):
-        fit = study.fit
-
-        def fit_and_diverge(runs, *rest, on_epoch, **options):
-            def broken(epoch):
-                said = {3: "its loss is not finite"} if runs[0].method.name == name else {}
-                return on_epoch(replace(epoch, diverged=said))
-
-            return fit(runs, *rest, on_epoch=broken, **options)
-
-        monkeypatch.setattr(study, "fit", fit_and_diverge)
-
-    return arrange
+WILD = {"optimisation": {"learning_rate": 1e30, "clip_norm": 0.0}}
 
 
-def test_a_method_that_diverges_is_reported_beside_the_others(diverging):
-    diverging("l1")
-    outcome = run_study(small_study(methods=("baseline", "l1", "entropy")))
+def test_a_method_that_diverges_is_reported_beside_the_others(tmp_path):
+    wild = Variant(METHOD_TABLE["l1"], name="wild", changes=WILD)
+    outcome = local_study(small_study(methods=("baseline", wild, "entropy")), tmp_path)
     assert [entry.method.name for entry in outcome.results] == ["baseline", "entropy"]
-    assert report.verdicts(outcome)[-1] == (
-        "L1 co-distillation diverged: its loss is not finite (run 3); it is not in the table."
+    said = report.verdicts(outcome)[-1]
+    assert said.startswith(
+        "L1 co-distillation, learning_rate 1e+30, clip_norm 0.0: 4 of 4 runs did"
     )
+    assert "diverged: its loss or gradient is not finite, epoch 1; it is not in the table." in said
 
 
-def test_a_baseline_that_diverges_ends_the_study(diverging):
-    diverging("baseline")
-    with pytest.raises(TrainingDiverged, match="baseline diverged: its loss is not finite"):
-        run_study(small_study(methods=("baseline", "entropy")))
+def test_a_baseline_that_diverges_ends_the_study(tmp_path):
+    wild = Variant(METHOD_TABLE["baseline"], changes=WILD)
+    with pytest.raises(
+        NothingToCompare, match=r"4 of 4 runs did not .* is nothing to compare with"
+    ):
+        local_study(small_study(methods=(wild, "entropy")), tmp_path)
+
+
+def test_a_study_that_was_not_trained_has_nothing_to_compare(tmp_path):
+    with pytest.raises(NothingToCompare, match=r"the first digits-mlp-.* it was not trained"):
+        read_study(small_study(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("curves.csv", r"curves.csv must hold a run's curves, got: .* and train again"),
+        ("logits.npz", r"logits.npz must hold the arrays logits and labels, got: .* train again"),
+    ],
+)
+def test_a_broken_run_s_folder_is_named(name, message, tmp_path):
+    study = small_study(methods=("baseline",))
+    local_study(study, tmp_path)
+    (tmp_path / study.all_runs()[0].id / name).write_text("epoch,x\n?,?\n")
+    with pytest.raises(ValueError, match=message):
+        read_study(study, tmp_path)
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -148,7 +164,7 @@ def test_report_folder_holds_exactly_its_files(folder):
 
 def test_csv_files_hold_the_numbers(folder, result):
     summary = rows_of(folder / "summary.csv")
-    assert len(summary) == len(DIGITS_METHODS) * len(METRICS)
+    assert len(summary) == len(SEVEN) * len(METRICS)
     skl = next(row for row in summary if (row["method"], row["metric"]) == ("skl", "churn"))
     entry = next(entry for entry in result.results if entry.method.name == "skl")
     comparison = next(entry for entry in result.comparisons if entry.method.name == "skl")
@@ -158,13 +174,13 @@ def test_csv_files_hold_the_numbers(folder, result):
     assert summary[0]["change"] == ""
 
     splits = rows_of(folder / "splits.csv")
-    assert len(splits) == len(DIGITS_METHODS) * 2
+    assert len(splits) == len(SEVEN) * 2
     assert float(splits[0]["churn"]) == run_mean(result.results[0].reports[0].churn)
     runs = rows_of(folder / "runs.csv")
-    assert len(runs) == len(DIGITS_METHODS) * 2 * 2
+    assert len(runs) == len(SEVEN) * 2 * 2
     assert float(runs[1]["accuracy"]) == float(result.results[0].reports[0].accuracy[1])
     pairs = rows_of(folder / "pairs.csv")
-    assert len(pairs) == len(DIGITS_METHODS) * 2 * 2
+    assert len(pairs) == len(SEVEN) * 2 * 2
     assert (pairs[0]["run"], pairs[0]["other_run"]) == ("0", "1")
     assert float(pairs[0]["churn"]) == float(result.results[0].reports[0].churn[0, 1])
     curves = rows_of(folder / "curves.csv")
@@ -238,7 +254,7 @@ def test_page_and_table_show_every_method(folder, result):
 
 
 def test_one_split_and_one_method_make_a_report_too(tmp_path):
-    outcome = run_study(small_study(methods=("baseline",), splits=1, runs=3))
+    outcome = local_study(small_study(methods=("baseline",), splits=1, runs=3), tmp_path / "runs")
     page = report.write_report(outcome, tmp_path / "report", "x").read_text(encoding="utf-8")
     assert Page(page).tags.count("svg") == 3
     assert "jackknife" in page

@@ -1,0 +1,56 @@
+"""What every command shows in the terminal, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+"""Exit statuses: runs did not finish or a file could not be written; wrong settings; Ctrl-C."""
+
+WIDE = 150
+"""Columns in which the study's table has its intervals beside the means."""
+
+
+def stdout_console() -> Console:
+    """The terminal, or a pipe or log with the room that a table needs."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+
+
+def print_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Columns of plain text under their headings."""
+    table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*map(escape, row))
+    stdout_console().print(table)
+
+
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    """What is under way, how far, since when."""
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Ends the command with a message and a status."""
+    Console(stderr=True, soft_wrap=True).print(
+        f"[red]error:[/red] {escape(message)}", highlight=False
+    )
+    raise typer.Exit(status)
