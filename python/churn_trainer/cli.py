@@ -17,6 +17,7 @@ from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
 from churn_trainer.options import all_seeds, settings_command
+from churn_trainer.report_command import report_runs
 from churn_trainer.run_folder import FINISHED, Busy
 from churn_trainer.settings import merged, read_settings, to_toml
 from churn_trainer.study_cli import recipes, sources, study
@@ -106,6 +107,9 @@ def train_runs(
         fail(f"{error}; what was finished stays, the same command goes on", FAILED)
     if any(folder.status != FINISHED for folder in folders):
         raise typer.Exit(FAILED)
+
+
+app.command("report")(report_runs)
 
 
 @app.command("methods")

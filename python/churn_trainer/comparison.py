@@ -51,7 +51,9 @@ def paired_change(values: Sequence[Tensor], baseline: Sequence[Tensor], level: f
     return t_interval(torch.tensor(changes, dtype=torch.float64), level)
 
 
-def churn_swap_test(predictions: Tensor, baseline: Tensor) -> float:
+def churn_swap_test(
+    predictions: Tensor | Sequence[Tensor], baseline: Tensor | Sequence[Tensor]
+) -> float:
     """Exact permutation test of "the method does not change churn", two-sided.
 
     Were the method without effect, the two models of any split and run could change places. Over
@@ -64,8 +66,9 @@ def churn_swap_test(predictions: Tensor, baseline: Tensor) -> float:
     two-point ones: exact for any number of runs.
 
     Args:
-        predictions: (S, R, N) classes predicted by the method's runs.
-        baseline: (S, R, N) those of the baseline, of the same splits and seeds.
+        predictions: (S, R, N) classes predicted by the method's runs, or S of (R, N), of which
+            each split may have its own R and N.
+        baseline: those of the baseline, of the same splits and seeds.
     Returns: P(|T| >= |T observed|), in (0, 1].
     """
     weights = torch.cat([_swap_weights(m, b) for m, b in zip(predictions, baseline, strict=True)])

@@ -1,210 +1,358 @@
-"""The report's figures as SVG text whose colours are CSS variables, for light and dark pages."""
+"""Figures 1, 2, 3, 5, 6 and 7 of Bhojanapalli et al. 2021 for the runs there are."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
-from churn_trainer.study import HISTOGRAM_BINS, MethodResult, StudyResult
+from churn_trainer.data import digits, split_rows
+from churn_trainer.found import printable
+from churn_trainer.outcomes import Comparison, Outcome, Split, baseline_of, by_setting
+from churn_trainer.svg import GRID, HEAT, INK, MUTED, STYLE, series_color, svg
+from churn_trainer.tables import setting_names
 
-SERIES = 8
-"""Colours for methods; the first is the baseline's. Past the last they begin again."""
+_EXAMPLES = 8
+_EXAMPLE_RUNS = 5
 
-HEAT_STEPS = 9
-"""Colours of the churn matrix, lowest first."""
 
-# Matplotlib knows no CSS variable: each stands in as a colour of its own, exchanged in the text.
-_INK, _MUTED, _GRID = "#010101", "#010102", "#010103"
-_SERIES = [f"#0102{index:02x}" for index in range(SERIES)]
-_HEAT = [f"#0103{index:02x}" for index in range(HEAT_STEPS)]
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _GRID: "var(--grid)",
-    **{color: f"var(--series-{index})" for index, color in enumerate(_SERIES)},
-    **{color: f"var(--heat-{index})" for index, color in enumerate(_HEAT)},
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with its words.
+
+    Attributes:
+        name: of its files, without ending.
+        title: the paper's number and what it shows.
+        caption: what is seen in it.
+        figure: for PNG and SVG files.
+        page: the same as an <svg> element in the page's colours.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    page: str
+
+
+def make_figures(
+    outcomes: Sequence[Outcome], comparisons: Sequence[Comparison], level: float
+) -> tuple[list[Drawing], list[str]]:
+    """Every figure that the runs allow, and a sentence for each that they do not.
+
+    Args:
+        outcomes: what was measured.
+        comparisons: of these, with their baselines.
+        level: coverage of the intervals, in (0, 1).
+    """
+    names = setting_names(outcomes)
+    drawn: dict[str, list[Drawing]] = {"1": [], "2": [], "3": [], "5": []}
+    changes = []
+    with mpl.rc_context(STYLE):
+        for number, (setting, methods) in enumerate(by_setting(outcomes)):
+            place, name = f"-{number}" if number else "", names[str(setting)]
+            compared = [one for one in comparisons if one.outcome in methods]
+            if compared:
+                changes.append(_changes(compared, f"changes{place}", name))
+            paired = [one for one in methods if one.has_pair()]
+            if paired:
+                shown = baseline_of(paired) or paired[0]
+                drawn["1"].append(_examples(shown, f"figure-1{place}", name))
+                drawn["3"].append(_confidence(paired, f"figure-3{place}", name, level))
+            families = _families(paired)
+            if families:
+                which = "5" if setting.data.name == "cifar100" else "2"
+                base = baseline_of(paired)
+                drawing = _ablation(families, base, which, f"figure-{which}{place}", name, level)
+                drawn[which].append(drawing)
+        analytic = [_entropy_loss(), _temperature_loss()]
+    missing = [_MISSING[number] for number, made in drawn.items() if not made]
+    return [*changes, *(one for made in drawn.values() for one in made), *analytic], missing
+
+
+_MISSING = {
+    "1": "Figure 1 (examples on which runs disagree) is missing: it needs two runs of one method "
+    "on the same split with seeds of their own.",
+    "2": "Figure 2 (regulariser and co-distillation weights) is missing: it needs runs of one "
+    "method at two weights, such as --method-alpha 0.1 and 0.3, or --method-beta 1 and 3, "
+    "two of each.",
+    "3": "Figure 3 (confidence, and churn against error) is missing: it needs two runs of one "
+    "method on the same split with seeds of their own.",
+    "5": "Figure 5 (Figure 2 on CIFAR-100) is missing: it needs such runs with --data cifar100.",
 }
-_PERCENT_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 70, 100)
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "churn",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.edgecolor": _GRID,
-    "axes.labelcolor": _MUTED,
-    "axes.titlecolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-}
 
 
-def changes(result: StudyResult) -> str:
-    """The paired change of churn of every method, with its interval, around a line at zero."""
-    compared = result.comparisons
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(compared)), layout="constrained")
-        axes = figure.subplots()
-        for row, comparison in enumerate(compared):
-            change = comparison.change["churn"]
-            color = _color(row + 1)
-            axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
-            axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
-        axes.axvline(0, color=_MUTED, linewidth=1.2)
-        axes.set_yticks(range(len(compared)), [entry.method.label for entry in compared])
-        axes.tick_params(axis="y", colors=_INK, labelsize=10)
-        axes.set_ylim(len(compared) - 0.5, -0.5)
-        axes.set_xlabel("change of churn from the baseline, percentage points")
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        return _svg(figure, "changes", "Paired change of churn per method with its interval")
+def _drawing(name: str, title: str, caption: str, figure: Figure) -> Drawing:
+    return Drawing(name, title, caption, figure, svg(figure, name, title))
 
 
-def churn_matrices(result: StudyResult) -> str:
-    """Churn between every two runs of the first split, one small matrix a method, one scale."""
-    matrices = [100 * entry.reports[0].churn.numpy() for entry in result.results]
-    runs = result.study.runs
-    low, high = (
-        min(m[~np.eye(runs, dtype=bool)].min() for m in matrices),
-        max(map(np.max, matrices)),
+# From runs ----------------------------------------------------------------------------------------
+
+
+def _changes(compared: list[Comparison], name: str, setting: str) -> Drawing:
+    figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    for row, one in enumerate(compared):
+        change, color = one.change["churn"], series_color(row + 1)
+        axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
+        axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
+    axes.axvline(0, color=MUTED, linewidth=1.2)
+    axes.set_yticks(range(len(compared)), [one.outcome.label for one in compared])
+    axes.tick_params(axis="y", colors=INK, labelsize=10)
+    axes.set_ylim(len(compared) - 0.5, -0.5)
+    axes.set_xlabel("change of churn from the baseline, percentage points")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    return _drawing(
+        name,
+        f"Change of churn: {setting}",
+        "Dots are means, bars their intervals. Left of the line at zero is less churn than the "
+        "baseline; a bar that crosses it shows no change. A dot without a bar has too few runs.",
+        figure,
     )
-    edges = MaxNLocator(HEAT_STEPS - 1).tick_values(low, max(high, low + 0.1))
-    steps = np.linspace(0, HEAT_STEPS - 1, len(edges) - 1).round().astype(int)
-    colors = ListedColormap([_HEAT[step] for step in steps])
-    norm = BoundaryNorm(edges, len(steps), clip=True)
-    with mpl.rc_context(_STYLE):
-        figure, panels, spare = _panels(len(matrices), 2.3)
-        for axes, matrix, entry in zip(panels, matrices, result.results, strict=True):
-            shown = np.ma.masked_array(matrix, np.eye(runs, dtype=bool))
-            mesh = axes.pcolormesh(shown, cmap=colors, norm=norm, edgecolor="none")
-            axes.set_aspect("equal")
-            axes.invert_yaxis()
-            axes.set_title(entry.method.label)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-        place: dict[str, Any]
-        if spare:
-            place = {"cax": spare.inset_axes((0.05, 0.05, 0.09, 0.9))}
-        else:
-            place = {"ax": panels, "aspect": 30}
-        bar = figure.colorbar(mesh, **place)
-        bar.outline.set_visible(False)
-        bar.set_label("churn between two runs, %", color=_MUTED)
-        return _svg(figure, "matrices", "Churn between every two runs of the first split")
 
 
-def confidence_histograms(result: StudyResult) -> str:
-    """How confident the test predictions are, one panel a method, the baseline outlined in each."""
-    edges = np.linspace(0, 1, HISTOGRAM_BINS + 1)
-    baseline = 100 * result.results[0].histogram.numpy()
-    with mpl.rc_context(_STYLE):
-        figure, panels, spare = _panels(len(result.results), 1.9, share_axes=True)
-        for index, (axes, entry) in enumerate(zip(panels, result.results, strict=True)):
-            axes.stairs(
-                100 * entry.histogram.numpy(), edges, fill=True, color=_color(index), alpha=0.75
+def _examples(one: Outcome, name: str, setting: str) -> Drawing:
+    """The rows on which most runs disagree, one column a run."""
+    split = max(one.splits.values(), key=lambda split: len(split.clusters()[0]))
+    places = split.clusters()[0][:_EXAMPLE_RUNS]
+    predictions, confidence = split.predictions[places], split.confidence[places]
+    distinct = torch.tensor([len(set(column)) for column in predictions.T.tolist()])
+    # Most different classes first, and of those the ones of which the runs are surest.
+    score = distinct + confidence.mean(dim=0) / 2
+    best = torch.argsort(score, descending=True, stable=True)[:_EXAMPLES]
+    rows = best[distinct[best] > 1].tolist()
+    pictures = _pictures(split, rows)
+    count = max(len(rows), 1)
+    figure = Figure(figsize=(2.4 + 1.15 * len(places), 0.7 + 0.6 * count), layout="constrained")
+    axes = figure.subplots()
+    for line, row in enumerate(rows):
+        for run in range(len(places)):
+            wrong = bool(predictions[run, row] != split.labels[row])
+            axes.add_patch(
+                mpl.patches.Rectangle(
+                    (run - 0.46, line - 0.44), 0.92, 0.88, color=HEAT[3] if wrong else GRID
+                )
             )
-            axes.stairs(baseline, edges, color=_INK, linewidth=1.2)
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.set_title(entry.method.label)
-            axes.grid(axis="y")
-        if spare:
-            spare.text(0, 0.72, "bars: the method\nline: the baseline", color=_MUTED, fontsize=9.5)
-        figure.supxlabel("confidence: largest minus second probability", color=_MUTED, fontsize=9.5)
-        figure.supylabel("share of predictions, %", color=_MUTED, fontsize=9.5)
-        return _svg(figure, "confidence", "Histogram of prediction confidence per method")
-
-
-def training_curves(result: StudyResult) -> str:
-    """Training cross entropy, test error and test churn along the training, all methods."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 3.4), layout="constrained")
-        loss, error, churn = figure.subplots(1, 3)
-        for index, entry in enumerate(result.results):
-            curves = entry.curves
-            _curve(loss, entry, index, curves.cross_entropy)
-            _curve(error, entry, index, 100 * (1 - np.asarray(curves.accuracy)))
-            _curve(churn, entry, index, 100 * np.asarray(curves.churn))
-        loss.set_title("training cross entropy, nats")
-        error.set_title("test error, %")
-        churn.set_title("churn between runs, test rows, %")
-        for axes in (loss, error, churn):
-            axes.set_yscale("log")
-            if axes is not loss:
-                axes.yaxis.set_major_locator(FixedLocator(_PERCENT_TICKS))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_locator(NullLocator())
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            axes.grid(axis="y")
-        return _svg(figure, "curves", "Training cross entropy, test error and churn by epoch")
-
-
-def _curve(axes: Axes, entry: MethodResult, index: int, values: Any) -> None:
-    style = "-" if entry.method.method.members > 1 or index == 0 else (0, (4, 2))
-    marker = "o" if len(values) == 1 else None
-    axes.plot(
-        entry.curves.epoch,
-        values,
-        linestyle=style,
-        marker=marker,
-        color=_color(index),
-        linewidth=1.8,
+            text = f"class {int(predictions[run, row])}\n{float(confidence[run, row]):.2f}"
+            axes.text(run, line, text, ha="center", va="center", fontsize=9)
+        if pictures is not None:
+            _picture(axes, pictures[line], line)
+    axes.set_xlim(-1.6 if pictures is not None else -0.6, len(places) - 0.4)
+    axes.set_ylim(count - 0.5, -0.5)
+    axes.set_xticks(range(len(places)), [f"run {number + 1}" for number in range(len(places))])
+    labels = [f"test row {row}: class {int(split.labels[row])}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.tick_params(colors=INK)
+    axes.spines[:].set_visible(False)
+    if not rows:
+        axes.text((len(places) - 1) / 2, 0, "no row on which they disagree", ha="center")
+    share = float((distinct > 1).double().mean())
+    return _drawing(
+        name,
+        f"Figure 1, examples of churn: {setting}, {one.label}",
+        f"Test rows that {len(places)} trainings predict differently, with each prediction's "
+        "confidence; blue cells are wrong. Chosen for the number of different classes, then for "
+        f"confidence. {100 * share:.1f} % of the test rows are predicted differently by at least "
+        "two of these trainings.",
+        figure,
     )
 
 
-def _color(index: int) -> str:
-    return _SERIES[index % SERIES]
+def _pictures(split: Split, rows: Sequence[int]) -> Tensor | None:
+    """The pictures of test rows where the data set is in the package; others are not fetched."""
+    run = split.runs[0]
+    if run.data.name != "digits" or not rows:
+        return None
+    dataset = digits()
+    _, test = split_rows(dataset, run.data, run.seeds.split)
+    if not torch.equal(dataset.labels[test], split.labels):
+        return None
+    return dataset.fetch(test[list(rows)])[:, 0]
 
 
-def _panels(
-    count: int, height: float, *, share_axes: bool = False
-) -> tuple[Figure, Sequence[Axes], Axes | None]:
-    """A grid four wide of `count` panels, and the empty cell after the last, if any."""
-    columns = min(4, count + 1)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(2.75 * columns, height * rows + 0.3), layout="constrained")
-    cells = figure.subplots(
-        rows, columns, sharex=share_axes, sharey=share_axes, squeeze=False
-    ).ravel()
-    for cell in cells[count:]:
-        cell.set_axis_off()
-    return figure, list(cells[:count]), cells[count] if count < len(cells) else None
+def _picture(axes: Axes, picture: Tensor, line: int) -> None:
+    height, width = picture.shape
+    axes.pcolormesh(
+        np.linspace(-1.45, -0.75, width + 1),
+        np.linspace(line - 0.44, line + 0.44, height + 1),
+        picture.numpy(),
+        cmap=mpl.colors.ListedColormap(list(HEAT)),
+        edgecolor="none",
+    )
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
-    """The figure as an <svg> element with ids of its own and colours from the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
-    # Several figures share a page, and ids must not clash.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    opening = f'<svg role="img" aria-label="{description}" '
-    return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).replace("<svg ", opening, 1)
+def _confidence(outcomes: list[Outcome], name: str, setting: str, level: float) -> Drawing:
+    """Distribution of the confidence, and churn against error, one colour a method."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    shares, churn = figure.subplots(1, 2)
+    for index, one in enumerate(outcomes):
+        color = series_color(index)
+        values = torch.cat([s.confidence[s.clusters()[0]].flatten() for s in one.splits.values()])
+        levels = np.linspace(0, 1, 101)
+        below = np.searchsorted(np.sort(values.numpy()), levels, side="right") / len(values)
+        shares.plot(levels, 100 * below, color=color, linewidth=1.8)
+        error, change = one.estimate("accuracy", level), one.estimate("churn", level)
+        style = "o" if one.method.members == 1 else "s"
+        churn.errorbar(
+            100 * (1 - error.mean),
+            100 * change.mean,
+            xerr=_bar(50 * (error.high - error.low)),
+            yerr=_bar(50 * (change.high - change.low)),
+            fmt=style,
+            color=color,
+            elinewidth=1,
+            label=one.label,
+        )
+    shares.set_xlabel("confidence: largest minus second probability")
+    shares.set_ylabel("predictions of at most that confidence, %")
+    shares.set_ylim(bottom=0)
+    churn.set_xlabel("test error, %")
+    churn.set_ylabel("churn, %")
+    churn.set_ylim(bottom=0)
+    for axes in (shares, churn):
+        axes.grid()
+    figure.legend(loc="outside lower center", ncols=3)
+    return _drawing(
+        name,
+        f"Figure 3, confidence, and churn against error: {setting}",
+        "Left: the lower a line, the more confident the predictions; confident ones rarely change. "
+        "Right: lower is less churn, further left fewer errors; bars are intervals. Circles are "
+        "models trained alone, squares members trained together.",
+        figure,
+    )
+
+
+def _bar(half: float) -> float:
+    return half if half == half else 0.0
+
+
+def _families(outcomes: Iterable[Outcome]) -> list[tuple[str, list[tuple[float, Outcome]]]]:
+    """Methods that differ in one weight, alpha or beta, with two values of it or more."""
+    families: dict[str, tuple[str, list[tuple[float, Outcome]]]] = {}
+    for one in outcomes:
+        method = one.method
+        if bool(method.alpha) == bool(method.beta):
+            continue  # none, or both at once
+        weight, symbol = (method.alpha, "alpha") if method.alpha else (method.beta, "beta")
+        plain = dataclasses.replace(method, alpha=0.0, beta=0.0)
+        title = f"{method.name}, {symbol}"
+        families.setdefault(f"{plain} {symbol}", (title, []))[1].append((weight, one))
+    return [
+        (title, sorted(members, key=lambda member: member[0]))
+        for title, members in families.values()
+        if len({weight for weight, _ in members}) > 1
+    ]
+
+
+def _ablation(
+    families: list[tuple[str, list[tuple[float, Outcome]]]],
+    baseline: Outcome | None,
+    which: str,
+    name: str,
+    setting: str,
+    level: float,
+) -> Drawing:
+    """Entropy, accuracy and churn against the weight; one line of panels a method."""
+    size = (10.5, 0.4 + 2.6 * len(families))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(families), 3, squeeze=False)
+    metrics = (
+        ("entropy", 1, "entropy, nats"),
+        ("accuracy", 100, "accuracy, %"),
+        ("churn", 100, "churn, %"),
+    )
+    for line, (title, members) in enumerate(families):
+        for axes, (metric, unit, words) in zip(panels[line], metrics, strict=True):
+            values = [one.estimate(metric, level) for _, one in members]
+            axes.errorbar(
+                [weight for weight, _ in members],
+                [unit * value.mean for value in values],
+                yerr=[_bar(unit * (value.high - value.low) / 2) for value in values],
+                fmt="o-",
+                color=series_color(line + 1),
+                linewidth=1.8,
+                elinewidth=1,
+            )
+            if baseline is not None:
+                mean = unit * baseline.estimate(metric, level).mean
+                axes.axhline(mean, color=series_color(0), linestyle="--", linewidth=1.4)
+            axes.set_title(words)
+            axes.set_xlabel(printable(title, 60))
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.grid()
+    return _drawing(
+        name,
+        f"Figure {which}, weights of regulariser and co-distillation: {setting}",
+        "Each line of panels is one method, its weight to the right; bars are intervals. Dashed: "
+        "the baseline, which is weight zero.",
+        figure,
+    )
+
+
+# From formulas ------------------------------------------------------------------------------------
+
+_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4)
+_TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
+
+
+def regularised_log_loss(probability: np.ndarray, alpha: float) -> np.ndarray:
+    """(1 - alpha) (-log p) + alpha H(p), H the binary entropy in nats (Eq. 6 for two classes).
+
+    Args:
+        probability: of the true class, in (0, 1); any shape.
+        alpha: weight of the entropy, in [0, 1).
+    """
+    entropy = -probability * np.log(probability) - (1 - probability) * np.log1p(-probability)
+    return -(1 - alpha) * np.log(probability) + alpha * entropy
+
+
+def _entropy_loss() -> Drawing:
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    probability, logit = np.linspace(0.005, 0.995, 300), np.linspace(-6, 6, 300)
+    for index, alpha in enumerate(_WEIGHTS):
+        color, label = series_color(index), f"alpha = {alpha:g}"
+        left.plot(probability, regularised_log_loss(probability, alpha), color=color)
+        sigmoid = 1 / (1 + np.exp(-logit))
+        right.plot(logit, regularised_log_loss(sigmoid, alpha), color=color, label=label)
+    left.set_xlabel("probability of the true class")
+    right.set_xlabel("logit of the true class")
+    for axes in (left, right):
+        axes.set_ylabel("loss, nats")
+        axes.grid()
+    figure.legend(loc="outside lower center", ncols=len(_WEIGHTS))
+    return _drawing(
+        "figure-6",
+        "Figure 6, the entropy-regularised loss of two classes",
+        "From the formula, no run is needed: (1 - alpha) log-loss + alpha entropy. The larger "
+        "alpha, the less a confident wrong prediction costs; at one half all cost log 2.",
+        figure,
+    )
+
+
+def _temperature_loss() -> Drawing:
+    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    axes, logit = figure.subplots(), np.linspace(-6, 6, 300)
+    for index, temperature in enumerate(_TEMPERATURES):
+        loss = np.logaddexp(0, -logit / temperature)
+        axes.plot(logit, loss, color=series_color(index), label=f"T = {temperature:g}")
+    axes.set_xlabel("logit of the true class")
+    axes.set_ylabel("loss, nats")
+    axes.grid()
+    axes.legend()
+    return _drawing(
+        "figure-7",
+        "Figure 7, the logistic loss with a temperature",
+        "From the formula, no run is needed: log(1 + exp(-z / T)). A higher temperature lowers the "
+        "loss of confident wrong predictions and raises that of confident right ones.",
+        figure,
+    )

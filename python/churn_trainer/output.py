@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 MARKER = "settings.csv"
 """The file by which an earlier report is told from somebody's own folder."""
+
+_EARLIER = "-earlier"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -62,20 +67,68 @@ def replaced(target: Path) -> Iterator[Path]:
     """Yields a new empty folder that takes `target`'s place when the block ends without an error.
 
     Whatever ends the block early, Ctrl-C included, leaves `target` as it was. The folder lies
-    beside `target`, on one file system with it, so that taking its place is a rename.
+    beside `target`, on one file system with it, so that taking its place is a rename: on Linux one
+    that exchanges the two, so that even a process killed in the middle leaves the old folder or
+    the new one. What a killed process left beside `target` is removed by the next.
     """
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}-{uuid.uuid4().hex[:12]}")
-    earlier = scratch.with_name(scratch.name + "-earlier")
-    scratch.mkdir()
-    try:
-        yield scratch
-        if target.exists():
-            target.rename(earlier)
+    with ExitStack() as locks:
+        with _locked(target.parent):
+            _sweep(target)
+            scratch.mkdir()
+            locks.enter_context(_locked(scratch))
+        try:
+            yield scratch
+            with _locked(target.parent):
+                _take_place(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _take_place(scratch: Path, target: Path) -> None:
+    if not target.exists():
         scratch.rename(target)
-    finally:
-        if earlier.exists() and not target.exists():
+    elif not _exchange(scratch, target):
+        earlier = scratch.with_name(scratch.name + _EARLIER)
+        target.rename(earlier)
+        try:
+            scratch.rename(target)
+        except BaseException:
             earlier.rename(target)
-        shutil.rmtree(scratch, ignore_errors=True)
+            raise
         shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step; False where the system cannot (Linux's renameat2 can)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    working_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(rename(working_folder, names[0], working_folder, names[1], exchange) == 0)
+
+
+def _sweep(target: Path) -> None:
+    """Puts back or removes what killed processes left beside `target`; living ones hold a lock."""
+    left = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{12}}({_EARLIER})?")
+    for folder in [path for path in target.parent.iterdir() if left.fullmatch(path.name)]:
+        if folder.name.endswith(_EARLIER) and not target.exists():
+            folder.rename(target)
+            continue
+        with suppress(BlockingIOError), _locked(folder, fcntl.LOCK_NB):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, how: int = 0) -> Iterator[None]:
+    """Holds the folder's lock inside the block; a killed process lets go."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | how)
+        yield
+    finally:
+        os.close(handle)

@@ -1,136 +1,153 @@
-"""What a study came to: a table for the terminal, CSV files, and one HTML page."""
+"""The report of any finished runs: verdicts, the paper's tables and figures, CSV files, a page."""
 
 from __future__ import annotations
 
 import csv
+import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib as mpl
 from markupsafe import Markup
 from rich import box
-from rich.table import Table
+from rich.table import Table as TerminalTable
 from rich.text import Text
-from torch import Tensor
 
 import churn_kernels
-from churn_kernels.intervals import Estimate
-from churn_trainer import figures
+from churn_trainer.figures import Drawing, make_figures
+from churn_trainer.formats import half, percent, probability, signed, value
+from churn_trainer.found import Found, find_runs, printable
+from churn_trainer.outcomes import METRICS, Comparison, Outcome, compare, measure
 from churn_trainer.output import MARKER, replaced
-from churn_trainer.study import METRICS, Comparison, StudyResult
+from churn_trainer.paper import CITATION
+from churn_trainer.run_folder import RunFolder
+from churn_trainer.svg import PALETTE, SERIES, STYLE
+from churn_trainer.tables import Cell, Table, make_tables, setting_names
 
 PAGE = "report.html"
 
-_EXPLANATIONS = {
-    "accuracy": "Share of the test rows predicted right.",
-    "churn": "Share of the test rows on which two runs predict different classes.",
-    "SChurn": "Half the mean L1 distance of two runs' probabilities, each divided by its largest.",
-    "churn correct": "Churn among the rows the first run of the pair predicts right.",
-    "churn incorrect": "Churn among the rows the first run of the pair predicts wrong.",
-    "confidence": "Mean difference of the two largest probabilities.",
-    "ECE": "Expected calibration error: distance of probability and accuracy, over 15 bins.",
-}
+
+@dataclass(frozen=True)
+class Report:
+    """Everything the page shows.
+
+    Attributes:
+        found: runs, and folders that are no finished run.
+        outcomes: methods by setting, measured.
+        comparisons: of methods with their baselines.
+        tables, figures: what could be made.
+        missing: a sentence for what could not, and which runs it needs.
+        left_out: a sentence for each run that is in no table.
+        level: coverage of the intervals.
+    """
+
+    found: Found
+    outcomes: list[Outcome]
+    comparisons: list[Comparison]
+    tables: list[Table]
+    figures: list[Drawing]
+    missing: list[str]
+    left_out: list[str]
+    level: float
 
 
-def write_report(result: StudyResult, target: Path, command: str) -> Path:
-    """Writes the whole report, or, where anything stops it, nothing.
+def make_report(source: Path | Sequence[Path | RunFolder], level: float = 0.95) -> Report:
+    """Reads runs, measures and compares them, and makes what they allow.
 
     Args:
-        result: what to report.
-        target: the report's folder; an earlier report there is replaced.
+        source: a folder of runs' folders, the folder of one run, or several of these.
+        level: coverage of the intervals, in (0, 1).
+    Raises: ValueError if no run can be read, or `level` is out of range.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}; 0.95 is customary")
+    found = find_runs(source)
+    outcomes, unusable = measure(found.finished)
+    if not outcomes:
+        raise ValueError(
+            f"folder must hold a run whose logits can be read, got none: {unusable[0]}"
+        )
+    comparisons, uncompared = compare(outcomes, level)
+    tables, missing_tables = make_tables(outcomes, comparisons, level)
+    figures, missing_figures = make_figures(outcomes, comparisons, level)
+    return Report(
+        found=found,
+        outcomes=outcomes,
+        comparisons=comparisons,
+        tables=tables,
+        figures=figures,
+        missing=[*uncompared, *missing_tables, *missing_figures],
+        left_out=[
+            *found.diverged,
+            *found.damaged,
+            *unusable,
+            *(f"{name} has not ended; train it to its end" for name in found.unfinished),
+        ],
+        level=level,
+    )
+
+
+def write_report(
+    source: Path | Sequence[Path | RunFolder],
+    out: Path,
+    *,
+    level: float = 0.95,
+    command: str = "",
+) -> Path:
+    """Makes the report of finished runs and writes it whole, or, where anything stops it, not.
+
+    Args:
+        source: a folder of runs' folders, the folder of one run, or several of these.
+        out: the report's folder; an earlier report there is replaced.
+        level: coverage of the intervals, in (0, 1).
         command: the command line, recorded in the report.
     Returns: the path of the HTML page.
+    Raises:
+        ValueError: no run can be read, or `level` is out of range.
+        OSError: a file cannot be written; an earlier report stays.
     """
-    settings = settings_of(result, command)
-    with replaced(target) as folder:
-        _write_csv(folder / MARKER, ("name", "value"), settings.items())
-        _write_csv(folder / "summary.csv", _SUMMARY_COLUMNS, _summary_rows(result))
-        _write_csv(folder / "splits.csv", ("method", "split", *METRICS), _split_rows(result))
-        _write_csv(folder / "runs.csv", _RUN_COLUMNS, _run_rows(result))
-        _write_csv(folder / "pairs.csv", _PAIR_COLUMNS, _pair_rows(result))
-        _write_csv(folder / "curves.csv", _CURVE_COLUMNS, _curve_rows(result))
-        (folder / PAGE).write_text(render_page(result, settings), encoding="utf-8")
-    return target / PAGE
+    return save_report(make_report(source, level), out, command=command)
 
 
-def terminal_table(result: StudyResult, *, narrow: bool = False) -> Table:
-    """The study's table, in percent, with intervals; `narrow` puts those on lines of their own."""
-    study = result.study
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0) if narrow else (0, 1),
-        pad_edge=False,
-        show_edge=False,
-        title=f"{result.dataset.title}: {study.runs} runs x {study.splits} splits, %",
-        caption=f"± half of the {_percent(study.level)} interval; change paired by split and seed",
-        title_justify="left",
-        caption_justify="left",
-    )
-    separator = "\n" if narrow else " "
-    table.add_column("method", no_wrap=not narrow, width=15 if narrow else None)
-    for name in METRICS.values():
-        heading = name.replace(" ", "\n").replace("confi", "confi-\n") if narrow else name
-        table.add_column(heading, justify="right")
-    table.add_column("change\nof churn" if narrow else "change of churn", justify="right")
-    changes = {entry.method.name: entry for entry in result.comparisons}
-    for entry in result.results:
-        cells = [_styled(entry.summary[name], separator) for name in METRICS]
-        comparison = changes.get(entry.method.name)
-        table.add_row(
-            entry.method.label,
-            *cells,
-            _styled(comparison.change["churn"], separator, signed=True) if comparison else "",
-        )
-    return table
+def save_report(report: Report, out: Path, *, command: str = "") -> Path:
+    """Writes a report that was made. Arguments, result and errors are those of `write_report`."""
+    facts = _facts(report, command)
+    with replaced(out) as folder:
+        _write_csv(folder / MARKER, ("name", "value"), facts.items())
+        _write_csv(folder / "runs.csv", _RUN_COLUMNS, _run_rows(report))
+        _write_csv(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(report))
+        for table in report.tables:
+            columns = (*table.heads, *_CELL_COLUMNS)
+            _write_csv(folder / f"table-{table.number}.csv", columns, _table_rows(table))
+        for drawing in report.figures:
+            with mpl.rc_context(STYLE):
+                for kind in ("png", "svg"):
+                    drawing.figure.savefig(folder / f"{drawing.name}.{kind}", dpi=160)
+        (folder / PAGE).write_text(render_page(report, facts), encoding="utf-8")
+    return out / PAGE
 
 
-def verdicts(result: StudyResult) -> list[str]:
-    """One sentence for each method: what its interval allows to be said about churn."""
-    return [_verdict(entry) for entry in result.comparisons] + [
-        f"{message}; it is not in the table." for message in result.diverged.values()
+def verdicts(report: Report) -> list[str]:
+    """One sentence for each comparison: what its interval allows to be said about churn."""
+    names = setting_names(report.outcomes)
+    return [
+        _verdict(one, names[str(one.outcome.setting)], report.level) for one in report.comparisons
     ]
 
 
-def settings_of(result: StudyResult, command: str) -> dict[str, Any]:
-    """Everything the numbers depend on, by name: settings, versions, machine, duration."""
-    study, optimisation = result.study, result.study.optimisation
-    build = churn_kernels.build_info()
-    return {
-        "command": command,
-        "dataset": study.data.name,
-        "train_rows": study.data.train_rows,
-        "test_rows": result.test_rows,
-        "runs": study.runs,
-        "splits": study.splits,
-        "seed": study.seed,
-        "hidden": " ".join(map(str, study.model.hidden)),
-        "methods": " ".join(method.name for method in study.methods),
-        "epochs": optimisation.epochs,
-        "batch_rows": optimisation.batch_rows,
-        "learning_rate": optimisation.learning_rate,
-        "momentum": optimisation.momentum,
-        "clip_norm": optimisation.clip_norm,
-        "level": study.level,
-        "backend": os.environ.get("CHURN_BACKEND") or churn_kernels.available_backends()[0],
-        "cpu_isa": build.get("cpu_isa", ""),
-        "build": build.get("git_commit", ""),
-        "reduction_mode": churn_kernels.get_reduction_mode(),
-        **{
-            package: metadata.version(package)
-            for package in ("churn-kernels", "torch", "numpy", "scikit-learn")
-        },
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "seconds": round(result.seconds, 1),
-    }
+def terminal_tables(report: Report, *, narrow: bool = False) -> list[TerminalTable]:
+    """The tables in percent, with intervals; `narrow` puts those on lines of their own."""
+    return [_terminal(table, report.level, narrow) for table in report.tables]
 
 
-def render_page(result: StudyResult, settings: dict[str, Any]) -> str:
-    """The HTML page: one file, no external resource, no script."""
+def render_page(report: Report, facts: dict[str, Any]) -> str:
+    """The HTML page: one file, no external resource, no script; every text escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("churn_trainer"),
         autoescape=True,
@@ -138,138 +155,121 @@ def render_page(result: StudyResult, settings: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=_value, half=_half, signed=_signed, probability=_probability)
-    changes = {entry.method.name: entry for entry in result.comparisons}
+    environment.filters.update(value=value, half=half, signed=signed)
     return environment.get_template("report.html.j2").render(
-        result=result,
-        study=result.study,
-        level=_percent(result.study.level),
-        rows=[(entry, changes.get(entry.method.name)) for entry in result.results],
-        metrics=METRICS,
-        explanations=_EXPLANATIONS,
-        verdicts=verdicts(result),
-        settings=settings,
-        figures={
-            name: Markup(draw(result))
-            for name, draw in {
-                "changes": figures.changes,
-                "matrices": figures.churn_matrices,
-                "confidence": figures.confidence_histograms,
-                "curves": figures.training_curves,
-            }.items()
-            if name != "changes" or result.comparisons
-        },
-        series=figures.SERIES,
+        report=report,
+        level=percent(report.level),
+        verdicts=verdicts(report),
+        facts=facts,
+        # Matplotlib has escaped the texts in them.
+        drawings=[(one, Markup(one.page)) for one in report.figures],
+        citation=CITATION,
+        palette=PALETTE,
+        series=len(SERIES),
     )
 
 
-def _verdict(entry: Comparison) -> str:
-    change = entry.change["churn"]
-    if change.high < 0:
-        says = "lowers churn by"
-    elif change.low > 0:
-        says = "raises churn by"
-    else:
-        return f"{entry.method.label} shows no change of churn ({_signed(change)} {_half(change)})."
-    return f"{entry.method.label} {says} {_value(abs(change.mean))} {_half(change)} points."
+def _verdict(one: Comparison, setting: str, level: float) -> str:
+    change, label = one.change["churn"], one.outcome.label
+    if math.isnan(change.high):
+        return (
+            f"{setting}: {label} changes churn by {signed(change)} points; {one.pairs} pairs of "
+            "runs are too few for an interval."
+        )
+    p_value = f"p {probability(one.p_holm)}"
+    if change.low <= 0 <= change.high:
+        numbers = f"{signed(change)} {half(change)} points, {p_value}"
+        return f"{setting}: {label} shows no change of churn ({numbers})."
+    says = "lowers" if change.high < 0 else "raises"
+    doubt = "" if one.p_holm <= 1 - level else ", which the corrected test does not confirm"
+    numbers = f"{value(abs(change.mean))} {half(change)} points"
+    return f"{setting}: {label} {says} churn by {numbers} ({p_value}{doubt})."
 
 
-# Numbers ------------------------------------------------------------------------------------------
+def _facts(report: Report, command: str) -> dict[str, Any]:
+    build = churn_kernels.build_info()
+    return {
+        "command": printable(command),
+        "runs": len(report.found.finished),
+        "left_out": len(report.left_out),
+        "level": report.level,
+        "backend": os.environ.get("CHURN_BACKEND") or churn_kernels.available_backends()[0],
+        "build": build.get("git_commit", ""),
+        **{
+            package: metadata.version(package)
+            for package in ("churn-kernels", "torch", "numpy", "matplotlib")
+        },
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
+def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
+    shown = TerminalTable(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0) if narrow else (0, 1),
+        pad_edge=False,
+        show_edge=False,
+        title=f"Table {table.number}: {table.title}, %",
+        caption=f"± half of the {percent(level)} interval",
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in table.heads:
+        shown.add_column(Text(name))
+    for name in table.columns:
+        shown.add_column(Text(name), justify="right")
+    for row in table.rows:
+        cells = [_terminal_cell(cell, "\n" if narrow else " ") for cell in row.cells]
+        shown.add_row(*map(Text, row.heads), *cells)
+    return shown
 
 
-def _value(value: Estimate | float) -> str:
-    return f"{100 * (value.mean if isinstance(value, Estimate) else value):.2f}"
-
-
-def _signed(value: Estimate) -> str:
-    return f"{100 * value.mean:+.2f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _half(value: Estimate) -> str:
-    """Half the interval, or nothing where there is none (NaN)."""
-    half = 50 * (value.high - value.low)
-    return f"± {half:.2f}" if half == half else ""
-
-
-def _probability(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _styled(value: Estimate, separator: str, *, signed: bool = False) -> Text:
-    text = Text(_signed(value) if signed else _value(value), no_wrap=True)
-    return text.append(separator).append(_half(value), style="dim")
+def _terminal_cell(cell: Cell | None, separator: str) -> Text:
+    if cell is None:
+        return Text()
+    text = Text(signed(cell.estimate) if cell.signed else value(cell.estimate), no_wrap=True)
+    text.append(separator).append(half(cell.estimate), style="dim")
+    if cell.printed:
+        text.append(f"\npaper {cell.printed.mean:.2f}", style="dim")
+    return text
 
 
 # CSV ----------------------------------------------------------------------------------------------
 
-_SUMMARY_COLUMNS = (
-    *("method", "metric", "mean", "low", "high"),
-    *("change", "change_low", "change_high", "p_value", "p_holm"),
-)
 _RUN_METRICS = ("accuracy", "confidence", "entropy", "ece")
-_PAIR_METRICS = (
-    *("churn", "schurn", "churn_correct", "churn_incorrect"),
-    *("negative_flips", "certified_agreement"),
+_RUN_COLUMNS = ("data_network", "method", "run", *_RUN_METRICS)
+_CELL_COLUMNS = ("column", "mean", "low", "high", "paper_mean", "paper_spread")
+_COMPARISON_COLUMNS = (
+    *("data_network", "method", "pairs", "metric"),
+    *("change", "low", "high", "p_value", "p_holm"),
 )
-_CURVE_METRICS = ("cross_entropy", "accuracy", "churn", "confidence")
-_RUN_COLUMNS = ("method", "split", "run", *_RUN_METRICS)
-_PAIR_COLUMNS = ("method", "split", "run", "other_run", *_PAIR_METRICS)
-_CURVE_COLUMNS = ("method", "epoch", *_CURVE_METRICS)
 
 
-def _summary_rows(result: StudyResult) -> Iterable[Sequence[Any]]:
-    changes = {entry.method.name: entry for entry in result.comparisons}
-    for entry in result.results:
-        comparison = changes.get(entry.method.name)
+def _run_rows(report: Report) -> Iterable[Sequence[Any]]:
+    names = setting_names(report.outcomes)
+    for one in report.outcomes:
+        for split in one.splits.values():
+            columns = [getattr(split.report, metric).tolist() for metric in _RUN_METRICS]
+            for run, *values in zip(split.runs, *columns, strict=True):
+                yield names[str(one.setting)], one.label, printable(run.id), *values
+
+
+def _comparison_rows(report: Report) -> Iterable[Sequence[Any]]:
+    names = setting_names(report.outcomes)
+    for one in report.comparisons:
+        heads = (names[str(one.outcome.setting)], one.outcome.label, one.pairs)
         for metric in METRICS:
-            row = [entry.method.name, metric, *entry.summary[metric][:3]]
-            if comparison:
-                row += comparison.change[metric][:3]
-                if metric == "churn":
-                    row += [comparison.p_value, comparison.p_holm]
-            yield row + [""] * (len(_SUMMARY_COLUMNS) - len(row))
+            tests = (one.p_value, one.p_holm) if metric == "churn" else ("", "")
+            yield *heads, metric, *one.change[metric][:3], *tests
 
 
-def _split_rows(result: StudyResult) -> Iterable[Sequence[Any]]:
-    for entry in result.results:
-        for split, report in enumerate(entry.reports):
-            summary = report.summary()
-            yield entry.method.name, split, *(summary[metric].mean for metric in METRICS)
-
-
-def _run_rows(result: StudyResult) -> Iterable[Sequence[Any]]:
-    for entry in result.results:
-        for split, report in enumerate(entry.reports):
-            columns = [_column(report, metric) for metric in _RUN_METRICS]
-            for run, values in enumerate(zip(*columns, strict=True)):
-                yield entry.method.name, split, run, *values
-
-
-def _pair_rows(result: StudyResult) -> Iterable[Sequence[Any]]:
-    for entry in result.results:
-        for split, report in enumerate(entry.reports):
-            matrices = [_column(report, metric) for metric in _PAIR_METRICS]
-            for run in range(result.study.runs):
-                for other in range(result.study.runs):
-                    if run != other:
-                        values = (matrix[run][other] for matrix in matrices)
-                        yield entry.method.name, split, run, other, *values
-
-
-def _curve_rows(result: StudyResult) -> Iterable[Sequence[Any]]:
-    for entry in result.results:
-        columns = [getattr(entry.curves, name) for name in ("epoch", *_CURVE_METRICS)]
-        for values in zip(*columns, strict=True):
-            yield entry.method.name, *values
-
-
-def _column(report: Any, metric: str) -> list[Any]:
-    values: Tensor = getattr(report, metric)
-    return values.tolist()
+def _table_rows(table: Table) -> Iterable[Sequence[Any]]:
+    for row in table.rows:
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            if cell is not None:
+                ours = (100 * number for number in cell.estimate[:3])
+                yield *row.heads, column, *ours, *(cell.printed or ("", ""))
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
