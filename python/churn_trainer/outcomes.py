@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,9 @@ METRICS = {
     "ece": "ECE",
 }
 """What is measured, as `ChurnReport` and as the reader call it; shares, but entropy in nats."""
+
+PAIRWISE = ("churn", "schurn", "churn_correct", "churn_incorrect")
+"""Those of a pair of runs; the others are of one run."""
 
 _OWN_TEST_ROWS = (
     *("cifar10", "cifar100", "svhn", "imagenet", "inaturalist2018"),
@@ -123,11 +127,12 @@ class Outcome:
             level: the interval's coverage in (0, 1).
             fixed: the seeds that the runs of a pair share, all others being different.
         """
-        values = [
-            _within(getattr(split.report, metric), split.clusters(fixed))
-            for split in self.splits.values()
-            if not fixed or any(len(one) > 1 for one in split.clusters(fixed))
-        ]
+        splits = [(split, split.clusters(fixed)) for split in self.splits.values()]
+        if fixed or metric in PAIRWISE:
+            splits = [one for one in splits if any(len(cluster) > 1 for cluster in one[1])]
+        if not splits:
+            return Estimate(*[math.nan] * 4)
+        values = [_within(getattr(split.report, metric), clusters) for split, clusters in splits]
         return over_splits(values, level)
 
     def has_pair(self, fixed: Sequence[str] = ()) -> bool:
@@ -297,11 +302,20 @@ def _split(members: list[tuple[Run, Tensor, Tensor]]) -> Split:
     logits, labels = [one[1] for one in members], members[0][2]
     return Split(
         runs=[one[0] for one in members],
-        report=churn_report(logits, labels),
+        report=_report(logits, labels),
         predictions=torch.stack([one.argmax(dim=-1) for one in logits]),
         confidence=torch.stack([prediction_confidence(one).float() for one in logits]),
         labels=labels,
     )
+
+
+def _report(logits: list[Tensor], labels: Tensor) -> ChurnReport:
+    if len(logits) > 1:
+        return churn_report(logits, labels)
+    # One run is compared with itself, and keeps its own row.
+    twice = churn_report(logits * 2, labels)
+    own: dict[str, Any] = {name: _at(value, [0]) for name, value in twice.metrics().items()}
+    return dataclasses.replace(twice, **own)
 
 
 def _matched(other: Outcome, baseline: Outcome) -> list[tuple[Split, list[int], Split, list[int]]]:

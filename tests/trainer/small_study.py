@@ -1,9 +1,12 @@
-"""A study and a run that train in a second, and a run's minibatches."""
+"""A study and runs that train in a second, copies of them, and a run's minibatches."""
+
+import shutil
 
 import torch
-from churn_trainer.config import Data, Model, Optimisation, Run, Study, Variant
+from churn_trainer.config import Data, Model, Optimisation, Run, Seeds, Study, Variant
 from churn_trainer.data import load_dataset
 from churn_trainer.data.batches import Batches
+from churn_trainer.found import find_runs
 from churn_trainer.methods import METHODS
 from churn_trainer.study import run_study
 from churn_trainer.workers import LocalWorkers
@@ -33,3 +36,24 @@ def small_run(method="baseline", **changes):
 def batches(run, *others, dataset=None, **options):
     source = dataset or load_dataset(run.data)
     return Batches([run, *others], source, torch.device("cpu"), **options)
+
+
+def independent(method, number, split=0, **changes):
+    return small_run(method, seeds=Seeds(split, *[number] * 4), **changes)
+
+
+def copied(runs, tmp_path, keep):
+    """A copy of some of the runs."""
+    root = tmp_path / "runs"
+    for one in find_runs(runs).finished:
+        if keep(one.run):
+            shutil.copytree(one.folder.path, root / one.folder.path.name)
+    return root
+
+
+def first_split(run):
+    return run.seeds.split == 0 and run.optimisation.weight_decay == 0 and not run.repeat
+
+
+def table(made, number):
+    return next(one for one in made.tables if one.number == number)
