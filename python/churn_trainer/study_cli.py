@@ -21,7 +21,6 @@ from churn_trainer.methods import find_method
 from churn_trainer.named_studies import find_study, study_files, write_recipes
 from churn_trainer.named_studies import recipes as named_recipes
 from churn_trainer.output import check_replaceable
-from churn_trainer.digits_report import terminal_table, verdicts, write_report
 from churn_trainer.settings import merged, read_settings, to_mapping
 from churn_trainer.sources import (
     DEFAULT,
@@ -31,6 +30,7 @@ from churn_trainer.sources import (
     sources_study,
 )
 from churn_trainer.study import NothingToCompare, StudyResult, run_study
+from churn_trainer.study_report import terminal_table, verdicts, write_report
 from churn_trainer.tasks import Workers, train_all
 from churn_trainer.terminal import (
     FAILED,

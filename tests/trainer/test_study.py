@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from churn_trainer import digits_report as report
 from churn_trainer import output
+from churn_trainer import study_report as report
 from churn_trainer.config import Data, Study, Variant
 from churn_trainer.methods import METHODS as METHOD_TABLE
 from churn_trainer.output import MARKER, check_replaceable, replaced
@@ -34,7 +34,7 @@ def rows_of(path):
 @pytest.fixture(scope="session")
 def folder(result, tmp_path_factory):
     target = tmp_path_factory.mktemp("report") / "nested" / "digits"
-    assert report.write_report(result, target, "churn-train digits") == target / "report.html"
+    assert report.write_report(result, target, "churn-train study digits") == target / "report.html"
     return target
 
 
@@ -190,7 +190,7 @@ def test_csv_files_hold_the_numbers(folder, result):
 
 def test_settings_record_what_the_numbers_depend_on(folder):
     settings = {row["name"]: row["value"] for row in rows_of(folder / MARKER)}
-    assert settings["command"] == "churn-train digits"
+    assert settings["command"] == "churn-train study digits"
     assert settings["seed"] == "0"
     assert settings["epochs"] == "3"
     assert settings["torch"] == torch.__version__

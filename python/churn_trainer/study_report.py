@@ -19,7 +19,7 @@ from torch import Tensor
 
 import churn_kernels
 from churn_kernels.intervals import Estimate
-from churn_trainer import digits_figures as figures
+from churn_trainer import study_figures as figures
 from churn_trainer.formats import half, percent, probability, signed, value
 from churn_trainer.output import MARKER, replaced
 from churn_trainer.study import METRICS, Comparison, StudyResult
@@ -142,7 +142,7 @@ def render_page(result: StudyResult, settings: dict[str, Any]) -> str:
     )
     environment.filters.update(value=value, half=half, signed=signed, probability=probability)
     changes = {entry.method.name: entry for entry in result.comparisons}
-    return environment.get_template("digits_report.html.j2").render(
+    return environment.get_template("study_report.html.j2").render(
         result=result,
         study=result.study,
         level=percent(result.study.level),
