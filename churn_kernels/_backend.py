@@ -225,11 +225,13 @@ def evaluate(
         mode = modes.default
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
-    if mode == "exact" and first.dtype == torch.float64:
-        raise ValueError(
-            "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
-            "pass logits.float(), or mode='invariant'"
-        )
+    if mode == "exact":
+        if first.dtype == torch.float64:
+            raise ValueError(
+                "mode 'exact' takes float32, float16 or bfloat16 logits, got float64; "
+                "pass logits.float(), or mode='invariant'"
+            )
+        _checks.exact_rows(first.shape[-2])
     if class_weight is not None:
         class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     if options.top_k:
@@ -282,6 +284,7 @@ def _check_shard(
             "class_parallel takes float32, float16 or bfloat16 logits, got float64; "
             "pass logits.float()"
         )
+    _checks.exact_rows(first.shape[-2])
     if target is not None:
         _checks.target(target, first.shape[-2], first.device)
     if class_weight is not None:

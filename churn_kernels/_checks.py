@@ -215,6 +215,15 @@ def same(name: str, value: Any, reference_name: str, reference: Any) -> None:
         )
 
 
+def exact_rows(rows: int) -> None:
+    """Rows whose losses an exact sum holds before it carries."""
+    if rows >= 2**31:
+        raise ValueError(
+            f"mode 'exact' takes fewer than 2^31 = {2**31} rows a call, got {rows}; split the "
+            f"batch, and add up the rows' losses with ExactSum"
+        )
+
+
 def target(value: object, rows: int, device: torch.device) -> None:
     """Class indices: an int64 tensor (N,) on the logits' device, of any values."""
     if not isinstance(value, Tensor):

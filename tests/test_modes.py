@@ -62,6 +62,16 @@ def test_unknown_modes(mode):
         modes.check(mode)
 
 
+@pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+def test_exact_mode_takes_no_more_rows_than_its_sum_holds():
+    many = torch.zeros(1, 1).expand(2**31, 1)  # one number in memory
+    message = (
+        "^mode 'exact' takes fewer than 2\\^31 = 2147483648 rows a call, got 2147483648; split"
+    )
+    with pytest.raises(ValueError, match=message):
+        ck.softmax_entropy(many, mode="exact")
+
+
 def test_the_reference_does_not_pretend():
     logits, _ = cases.batch()
     message = "^the reference backend cannot keep mode 'invariant'; 'run_to_run' is the strongest"
