@@ -77,21 +77,6 @@ def stages(options: LossOptions) -> tuple[Merge, ...]:
     return merge_extremes, merge_top_k(options.top_k), torch.maximum, torch.add, torch.add
 
 
-def next_table(
-    logits: Sequence[Tensor],
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    tables: Sequence[Tensor],
-    shard: Shard,
-    options: LossOptions,
-) -> Tensor:
-    """The shard's own table of the stage that follows those whose merged `tables` are given."""
-    table: Tensor = torch.ops.churn_kernels.class_table(
-        logits, target, class_weight, tables, *shard, *options
-    )
-    return table
-
-
 class ShardOps:
     """The loss's ops (`_ops.OpSet`) on a shard, for `_autograd` to call as those of whole rows.
 
@@ -116,11 +101,12 @@ class ShardOps:
             class_weight = _checks.class_weight(class_weight, logits[0], shard.classes)
         if options.top_k:
             _checks.top_k_fits(options.top_k, shard.classes)
-        tables: list[Tensor] = []
+        ops = torch.ops.churn_kernels
+        tables: list[Tensor] = []  # of all shards, of the stages so far
         for merge in stages(options):
-            table = next_table(logits, target, class_weight, tables, shard, options)
+            table = ops.class_table(logits, target, class_weight, tables, *shard, *options)
             tables.append(self._exchange.merge(table, merge) if table.numel() else table)
-        loss, stats, terms = torch.ops.churn_kernels.class_loss(
+        loss, stats, terms = ops.class_loss(
             logits, target, class_weight, tables, *shard, *options, want
         )
         return loss, stats, terms, []
@@ -166,9 +152,6 @@ def evaluate(
 
 _MARK = 0x636B_7368  # tells a loss from another collective that a process has come to
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALONE = "split the classes of the logits, and nothing else"
-
-
 # Numbers by which processes find out whether they ask for the same: mark, whether one refused its
 # arguments, classes, and what they share.
 _FACTS = 3 + 3 + len(LossOptions._fields) + 2
@@ -220,7 +203,7 @@ def _agree(
                 raise ValueError(
                     f"{name} must be the same in every process of class_parallel, got "
                     f"{_shown(name, here)} in process 0 and {_shown(name, there)} in process "
-                    f"{process}; {_ALONE}"
+                    f"{process}; split the classes of the logits, and nothing else"
                 )
     widths = [int(width) for _, _, width, *_ in everyone]
     return Shard(sum(widths[: exchange.place]), sum(widths))

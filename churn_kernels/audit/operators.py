@@ -230,10 +230,10 @@ def differences(a: Tensor, b: Tensor, positions: int = 8) -> Differences | None:
     apart = (ranks[0] - ranks[1]).abs()[finite]
     apart = apart[apart > 0]
     ulps: dict[int, int] = {}
-    for bucket in range(64):
-        count = int(((apart >= 1 << bucket) & (apart >> bucket < 2)).sum()) if bucket < 63 else 0
-        if count:
-            ulps[1 << bucket] = count
+    for bucket in range(63):
+        within = int((apart >> bucket == 1).sum())
+        if within:
+            ulps[1 << bucket] = within
     largest = (a.double() - b.double()).abs()[finite]
     return Differences(
         share,

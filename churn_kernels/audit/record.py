@@ -19,6 +19,9 @@ from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.trace import Writer
 from churn_kernels.hashing import HASH_SPEC, hash_words, tensor_hash
 
+# What a recorder hashes by itself, in the order in which a step comes to it.
+_OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
+
 
 class Recorder:
     """What `record` gives: it hashes each step of the optimizer by itself."""
@@ -64,34 +67,28 @@ class Recorder:
 
     def start(self) -> None:
         """Write step 0: the state before the first step."""
-        self._add_state()
-        self._write()
+        self._hash_surroundings()
+        self._finish_step()
 
     def _before_step(self, *_: Any) -> None:
-        self._hashes["random state"] = random_state_hash()
-        self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
+        self._hash_surroundings()
         self._hashes["gradients"] = tensors_hash(
             (name, p.grad) for name, p in self._model.named_parameters()
         )
 
     def _after_step(self, *_: Any) -> None:
         self._step += 1
-        self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
-        self._hashes["optimizer"] = optimizer_hash(self._optimizer)
-        self._write()
+        self._finish_step()
 
-    def _add_state(self) -> None:
+    def _hash_surroundings(self) -> None:
         self._hashes["random state"] = random_state_hash()
         self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
+
+    def _finish_step(self) -> None:
         self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
         self._hashes["optimizer"] = optimizer_hash(self._optimizer)
-
-    def _write(self) -> None:
         self._writer.step(self._step, self._hashes)
         self._hashes = {}
-
-
-_OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
 
 
 @contextmanager
@@ -119,7 +116,7 @@ def record(
     no random number is drawn.
 
     Args:
-        path: the file to write; about 300 bytes a step. It must not exist yet.
+        path: the file to write; about 400 bytes a step. It must not exist yet.
         model: its parameters and buffers are hashed; DistributedTensors by their local part.
         optimizer: its steps are the trace's.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
@@ -142,11 +139,13 @@ def record(
     }
     path = Path(path)
     if resume_at is None:
-        recorder = Recorder(Writer(path, header), model, optimizer, 0)
-        recorder.start()
+        writer = Writer(path, header)
     else:
-        recorder = Recorder(Writer.resume(path, header, resume_at), model, optimizer, resume_at)
+        writer = Writer.resume(path, header, resume_at)
+    recorder = Recorder(writer, model, optimizer, resume_at or 0)
     try:
+        if resume_at is None:
+            recorder.start()
         yield recorder
     finally:
         recorder.close()

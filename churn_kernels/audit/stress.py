@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,6 @@ class Stressed:
 
     axis: str
     finding: Finding
-
-
-@contextmanager
-def _undisturbed(replay: int) -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -99,7 +94,7 @@ def _contention(replay: int) -> Iterator[None]:
 
 
 AXES: dict[str, Around] = {
-    "nothing": _undisturbed,
+    "nothing": nullcontext,
     "contention": _contention,
     "allocator": _allocator,
     "threads": _threads,
