@@ -27,7 +27,7 @@ build: $(LIBRARY)  ## .venv with torch, the tools and the package; compiles what
 run: build  ## train the co-distillation methods on the digits, report into out/
 	@$(BIN)/churn-train study digits
 
-study: build  ## the papers' claims and the sources of churn on the digits; ten minutes on two cores
+study: build  ## the papers' claims and the sources of churn on the digits
 	@$(BIN)/churn-train study claims
 	@$(BIN)/churn-train sources
 

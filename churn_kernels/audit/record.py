@@ -138,13 +138,11 @@ def record(
         "manifest": found,
     }
     path = Path(path)
-    if resume_at is None:
-        writer = Writer(path, header)
-    else:
-        writer = Writer.resume(path, header, resume_at)
+    begins = resume_at is None
+    writer = Writer(path, header) if begins else Writer.resume(path, header, resume_at or 0)
     recorder = Recorder(writer, model, optimizer, resume_at or 0)
     try:
-        if resume_at is None:
+        if begins:
             recorder.start()
         yield recorder
     finally:
