@@ -17,7 +17,7 @@ from torch import Tensor
 from churn_trainer.data import digits, split_rows
 from churn_trainer.found import printable
 from churn_trainer.outcomes import Comparison, Outcome, Split, baseline_of, by_setting
-from churn_trainer.svg import GRID, HEAT, INK, MUTED, STYLE, series_color, svg
+from churn_trainer.svg import GRID, HEAT, INK, STYLE, churn_changes, series_color, svg
 from churn_trainer.tables import setting_names
 
 _EXAMPLES = 8
@@ -98,19 +98,7 @@ def _drawing(name: str, title: str, caption: str, figure: Figure) -> Drawing:
 
 
 def _changes(compared: list[Comparison], name: str, setting: str) -> Drawing:
-    figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(compared)), layout="constrained")
-    axes = figure.subplots()
-    for row, one in enumerate(compared):
-        change, color = one.change["churn"], series_color(row + 1)
-        axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
-        axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
-    axes.axvline(0, color=MUTED, linewidth=1.2)
-    axes.set_yticks(range(len(compared)), [one.outcome.label for one in compared])
-    axes.tick_params(axis="y", colors=INK, labelsize=10)
-    axes.set_ylim(len(compared) - 0.5, -0.5)
-    axes.set_xlabel("change of churn from the baseline, percentage points")
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
+    figure = churn_changes([(one.outcome.label, one.change["churn"]) for one in compared])
     return _drawing(
         name,
         f"Change of churn: {setting}",

@@ -15,7 +15,6 @@ from typing import Any
 import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
-from rich import box
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
@@ -29,6 +28,7 @@ from churn_trainer.paper import CITATION
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.svg import PALETTE, SERIES, STYLE
 from churn_trainer.tables import Cell, Table, make_tables, setting_names
+from churn_trainer.terminal import estimates_table
 
 PAGE = "report.html"
 
@@ -205,15 +205,10 @@ def _facts(report: Report, command: str) -> dict[str, Any]:
 
 
 def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
-    shown = TerminalTable(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0) if narrow else (0, 1),
-        pad_edge=False,
-        show_edge=False,
-        title=f"Table {table.number}: {table.title}, %",
-        caption=f"± half of the {percent(level)} interval",
-        title_justify="left",
-        caption_justify="left",
+    shown = estimates_table(
+        f"Table {table.number}: {table.title}, %",
+        f"± half of the {percent(level)} interval",
+        narrow=narrow,
     )
     for name in table.heads:
         shown.add_column(Text(name))

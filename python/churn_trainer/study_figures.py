@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from churn_trainer.study import HISTOGRAM_BINS, MethodResult, StudyResult
-from churn_trainer.svg import HEAT, INK, MUTED, STYLE, series_color, svg
+from churn_trainer.svg import HEAT, INK, MUTED, STYLE, churn_changes, series_color, svg
 
 _PERCENT_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 70, 100)
 
@@ -22,20 +22,7 @@ def changes(result: StudyResult) -> str:
     """The paired change of churn of every method, with its interval, around a line at zero."""
     compared = result.comparisons
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(compared)), layout="constrained")
-        axes = figure.subplots()
-        for row, comparison in enumerate(compared):
-            change = comparison.change["churn"]
-            color = series_color(row + 1)
-            axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
-            axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
-        axes.axvline(0, color=MUTED, linewidth=1.2)
-        axes.set_yticks(range(len(compared)), [entry.method.label for entry in compared])
-        axes.tick_params(axis="y", colors=INK, labelsize=10)
-        axes.set_ylim(len(compared) - 0.5, -0.5)
-        axes.set_xlabel("change of churn from the baseline, percentage points")
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
+        figure = churn_changes([(one.method.label, one.change["churn"]) for one in compared])
         return svg(figure, "changes", "Paired change of churn per method with its interval")
 
 

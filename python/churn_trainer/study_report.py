@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from rich import box
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -24,6 +23,7 @@ from churn_trainer.formats import half, percent, probability, signed, value
 from churn_trainer.output import MARKER, replaced
 from churn_trainer.study import METRICS, Comparison, StudyResult
 from churn_trainer.svg import PALETTE, SERIES
+from churn_trainer.terminal import estimates_table
 
 PAGE = "report.html"
 
@@ -62,15 +62,10 @@ def write_report(result: StudyResult, target: Path, command: str) -> Path:
 def terminal_table(result: StudyResult, *, narrow: bool = False) -> Table:
     """The study's table, in percent, with intervals; `narrow` puts those on lines of their own."""
     study = result.study
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0) if narrow else (0, 1),
-        pad_edge=False,
-        show_edge=False,
-        title=f"{result.dataset.title}: {study.runs} runs x {study.splits} splits, %",
-        caption=f"± half of the {percent(study.level)} interval; change paired by split and seed",
-        title_justify="left",
-        caption_justify="left",
+    table = estimates_table(
+        f"{result.dataset.title}: {study.runs} runs x {study.splits} splits, %",
+        f"± half of the {percent(study.level)} interval; change paired by split and seed",
+        narrow=narrow,
     )
     separator = "\n" if narrow else " "
     table.add_column("method", no_wrap=not narrow, width=15 if narrow else None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -36,6 +37,20 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     for row in rows:
         table.add_row(*map(escape, row))
     stdout_console().print(table)
+
+
+def estimates_table(title: str, caption: str, *, narrow: bool) -> Table:
+    """An empty table for means with intervals; `narrow` leaves no room between the columns."""
+    return Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0) if narrow else (0, 1),
+        pad_edge=False,
+        show_edge=False,
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+    )
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:
