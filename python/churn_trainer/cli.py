@@ -53,7 +53,9 @@ def train_runs(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("out/runs"),
     seed: Annotated[int, typer.Option(help="Every seed that has no option of its own.")] = 0,
-    runs: Annotated[int, typer.Option(help="Runs, with seeds one higher each.")] = 1,
+    runs: Annotated[
+        int, typer.Option(help="Runs on one split, with all other seeds one higher each.")
+    ] = 1,
     show: Annotated[bool, typer.Option(help="Print the settings as TOML and stop.")] = False,
     accelerator: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     devices: Annotated[int, typer.Option(help="Devices on this machine, one process each.")] = 1,
@@ -144,7 +146,7 @@ def _wanted(given: dict[str, Any], config: Path | None, seed: int, runs: int) ->
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")
     tables = merged(read_settings(config) if config else {}, given)
-    seeds = [{"seeds": all_seeds(seed + number)} for number in range(runs)]
+    seeds = [{"seeds": {**all_seeds(seed + number), "split": seed}} for number in range(runs)]
     return [Run.from_mapping(merged(below, tables)) for below in seeds]
 
 

@@ -195,6 +195,17 @@ class Run:
         """What two runs must share to be trained as one stack: every setting but the seeds."""
         return fingerprint(dataclasses.replace(self, seeds=Seeds()))
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of randomness that this run draws from: a seed that nothing reads is none."""
+        draws = {
+            "initialisation": True,
+            "order": True,
+            "augmentation": bool(self.data.crop_padding or self.data.crop_size or self.data.flip),
+            "dropout": self.model.dropout > 0,
+        }
+        return tuple(source for source in SOURCES if draws[source])
+
     def teacher(self) -> Run | None:
         """The run whose models teach this one, or None. Same data, model, recipe and seeds."""
         ensemble = self.method.teacher()

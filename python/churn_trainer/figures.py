@@ -1,4 +1,4 @@
-"""Figures 1, 2, 3, 5, 6 and 7 of Bhojanapalli et al. 2021 for the runs there are."""
+"""Figures 1, 2, 3, 5, 6 and 7 of Bhojanapalli et al. 2021, and three more, of the runs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from churn_trainer.curves import Curves
 from churn_trainer.data import digits, split_rows
 from churn_trainer.found import printable
 from churn_trainer.outcomes import Comparison, Outcome, Split, baseline_of, by_setting
-from churn_trainer.svg import GRID, HEAT, INK, STYLE, churn_changes, series_color, svg
+from churn_trainer.svg import GRID, HEAT, INK, MUTED, STYLE, series_color, svg
 from churn_trainer.tables import setting_names
 
+_PERCENT_TICKS = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 30, 50, 70, 100)
 _EXAMPLES = 8
 _EXAMPLE_RUNS = 5
 
@@ -44,17 +47,21 @@ class Drawing:
 
 
 def make_figures(
-    outcomes: Sequence[Outcome], comparisons: Sequence[Comparison], level: float
+    outcomes: Sequence[Outcome],
+    comparisons: Sequence[Comparison],
+    curves: Sequence[Curves],
+    level: float,
 ) -> tuple[list[Drawing], list[str]]:
     """Every figure that the runs allow, and a sentence for each that they do not.
 
     Args:
         outcomes: what was measured.
         comparisons: of these, with their baselines.
+        curves: of these, along their training.
         level: coverage of the intervals, in (0, 1).
     """
     names = setting_names(outcomes)
-    drawn: dict[str, list[Drawing]] = {"1": [], "2": [], "3": [], "5": []}
+    drawn: dict[str, list[Drawing]] = {"1": [], "2": [], "3": [], "5": [], "pairs": [], "along": []}
     changes = []
     with mpl.rc_context(STYLE):
         for number, (setting, methods) in enumerate(by_setting(outcomes)):
@@ -67,6 +74,10 @@ def make_figures(
                 shown = baseline_of(paired) or paired[0]
                 drawn["1"].append(_examples(shown, f"figure-1{place}", name))
                 drawn["3"].append(_confidence(paired, f"figure-3{place}", name, level))
+                drawn["pairs"].append(_matrices(paired, f"pairs{place}", name))
+            along = [one for one in curves if one.outcome in methods and len(one.epoch) > 1]
+            if along:
+                drawn["along"].append(_along(along, f"curves{place}", name))
             families = _families(paired)
             if families:
                 which = "5" if setting.data.name == "cifar100" else "2"
@@ -87,6 +98,9 @@ _MISSING = {
     "3": "Figure 3 (confidence, and churn against error) is missing: it needs two runs of one "
     "method on the same split with seeds of their own.",
     "5": "Figure 5 (Figure 2 on CIFAR-100) is missing: it needs such runs with --data cifar100.",
+    "pairs": "Churn between every two runs is missing: it needs what Figure 3 does.",
+    "along": "Curves along the training are missing: they need runs measured more than once, see "
+    "--curve-points.",
 }
 
 
@@ -98,7 +112,19 @@ def _drawing(name: str, title: str, caption: str, figure: Figure) -> Drawing:
 
 
 def _changes(compared: list[Comparison], name: str, setting: str) -> Drawing:
-    figure = churn_changes([(one.outcome.label, one.change["churn"]) for one in compared])
+    figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(compared)), layout="constrained")
+    axes = figure.subplots()
+    for row, one in enumerate(compared):
+        change, color = one.change["churn"], series_color(row + 1)
+        axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
+        axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
+    axes.axvline(0, color=MUTED, linewidth=1.2)
+    axes.set_yticks(range(len(compared)), [one.outcome.label for one in compared])
+    axes.tick_params(axis="y", colors=INK, labelsize=10)
+    axes.set_ylim(len(compared) - 0.5, -0.5)
+    axes.set_xlabel("change of churn from the baseline, percentage points")
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
     return _drawing(
         name,
         f"Change of churn: {setting}",
@@ -285,6 +311,84 @@ def _ablation(
         f"Figure {which}, weights of regulariser and co-distillation: {setting}",
         "Each line of panels is one method, its weight to the right; bars are intervals. Dashed: "
         "the baseline, which is weight zero.",
+        figure,
+    )
+
+
+def _matrices(outcomes: list[Outcome], name: str, setting: str) -> Drawing:
+    """Churn between every two runs of a split, one small matrix a method, one colour scale."""
+    matrices = [_matrix(one) for one in outcomes]
+    low = min(np.nanmin(matrix) for matrix in matrices)
+    high = max(np.nanmax(matrix) for matrix in matrices)
+    edges = MaxNLocator(len(HEAT) - 1).tick_values(low, max(high, low + 0.1))
+    steps = np.linspace(0, len(HEAT) - 1, len(edges) - 1).round().astype(int)
+    columns = min(4, len(matrices) + 1)
+    lines = -(-len(matrices) // columns)
+    figure = Figure(figsize=(2.75 * columns, 2.3 * lines + 0.3), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for cell in panels[len(matrices) :]:
+        cell.set_axis_off()
+    for axes, matrix, one in zip(panels, matrices, outcomes, strict=False):
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(matrix),
+            cmap=ListedColormap([HEAT[step] for step in steps]),
+            norm=BoundaryNorm(edges, len(steps), clip=True),
+            edgecolor="none",
+        )
+        axes.set_aspect("equal")
+        axes.invert_yaxis()
+        axes.set_title(one.label)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=panels[: len(matrices)], aspect=30)
+    bar.outline.set_visible(False)
+    bar.set_label("churn between two runs, %", color=MUTED)
+    return _drawing(
+        name,
+        f"Churn between every two runs: {setting}",
+        "Rows and columns are the runs of one split, a cell the share of test rows on which the "
+        "two disagree. A dark row is a run that went its own way.",
+        figure,
+    )
+
+
+def _matrix(one: Outcome) -> np.ndarray:
+    """(R, R) churn in percent of the independent runs of the largest split; NaN on the diagonal."""
+    split = max(one.splits.values(), key=lambda split: len(split.clusters()[0]))
+    places = split.clusters()[0]
+    matrix = 100 * split.report.churn[places][:, places].double()
+    return matrix.fill_diagonal_(torch.nan).numpy()
+
+
+def _along(curves: list[Curves], name: str, setting: str) -> Drawing:
+    """Training cross entropy, test error and test churn along the training, a colour a method."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, error, churn = figure.subplots(1, 3)
+    for index, one in enumerate(curves):
+        style = "-" if one.outcome.method.members > 1 or index == 0 else (0, (4, 2))
+        look = {"color": series_color(index), "linestyle": style, "linewidth": 1.8}
+        loss.plot(one.epoch, one.cross_entropy, label=one.outcome.label, **look)
+        error.plot(one.epoch, 100 * (1 - one.accuracy), **look)
+        churn.plot(one.epoch, 100 * one.churn, **look)
+    loss.set_title("training cross entropy, nats")
+    error.set_title("test error, %")
+    churn.set_title("churn between runs, test rows, %")
+    for axes in (loss, error, churn):
+        axes.set_yscale("log")
+        if axes is not loss:
+            axes.yaxis.set_major_locator(FixedLocator(_PERCENT_TICKS))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.grid(axis="y")
+    figure.legend(loc="outside lower center", ncols=3)
+    return _drawing(
+        name,
+        f"Along the training: {setting}",
+        "Means over splits and runs, both scales logarithmic. Dashed: single models other than the "
+        "first.",
         figure,
     )
 

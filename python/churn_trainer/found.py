@@ -10,6 +10,10 @@ from churn_trainer.config import Run
 from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
 
 
+class NothingFinished(ValueError):
+    """There is no finished run to report."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """A run that finished.
@@ -18,11 +22,13 @@ class Finished:
         run: its settings.
         folder: where its logits are.
         device: the kind of device it was trained on, "cpu" or "cuda".
+        threads: how many computed, or None where its folder does not say.
     """
 
     run: Run
     folder: RunFolder
     device: str
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
 
     Args:
         source: a folder that holds the runs' folders, the folder of one run, or several of these.
-    Raises: ValueError if there is no such folder, or no finished run in any.
+    Raises: ValueError if there is no such folder, NothingFinished if no run in any finished.
     """
     sources = [source] if isinstance(source, Path) else list(source)
     found = Found()
@@ -63,9 +69,11 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
             f"{len(found.damaged)} damaged"
         )
         first = f" ({found.damaged[0]})" if found.damaged else ""
-        raise ValueError(
-            f"folder must hold a run that finished, got {', '.join(map(str, map(_path, sources)))} "
-            f"with {counts}{first}; train one with `churn-train train --out FOLDER`"
+        names = [str(_path(one)) for one in sources]
+        shown = ", ".join(names[:3] + ["..."] * (len(names) > 3))
+        raise NothingFinished(
+            f"folder must hold a run that finished, got {shown} with {counts}{first}; train one "
+            "with `churn-train train --out FOLDER`"
         )
     return found
 
@@ -82,15 +90,16 @@ def printable(text: str, most: int = 300) -> str:
 
 
 def _folders(source: Path | RunFolder) -> list[RunFolder]:
-    path = _path(source)
-    if not path.is_dir():
+    if isinstance(source, RunFolder):
+        return [source]
+    if not source.is_dir():
         raise ValueError(
-            f"folder must be one that holds runs, got {path}, which is none; "
+            f"folder must be one that holds runs, got {source}, which is none; "
             "name what `churn-train train --out` was given"
         )
-    if (path / CONFIG).exists() or (path / METRICS).exists():
-        return [RunFolder(path)]
-    inside = {found.parent for name in (CONFIG, METRICS) for found in path.glob(f"*/{name}")}
+    if (source / CONFIG).exists() or (source / METRICS).exists():
+        return [RunFolder(source)]
+    inside = {found.parent for name in (CONFIG, METRICS) for found in source.glob(f"*/{name}")}
     return [RunFolder(folder) for folder in sorted(inside)]
 
 
@@ -99,8 +108,8 @@ def _path(source: Path | RunFolder) -> Path:
 
 
 def _sort_in(folder: RunFolder, found: Found) -> None:
-    run = folder.run()
-    if not folder.done:
+    run = folder.run() if folder.path.exists() else None
+    if run is None or not folder.done:
         found.unfinished.append(printable(folder.path.name))
         return
     metrics = folder.metrics()
@@ -109,5 +118,8 @@ def _sort_in(folder: RunFolder, found: Found) -> None:
         found.diverged.append(printable(message))
         return
     environment = metrics.get("environment")
-    device = environment.get("device", "cpu") if isinstance(environment, dict) else "cpu"
-    found.finished.append(Finished(run, folder, printable(str(device).split(":")[0], 10)))
+    environment = environment if isinstance(environment, dict) else {}
+    device = printable(str(environment.get("device", "cpu")).split(":")[0], 10)
+    threads = environment.get("threads")
+    count = threads if isinstance(threads, int) else None
+    found.finished.append(Finished(run, folder, device, count))

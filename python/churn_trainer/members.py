@@ -71,7 +71,11 @@ class Members(nn.Module):
 
 
 class Stacked(Members):
-    """Every parameter has a leading dimension of M networks; one batched operation a layer."""
+    """Every parameter has a leading dimension of M networks; one batched operation a layer.
+
+    A lone network is a stack of one: batched products of these sizes are computed by one thread,
+    and a lone run's bits do not depend on the number of threads as a matrix product's may.
+    """
 
     def __init__(self, networks: Sequence[nn.Module], members: int, runs: int):
         super().__init__(members, runs)
@@ -217,7 +221,7 @@ def build_members(
             with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
                 networks.append(build_model(run.model, shape, classes, trust))
     check_logits(runs[0].model.name, networks[0], shape, classes)
-    if len(networks) > 1 and stackable(networks[0], shape):
+    if stackable(networks[0], shape):
         return Stacked(networks, method.members, len(runs))
     seeds = [run.seeds.dropout for run in runs]
     random = runs[0].model.name not in NETWORKS or _has_dropout(networks[0])

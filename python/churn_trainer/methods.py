@@ -114,9 +114,9 @@ class Method:
         """The ensemble this method learns from, or None; it shares the label smoothing."""
         if not self.teachers:
             return None
-        ensemble = find_method("ensemble" if self.teachers > 1 else BASELINE)
+        preset = {1: BASELINE, 2: "2-ensemble"}.get(self.teachers, "ensemble")
         return dataclasses.replace(
-            ensemble, members=self.teachers, label_smoothing=self.label_smoothing
+            find_method(preset), members=self.teachers, label_smoothing=self.label_smoothing
         )
 
     def loss_options(self, progress: float) -> dict[str, Any]:

@@ -62,25 +62,32 @@ class Split:
     """One method's runs on the same training and test rows.
 
     Attributes:
-        runs: R, by their seeds.
+        found: R finished runs, by their seeds.
         report: every metric of every run and pair.
         predictions: (R, N) classes.
         confidence: (R, N) difference of the two largest probabilities.
         labels: (N,).
+        digests: R, equal where all logits are, bit for bit.
     """
 
-    runs: list[Run]
+    found: list[Finished]
     report: ChurnReport
     predictions: Tensor
     confidence: Tensor
     labels: Tensor
+    digests: list[bytes]
+
+    @property
+    def runs(self) -> list[Run]:
+        """Their settings."""
+        return [one.run for one in self.found]
 
     def clusters(self, fixed: Sequence[str] = ()) -> list[list[int]]:
         """Runs that share the seeds `fixed` and no other that matters to them, by their places.
 
         Without `fixed` that is one cluster of independent runs, of which each seed is there once.
         """
-        names = sources(self.runs[0])
+        names = self.runs[0].sources
         free = [name for name in names if name not in fixed]
         found: dict[tuple[int, ...], list[int]] = {}
         for place, run in enumerate(self.runs):
@@ -115,6 +122,11 @@ class Outcome:
         return printable(self.method.label, 80)
 
     @property
+    def together(self) -> str:
+        """`Run.together` of its runs, of the first where they are repetitions."""
+        return dataclasses.replace(next(iter(self.splits.values())).runs[0], repeat=0).together
+
+    @property
     def runs(self) -> int:
         """How many independent runs are measured, over all splits."""
         return sum(len(split.clusters()[0]) for split in self.splits.values())
@@ -139,10 +151,23 @@ class Outcome:
         """Whether two runs share exactly the seeds `fixed`."""
         return any(len(one) > 1 for split in self.splits.values() for one in split.clusters(fixed))
 
+    def identical(self, fixed: Sequence[str]) -> list[bool]:
+        """For each pair that shares exactly the seeds `fixed`: are all logits the same bits?"""
+        return [
+            split.digests[one] == split.digests[other]
+            for split in self.splits.values()
+            for cluster in split.clusters(fixed)
+            for one, other in itertools.combinations(cluster, 2)
+        ]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The seeds that draw something in its runs, but for the split's."""
+        return next(iter(self.splits.values())).runs[0].sources
+
     def conditions(self) -> list[tuple[str, ...]]:
         """The sets of seeds that pairs of runs share, from none to all."""
-        (run, *_) = next(iter(self.splits.values())).runs
-        names = sources(run)
+        names = self.sources
         subsets = (itertools.combinations(names, size) for size in range(len(names) + 1))
         return [fixed for fixed in itertools.chain(*subsets) if self.has_pair(fixed)]
 
@@ -156,7 +181,7 @@ class Comparison:
         pairs: runs that have a partner of the same split and seeds.
         change: metric -> change with interval.
         p_value: exact swap test of the change of churn.
-        p_holm: the same, corrected for the comparisons in the setting.
+        p_holm: the same, corrected for the methods compared.
     """
 
     outcome: Outcome
@@ -164,16 +189,6 @@ class Comparison:
     change: dict[str, Estimate]
     p_value: float
     p_holm: float
-
-
-def sources(run: Run) -> tuple[str, ...]:
-    """The seeds that draw something in this run, but for the split's."""
-    augmented = run.data.crop_padding or run.data.crop_size or run.data.flip
-    return (
-        *("initialisation", "order"),
-        *(("augmentation",) if augmented else ()),
-        *(("dropout",) if run.model.dropout else ()),
-    )
 
 
 def measure(finished: Iterable[Finished]) -> tuple[list[Outcome], list[str]]:
@@ -200,28 +215,33 @@ def measure(finished: Iterable[Finished]) -> tuple[list[Outcome], list[str]]:
     return outcomes, damaged
 
 
-def compare(outcomes: Sequence[Outcome], level: float) -> tuple[list[Comparison], list[str]]:
-    """Every method against the baseline of its setting, over the seeds both have.
+def compare(
+    outcomes: Sequence[Outcome], level: float, first: Run | None = None
+) -> tuple[list[Comparison], list[str]]:
+    """Every method against a baseline, over the seeds both have.
 
+    Args:
+        outcomes: what was measured.
+        level: coverage of the intervals, in (0, 1).
+        first: a run of what all others are compared with; None: in each setting its baseline.
     Returns: the comparisons, and a sentence for each setting or method where there is none.
     """
     comparisons: list[Comparison] = []
     missing: list[str] = []
-    for setting, methods in by_setting(outcomes):
-        baseline = baseline_of(methods)
+    for name, baseline, methods in _compared(outcomes, first):
         others = [one for one in methods if one is not baseline]
         if baseline is None:
-            missing.append(
-                f"{setting.name}: nothing is compared, there is no baseline; "
-                "train --method baseline with the same seeds."
+            remedy = (
+                f"train --method {first.method.name if first else BASELINE} with the same seeds"
             )
+            missing.append(f"{name}: nothing is compared, there is no baseline; {remedy}.")
             continue
         found: list[tuple[Outcome, int, dict[str, Estimate], float]] = []
         for other in others:
             matched = _matched(other, baseline)
             if not matched:
                 missing.append(
-                    f"{setting.name}: {other.label} is not compared, no two of its runs have "
+                    f"{other.setting.name}: {other.label} is not compared, no two of its runs have "
                     "the split and seeds of two of the baseline; train those."
                 )
                 continue
@@ -243,6 +263,28 @@ def compare(outcomes: Sequence[Outcome], level: float) -> tuple[list[Comparison]
     return comparisons, missing
 
 
+def _compared(
+    outcomes: Sequence[Outcome], first: Run | None
+) -> list[tuple[str, Outcome | None, list[Outcome]]]:
+    """What is compared with what: a name for the comparison, the baseline, it and the others."""
+    if first is None:
+        return [
+            (setting.name, baseline_of(methods), methods)
+            for setting, methods in by_setting(outcomes)
+        ]
+    devices: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        devices.setdefault(one.setting.device, []).append(one)
+    return [
+        (
+            device,
+            next((one for one in methods if one.together == first.together), None),
+            methods,
+        )
+        for device, methods in devices.items()
+    ]
+
+
 def by_setting(outcomes: Sequence[Outcome]) -> list[tuple[Setting, list[Outcome]]]:
     """The outcomes of each setting."""
     groups = itertools.groupby(outcomes, key=lambda one: str(one.setting))
@@ -258,7 +300,7 @@ def baseline_of(outcomes: Sequence[Outcome]) -> Outcome | None:
 
 
 def _splits(members: list[Finished], damaged: list[str]) -> dict[Any, Split]:
-    by_rows: dict[Any, list[tuple[Run, Tensor, Tensor]]] = {}
+    by_rows: dict[Any, list[tuple[Finished, Tensor, Tensor]]] = {}
     for one in sorted(
         members, key=lambda one: (dataclasses.astuple(one.run.seeds), one.run.repeat)
     ):
@@ -271,7 +313,7 @@ def _splits(members: list[Finished], damaged: list[str]) -> dict[Any, Split]:
         digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
         drawn = one.run.data.train_rows or one.run.data.name not in _OWN_TEST_ROWS
         key = (one.run.seeds.split if drawn else 0, digest, tuple(logits.shape))
-        by_rows.setdefault(key, []).append((one.run, logits, labels))
+        by_rows.setdefault(key, []).append((one, logits, labels))
     return {key: _split(runs) for key, runs in by_rows.items()}
 
 
@@ -298,14 +340,15 @@ def _check(one: Finished, logits: Tensor, labels: Tensor) -> None:
     )
 
 
-def _split(members: list[tuple[Run, Tensor, Tensor]]) -> Split:
+def _split(members: list[tuple[Finished, Tensor, Tensor]]) -> Split:
     logits, labels = [one[1] for one in members], members[0][2]
     return Split(
-        runs=[one[0] for one in members],
+        found=[one[0] for one in members],
         report=_report(logits, labels),
         predictions=torch.stack([one.argmax(dim=-1) for one in logits]),
         confidence=torch.stack([prediction_confidence(one).float() for one in logits]),
         labels=labels,
+        digests=[hashlib.sha256(one.numpy().tobytes()).digest() for one in logits],
     )
 
 

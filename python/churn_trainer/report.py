@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import os
 import platform
@@ -15,20 +16,28 @@ from typing import Any
 import jinja2
 import matplotlib as mpl
 from markupsafe import Markup
-from rich.table import Table as TerminalTable
-from rich.text import Text
 
 import churn_kernels
+from churn_trainer.config import Run
+from churn_trainer.curves import Curves, read_curves
 from churn_trainer.figures import Drawing, make_figures
 from churn_trainer.formats import half, percent, probability, signed, value
-from churn_trainer.found import Found, find_runs, printable
-from churn_trainer.outcomes import METRICS, Comparison, Outcome, compare, measure
+from churn_trainer.found import Found, NothingFinished, find_runs, printable
+from churn_trainer.outcomes import (
+    METRICS,
+    Comparison,
+    Outcome,
+    Setting,
+    baseline_of,
+    by_setting,
+    compare,
+    measure,
+)
 from churn_trainer.output import MARKER, replaced
 from churn_trainer.paper import CITATION
 from churn_trainer.run_folder import RunFolder
-from churn_trainer.svg import PALETTE, SERIES, STYLE
-from churn_trainer.tables import Cell, Table, make_tables, setting_names
-from churn_trainer.terminal import estimates_table
+from churn_trainer.svg import PALETTE, STYLE
+from churn_trainer.tables import Table, make_tables, setting_names, settings_of
 
 PAGE = "report.html"
 
@@ -41,56 +50,80 @@ class Report:
         found: runs, and folders that are no finished run.
         outcomes: methods by setting, measured.
         comparisons: of methods with their baselines.
+        curves: of methods along their training.
         tables, figures: what could be made.
         missing: a sentence for what could not, and which runs it needs.
         left_out: a sentence for each run that is in no table.
         level: coverage of the intervals.
+        title: what the runs are for, or nothing.
     """
 
     found: Found
     outcomes: list[Outcome]
     comparisons: list[Comparison]
+    curves: list[Curves]
     tables: list[Table]
     figures: list[Drawing]
     missing: list[str]
     left_out: list[str]
     level: float
+    title: str = ""
 
 
-def make_report(source: Path | Sequence[Path | RunFolder], level: float = 0.95) -> Report:
+def make_report(
+    source: Path | Sequence[Path | RunFolder],
+    level: float = 0.95,
+    *,
+    title: str = "",
+    first: Run | None = None,
+) -> Report:
     """Reads runs, measures and compares them, and makes what they allow.
 
     Args:
         source: a folder of runs' folders, the folder of one run, or several of these.
         level: coverage of the intervals, in (0, 1).
-    Raises: ValueError if no run can be read, or `level` is out of range.
+        title: what the runs are for.
+        first: a run of what all others are compared with; None: in each setting its baseline.
+    Raises: ValueError if there is no such folder or `level` is out of range, NothingFinished if no
+        run can be read.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}; 0.95 is customary")
     found = find_runs(source)
     outcomes, unusable = measure(found.finished)
     if not outcomes:
-        raise ValueError(
+        raise NothingFinished(
             f"folder must hold a run whose logits can be read, got none: {unusable[0]}"
         )
-    comparisons, uncompared = compare(outcomes, level)
+    comparisons, uncompared = compare(outcomes, level, first)
+    curves, without_curves = read_curves(outcomes)
     tables, missing_tables = make_tables(outcomes, comparisons, level)
-    figures, missing_figures = make_figures(outcomes, comparisons, level)
+    figures, missing_figures = make_figures(outcomes, comparisons, curves, level)
     return Report(
         found=found,
         outcomes=outcomes,
         comparisons=comparisons,
+        curves=curves,
         tables=tables,
         figures=figures,
         missing=[*uncompared, *missing_tables, *missing_figures],
         left_out=[
-            *found.diverged,
-            *found.damaged,
-            *unusable,
-            *(f"{name} has not ended; train it to its end" for name in found.unfinished),
+            *_some(found.diverged),
+            *_some([*found.damaged, *unusable]),
+            *_some([f"{name} has not ended; train it to its end" for name in found.unfinished]),
+            *without_curves,
         ],
         level=level,
+        title=printable(title),
     )
+
+
+def _some(sentences: list[str]) -> list[str]:
+    """The first three; how many more there are goes with the last."""
+    shown = sentences[:3]
+    if len(sentences) > len(shown):
+        shown[-1] += f"; and {len(sentences) - len(shown)} more like it"
+    return shown
 
 
 def write_report(
@@ -121,6 +154,8 @@ def save_report(report: Report, out: Path, *, command: str = "") -> Path:
     with replaced(out) as folder:
         _write_csv(folder / MARKER, ("name", "value"), facts.items())
         _write_csv(folder / "runs.csv", _RUN_COLUMNS, _run_rows(report))
+        _write_csv(folder / "pairs.csv", _PAIR_COLUMNS, _pair_rows(report))
+        _write_csv(folder / "curves.csv", _CURVE_COLUMNS, _curve_rows(report))
         _write_csv(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(report))
         for table in report.tables:
             columns = (*table.heads, *_CELL_COLUMNS)
@@ -134,16 +169,19 @@ def save_report(report: Report, out: Path, *, command: str = "") -> Path:
 
 
 def verdicts(report: Report) -> list[str]:
-    """One sentence for each comparison: what its interval allows to be said about churn."""
-    names = setting_names(report.outcomes)
+    """What the intervals allow to be said about churn, and what is left with every seed fixed."""
+    places = {str(setting): where for setting, where in _settings(report)}
     return [
-        _verdict(one, names[str(one.outcome.setting)], report.level) for one in report.comparisons
+        *(
+            _verdict(one, places[str(one.outcome.setting)], report.level)
+            for one in report.comparisons
+        ),
+        *(
+            _same_seeds(one, places[str(one.setting)], report.level)
+            for one in report.outcomes
+            if one.has_pair(one.sources)
+        ),
     ]
-
-
-def terminal_tables(report: Report, *, narrow: bool = False) -> list[TerminalTable]:
-    """The tables in percent, with intervals; `narrow` puts those on lines of their own."""
-    return [_terminal(table, report.level, narrow) for table in report.tables]
 
 
 def render_page(report: Report, facts: dict[str, Any]) -> str:
@@ -161,29 +199,46 @@ def render_page(report: Report, facts: dict[str, Any]) -> str:
         level=percent(report.level),
         verdicts=verdicts(report),
         facts=facts,
+        first=_first(report.outcomes),
         # Matplotlib has escaped the texts in them.
         drawings=[(one, Markup(one.page)) for one in report.figures],
         citation=CITATION,
         palette=PALETTE,
-        series=len(SERIES),
     )
 
 
-def _verdict(one: Comparison, setting: str, level: float) -> str:
+def _verdict(one: Comparison, where: str, level: float) -> str:
     change, label = one.change["churn"], one.outcome.label
     if math.isnan(change.high):
         return (
-            f"{setting}: {label} changes churn by {signed(change)} points; {one.pairs} pairs of "
+            f"{where}{label} changes churn by {signed(change)} points; {one.pairs} pairs of "
             "runs are too few for an interval."
         )
     p_value = f"p {probability(one.p_holm)}"
     if change.low <= 0 <= change.high:
         numbers = f"{signed(change)} {half(change)} points, {p_value}"
-        return f"{setting}: {label} shows no change of churn ({numbers})."
+        return f"{where}{label} shows no change of churn ({numbers})."
     says = "lowers" if change.high < 0 else "raises"
     doubt = "" if one.p_holm <= 1 - level else ", which the corrected test does not confirm"
     numbers = f"{value(abs(change.mean))} {half(change)} points"
-    return f"{setting}: {label} {says} churn by {numbers} ({p_value}{doubt})."
+    return f"{where}{label} {says} churn by {numbers} ({p_value}{doubt})."
+
+
+def _same_seeds(one: Outcome, where: str, level: float) -> str:
+    churn, identical = one.estimate("churn", level, one.sources), one.identical(one.sources)
+    threads = sorted({found.threads or 0 for split in one.splits.values() for found in split.found})
+    trained = f"; trained with {' or '.join(map(str, threads))} threads" if all(threads) else ""
+    return (
+        f"{where}{one.label} with every seed the same, on {one.setting.device}: churn "
+        f"{value(churn)} %, {sum(identical)} of {len(identical)} pairs of runs have the same "
+        f"logits bit for bit{trained}."
+    )
+
+
+def _first(outcomes: list[Outcome]) -> Outcome | None:
+    """Of the first setting, what the page begins with: the baseline, where it has a pair."""
+    _, methods = by_setting(outcomes)[0]
+    return baseline_of([one for one in methods if one.has_pair()])
 
 
 def _facts(report: Report, command: str) -> dict[str, Any]:
@@ -193,7 +248,13 @@ def _facts(report: Report, command: str) -> dict[str, Any]:
         "runs": len(report.found.finished),
         "left_out": len(report.left_out),
         "level": report.level,
+        **{
+            f"{where}{name}": text
+            for setting, where in _settings(report)
+            for name, text in settings_of(setting).items()
+        },
         "backend": os.environ.get("CHURN_BACKEND") or churn_kernels.available_backends()[0],
+        "cpu_isa": build.get("cpu_isa", ""),
         "build": build.get("git_commit", ""),
         **{
             package: metadata.version(package)
@@ -204,30 +265,11 @@ def _facts(report: Report, command: str) -> dict[str, Any]:
     }
 
 
-def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
-    shown = estimates_table(
-        f"Table {table.number}: {table.title}, %",
-        f"± half of the {percent(level)} interval",
-        narrow=narrow,
-    )
-    for name in table.heads:
-        shown.add_column(Text(name))
-    for name in table.columns:
-        shown.add_column(Text(name), justify="right")
-    for row in table.rows:
-        cells = [_terminal_cell(cell, "\n" if narrow else " ") for cell in row.cells]
-        shown.add_row(*map(Text, row.heads), *cells)
-    return shown
-
-
-def _terminal_cell(cell: Cell | None, separator: str) -> Text:
-    if cell is None:
-        return Text()
-    text = Text(signed(cell.estimate) if cell.signed else value(cell.estimate), no_wrap=True)
-    text.append(separator).append(half(cell.estimate), style="dim")
-    if cell.printed:
-        text.append(f"\npaper {cell.printed.mean:.2f}", style="dim")
-    return text
+def _settings(report: Report) -> list[tuple[Setting, str]]:
+    """Every setting, and where there are several a name to put before what belongs to it."""
+    settings = [setting for setting, _ in by_setting(report.outcomes)]
+    names = setting_names(report.outcomes)
+    return [(one, f"{names[str(one)]}: " if len(settings) > 1 else "") for one in settings]
 
 
 # CSV ----------------------------------------------------------------------------------------------
@@ -235,6 +277,13 @@ def _terminal_cell(cell: Cell | None, separator: str) -> Text:
 _RUN_METRICS = ("accuracy", "confidence", "entropy", "ece")
 _RUN_COLUMNS = ("data_network", "method", "run", *_RUN_METRICS)
 _CELL_COLUMNS = ("column", "mean", "low", "high", "paper_mean", "paper_spread")
+_PAIR_METRICS = (
+    *("churn", "schurn", "churn_correct", "churn_incorrect"),
+    *("negative_flips", "certified_agreement"),
+)
+_PAIR_COLUMNS = ("data_network", "method", "run", "other_run", *_PAIR_METRICS)
+_CURVE_METRICS = ("cross_entropy", "accuracy", "churn", "confidence")
+_CURVE_COLUMNS = ("data_network", "method", "epoch", *_CURVE_METRICS)
 _COMPARISON_COLUMNS = (
     *("data_network", "method", "pairs", "metric"),
     *("change", "low", "high", "p_value", "p_holm"),
@@ -248,6 +297,25 @@ def _run_rows(report: Report) -> Iterable[Sequence[Any]]:
             columns = [getattr(split.report, metric).tolist() for metric in _RUN_METRICS]
             for run, *values in zip(split.runs, *columns, strict=True):
                 yield names[str(one.setting)], one.label, printable(run.id), *values
+
+
+def _pair_rows(report: Report) -> Iterable[Sequence[Any]]:
+    names = setting_names(report.outcomes)
+    for one in report.outcomes:
+        for split in one.splits.values():
+            matrices = [getattr(split.report, metric).tolist() for metric in _PAIR_METRICS]
+            for i, j in itertools.permutations(range(len(split.runs)), 2):
+                runs = (printable(split.runs[place].id) for place in (i, j))
+                yield names[str(one.setting)], one.label, *runs, *(each[i][j] for each in matrices)
+
+
+def _curve_rows(report: Report) -> Iterable[Sequence[Any]]:
+    names = setting_names(report.outcomes)
+    for curves in report.curves:
+        heads = names[str(curves.outcome.setting)], curves.outcome.label
+        columns = (getattr(curves, name).tolist() for name in ("epoch", *_CURVE_METRICS))
+        for values in zip(*columns, strict=True):
+            yield *heads, *values
 
 
 def _comparison_rows(report: Report) -> Iterable[Sequence[Any]]:

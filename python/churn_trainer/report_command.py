@@ -1,21 +1,22 @@
-"""The command `churn-train report`."""
+"""The command `churn-train report`, and how a report is shown in the terminal."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich import box
+from rich.table import Table as TerminalTable
+from rich.text import Text
 
+from churn_trainer.formats import half, percent, signed, value
 from churn_trainer.output import check_replaceable
-from churn_trainer.report import make_report, save_report, terminal_tables, verdicts
-
-_WIDE = 170
-"""Columns in which a table has its intervals beside the means."""
+from churn_trainer.report import Report, make_report, save_report, verdicts
+from churn_trainer.tables import Cell, Table
+from churn_trainer.terminal import FAILED, INTERRUPTED, WIDE, WRONG, fail, stdout_console
 
 
 def report_runs(
@@ -45,30 +46,69 @@ def report_runs(
     try:
         check_replaceable(target)
         report = make_report(folder, level)
-        page = save_report(report, target, command=shlex.join(["churn-train", *sys.argv[1:]]))
+        show_report(report, target)
     except ValueError as error:
-        _fail(str(error), 2)
+        fail(str(error), WRONG)
     except KeyboardInterrupt:
-        _fail(f"interrupted; no report was written to {target}", 130)
+        fail(f"interrupted; no report was written to {target}", INTERRUPTED)
     except OSError as error:
-        _fail(
+        fail(
             f"no report was written to {target}: {error}; make room or name another folder with "
             "--out, an earlier report is as it was",
-            1,
+            FAILED,
         )
-    console = Console() if sys.stdout.isatty() else Console(width=_WIDE)
+    for sentence in report.missing:
+        stdout_console().print(sentence, highlight=False, markup=False, style="dim", soft_wrap=True)
+
+
+def show_report(report: Report, target: Path) -> None:
+    """Writes a report to its folder, and prints its tables, its verdicts and where it is.
+
+    Raises: OSError if a file cannot be written; an earlier report stays.
+    """
+    page = save_report(report, target, command=shlex.join(["churn-train", *sys.argv[1:]]))
+    console = stdout_console()
+    for table in terminal_tables(report, narrow=console.width < WIDE):
+        console.print(table)
+        console.print()
     for sentence in verdicts(report):
         console.print(sentence, highlight=False, markup=False)
-    for table in terminal_tables(report, narrow=console.width < _WIDE):
-        console.print()
-        console.print(table)
-    for sentence in (*report.missing, *report.left_out):
-        console.print(sentence, highlight=False, markup=False, style="dim", soft_wrap=True)
+    for sentence in report.left_out:
+        console.print(f"Left out: {sentence}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/red] {escape(message)}", highlight=False
+def terminal_tables(report: Report, *, narrow: bool = False) -> list[TerminalTable]:
+    """The tables in percent, with intervals; `narrow` puts those on lines of their own."""
+    return [_terminal(table, report.level, narrow) for table in report.tables]
+
+
+def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
+    shown = TerminalTable(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0) if narrow else (0, 1),
+        pad_edge=False,
+        show_edge=False,
+        title=f"Table {table.number}: {table.title}, %",
+        caption=f"± half of the {percent(level)} interval",
+        title_justify="left",
+        caption_justify="left",
     )
-    raise typer.Exit(status)
+    for name in table.heads:
+        shown.add_column(Text(name))
+    for name in table.columns:
+        shown.add_column(Text(name), justify="right")
+    for row in table.rows:
+        cells = [_terminal_cell(cell, "\n" if narrow else " ") for cell in row.cells]
+        shown.add_row(*map(Text, row.heads), *cells)
+    return shown
+
+
+def _terminal_cell(cell: Cell | None, separator: str) -> Text:
+    if cell is None:
+        return Text()
+    text = Text(signed(cell.estimate) if cell.signed else value(cell.estimate), no_wrap=True)
+    text.append(separator).append(half(cell.estimate), style="dim")
+    if cell.printed:
+        text.append(f"\npaper {cell.printed.mean:.2f}", style="dim")
+    return text

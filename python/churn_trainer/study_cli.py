@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,30 +15,23 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from churn_trainer.config import Run, Study
+from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
 from churn_trainer.named_studies import find_study, study_files, write_recipes
 from churn_trainer.named_studies import recipes as named_recipes
 from churn_trainer.output import check_replaceable
+from churn_trainer.report_command import show_report
 from churn_trainer.settings import merged, read_settings, to_mapping
-from churn_trainer.sources import (
-    DEFAULT,
-    SourcesRow,
-    drawn_sources,
-    read_sources,
-    sources_study,
-)
-from churn_trainer.study import NothingToCompare, StudyResult, run_study
-from churn_trainer.study_report import terminal_table, verdicts, write_report
-from churn_trainer.tasks import Workers, train_all
+from churn_trainer.sources import DEFAULT, sources_study
+from churn_trainer.study import report_study, run_study
+from churn_trainer.tasks import Workers
 from churn_trainer.terminal import (
     FAILED,
     INTERRUPTED,
-    WIDE,
     WRONG,
     fail,
     print_table,
     progress_columns,
-    stdout_console,
 )
 from churn_trainer.train import Event, Options
 from churn_trainer.workers import LocalWorkers, RayWorkers
@@ -118,7 +109,7 @@ def study(
             accelerator=accelerator, checkpoint_seconds=checkpoint_seconds, trust=trust or ()
         )
         with _telling() as tell:
-            result = run_study(
+            run_study(
                 wanted,
                 out / RUNS,
                 _workers(workers, ray, accelerator),
@@ -126,8 +117,8 @@ def study(
                 retries=retries,
                 tell=tell,
             )
-        _conclude(result, out)
-    except NothingToCompare as error:
+        _conclude(wanted, out, [out / RUNS])
+    except NothingFinished as error:
         fail(str(error), FAILED)
     except ValueError as error:
         fail(str(error), WRONG)
@@ -135,8 +126,6 @@ def study(
         fail("interrupted; the same command goes on from what is there", INTERRUPTED)
     except OSError as error:
         fail(f"{error}; what was finished stays, the same command goes on", FAILED)
-    if result.diverged:
-        raise typer.Exit(FAILED)
 
 
 def sources(
@@ -148,7 +137,7 @@ def sources(
     splits: _Splits = None,
     epochs: _Epochs = None,
     seed: _Seed = None,
-    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("out/sources"),
+    out: Annotated[Path, typer.Option(help="Folder of runs and report.")] = Path("out/sources"),
     accelerators: Annotated[
         list[str] | None,
         typer.Option("--accelerator", help="cpu or cuda; repeat it to compare. Default: cpu."),
@@ -166,7 +155,7 @@ def sources(
     """Measure where churn comes from: initialisation, order, augmentation, hardware.
 
     Trains one recipe with every subset of its sources of randomness fixed, ten runs in each of
-    five splits, and prints the table (Bhojanapalli et al. 2021, Table 1). Where everything is
+    five splits, and reports the table (Bhojanapalli et al. 2021, Table 1). Where everything is
     fixed, each repetition is trained by a process of its own, with another number of threads.
 
     Exit statuses are those of `churn-train study`.
@@ -185,18 +174,17 @@ def sources(
         wanted = sources_study(
             recipe, **{key: value for key, value in numbers.items() if value is not None}
         )
-        rows: list[SourcesRow] = []
-        for accelerator in accelerators or ["cpu"]:
+        check_replaceable(out / REPORT)
+        roots = {name: out / RUNS / name for name in accelerators or ["cpu"]}
+        for accelerator, root in roots.items():
             options = Options(
                 accelerator=accelerator,
-                curve_points=wanted.curve_points,
                 checkpoint_seconds=checkpoint_seconds,
                 trust=trust or (),
             )
-            root = out / accelerator
             with _telling() as tell:
-                failed = train_all(
-                    wanted.all_runs(),
+                run_study(
+                    wanted,
                     root,
                     _workers(workers, ray, accelerator),
                     options,
@@ -204,10 +192,9 @@ def sources(
                     threads=threads or (1, 2),
                     tell=tell,
                 )
-            if failed:
-                fail(f"{len(failed)} runs failed; the same command tries them again", FAILED)
-            rows += read_sources(wanted, root)
-        _print_sources(rows, drawn_sources(recipe), wanted)
+        _conclude(wanted, out, list(roots.values()))
+    except NothingFinished as error:
+        fail(str(error), FAILED)
     except ValueError as error:
         fail(str(error), WRONG)
     except KeyboardInterrupt:
@@ -303,48 +290,9 @@ def _telling() -> Iterator[Any]:
         yield tell
 
 
-def _conclude(result: StudyResult, out: Path) -> None:
-    """The study's table in the terminal, and its report: the one place that calls it."""
-    console = stdout_console()
-    command = shlex.join(["churn-train", *sys.argv[1:]])
-    page = write_report(result, out / REPORT, command)
-    console.print(terminal_table(result, narrow=console.width < WIDE))
-    for sentence in verdicts(result):
-        console.print(f"  {sentence}", highlight=False)
-    console.print(f"\nReport: {page}  ({result.seconds:.0f} s)", highlight=False, soft_wrap=True)
-
-
-def _print_sources(rows: list[SourcesRow], drawn: tuple[str, ...], wanted: Study) -> None:
-    def percent(row: SourcesRow, name: str) -> str:
-        value = row.summary[name]
-        half = 50 * (value.high - value.low)
-        return f"{100 * value.mean:.2f}" + (f" ± {half:.2f}" if half == half else "")
-
-    console = stdout_console()
-    console.print(
-        f"{wanted.data.name}: {wanted.runs} runs x {wanted.splits} splits, %, ± half of the "
-        f"{100 * wanted.level:g} % interval; x: the runs share it",
-        highlight=False,
-    )
-    print_table(
-        ("platform", *drawn, "accuracy", "churn", "SChurn", "identical pairs"),
-        [
-            (
-                row.platform,
-                *("x" if source in row.same else "" for source in drawn),
-                *(percent(row, name) for name in ("accuracy", "churn", "schurn")),
-                f"{row.identical_pairs} of {row.pairs}",
-            )
-            for row in rows
-        ],
-    )
-    for row in rows:
-        if row.same == set(drawn):
-            churn = row.summary["churn"].mean
-            threads = " or ".join(map(str, sorted(row.threads)))
-            console.print(
-                f"Everything shared, on {row.platform}: churn {100 * churn:.2f} %; the logits of "
-                f"{row.identical_pairs} of {row.pairs} pairs are the same bit for bit; each "
-                f"repetition was trained apart, with {threads} threads.",
-                highlight=False,
-            )
+def _conclude(wanted: Study, out: Path, roots: list[Path]) -> None:
+    """The report of what was trained. Raises: typer.Exit if some of it did not finish."""
+    report = report_study(wanted, *roots)
+    show_report(report, out / REPORT)
+    if report.left_out:
+        raise typer.Exit(FAILED)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import escape
 from matplotlib.figure import Figure
-
-from churn_kernels.intervals import Estimate
 
 INK, MUTED, GRID = "#1c1f24", "#5d6570", "#dfe2e6"
 SERIES = (
@@ -82,21 +79,3 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     opening = f'<svg role="img" aria-label="{escape(description)}" '
     return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).replace("<svg ", opening, 1)
-
-
-def churn_changes(changes: Sequence[tuple[str, Estimate]]) -> Figure:
-    """Changes of churn by label, in percentage points, with intervals around a line at zero."""
-    figure = Figure(figsize=(8.6, 0.9 + 0.42 * len(changes)), layout="constrained")
-    axes = figure.subplots()
-    for row, (_, change) in enumerate(changes):
-        color = series_color(row + 1)
-        axes.plot([100 * change.low, 100 * change.high], [row, row], color=color, linewidth=2.5)
-        axes.plot(100 * change.mean, row, "o", color=color, markersize=8)
-    axes.axvline(0, color=MUTED, linewidth=1.2)
-    axes.set_yticks(range(len(changes)), [label for label, _ in changes])
-    axes.tick_params(axis="y", colors=INK, labelsize=10)
-    axes.set_ylim(len(changes) - 0.5, -0.5)
-    axes.set_xlabel("change of churn from the baseline, percentage points")
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    return figure

@@ -12,7 +12,7 @@ from typing import Any
 from churn_kernels.intervals import Estimate
 from churn_trainer.formats import probability
 from churn_trainer.found import printable
-from churn_trainer.outcomes import METRICS, Comparison, Outcome, by_setting, sources
+from churn_trainer.outcomes import METRICS, Comparison, Outcome, Setting, by_setting
 from churn_trainer.paper import Printed, printed
 from churn_trainer.settings import to_mapping
 
@@ -85,7 +85,7 @@ def make_tables(
         _methods_table(outcomes, comparisons, names, level),
         _weight_decay_table(outcomes, level),
         _calibration_table(outcomes, names, level),
-        _ensembles_table(outcomes, names, level),
+        _ensembles_table(outcomes, comparisons, names, level),
     ]
     tables = [one for one in made if isinstance(one, Table)]
     return tables, [one for one in made if isinstance(one, str)]
@@ -105,6 +105,12 @@ def setting_names(outcomes: Sequence[Outcome]) -> dict[str, str]:
         words = [f"{key.split('.')[-1]} {mine.get(key, '')}".strip() for key in differing]
         names[str(setting)] = printable(", ".join([setting.name, *words]), 120)
     return names
+
+
+def settings_of(setting: Setting) -> dict[str, str]:
+    """Every number and name of a setting, by its dotted name, safe to print."""
+    flat = _flat(to_mapping(setting))
+    return {printable(name, 80): printable(text, 200) for name, text in flat.items()}
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, str]:
@@ -127,18 +133,16 @@ def _sources_table(
         conditions = one.conditions()
         if not any(conditions):
             continue
-        (run, *_) = next(iter(one.splits.values())).runs
         for fixed in conditions:
-            everything = len(fixed) == len(sources(run))
+            everything = len(fixed) == len(one.sources)
             shown = "everything" if everything else ", ".join(fixed) or "nothing"
-            rest = tuple(name for name in sources(run) if name != "initialisation")
+            rest = tuple(name for name in one.sources if name != "initialisation")
             condition = f"{one.setting.device}: {'order' if fixed == rest else shown}"
-            rows.append(
-                Row(
-                    (names[str(one.setting)], one.label, one.setting.device, shown),
-                    _cells(one, ("accuracy", "churn", "schurn"), level, 1, condition, fixed),
-                )
-            )
+            identical = one.identical(fixed)
+            pairs = f"{sum(identical)} of {len(identical)}"
+            heads = (names[str(one.setting)], one.label, one.setting.device, shown, pairs)
+            cells = _cells(one, ("accuracy", "churn", "schurn"), level, 1, condition, fixed)
+            rows.append(Row(heads, cells))
     if not rows:
         return (
             "Table 1 (sources of churn) is missing: it needs runs that share some seeds and not "
@@ -150,9 +154,10 @@ def _sources_table(
         title="Sources of churn",
         caption=(
             "Runs of a pair share the seeds that are held fixed, and no other. Churn that is left "
-            "when everything is fixed comes from the machine."
+            "when everything is fixed comes from the machine. Pairs are identical where all logits "
+            "are the same bits."
         ),
-        heads=("data, network", "method", "device", "held fixed"),
+        heads=("data, network", "method", "device", "held fixed", "identical pairs"),
         columns=_columns(("accuracy", "churn", "schurn")),
         rows=rows,
     )
@@ -164,17 +169,12 @@ def _methods_table(
     names: Mapping[str, str],
     level: float,
 ) -> Table | str:
-    changes = {id(one.outcome): one for one in comparisons}
     rows = []
     for one in outcomes:
         if one.method.measured == "ensemble" or not one.has_pair():
             continue
-        change = None
-        if compared := changes.get(id(one)):
-            note = f"p {probability(compared.p_holm)}"
-            change = Cell(compared.change["churn"], note=note, signed=True)
         heads = (names[str(one.setting)], one.label, f"{_training_cost(one)}x", str(one.runs))
-        rows.append(Row(heads, (*_cells(one, _FIVE, level, 2), change)))
+        rows.append(Row(heads, (*_cells(one, _FIVE, level, 2), _change(one, comparisons))))
     if not rows:
         return (
             "Table 2 (accuracy and churn) is missing: it needs two runs of one method on the same "
@@ -187,7 +187,7 @@ def _methods_table(
         caption=(
             "One member of a co-distilled pair is measured. The change of churn is paired with the "
             "baseline of the same split and seeds; p is its exact swap test after Holm's "
-            "correction over the methods of the setting."
+            "correction over the methods compared."
         ),
         heads=("data, network", "method", "training cost", "runs"),
         columns=(*_columns(_FIVE), "change of churn"),
@@ -249,7 +249,10 @@ def _calibration_table(
 
 
 def _ensembles_table(
-    outcomes: Sequence[Outcome], names: Mapping[str, str], level: float
+    outcomes: Sequence[Outcome],
+    comparisons: Sequence[Comparison],
+    names: Mapping[str, str],
+    level: float,
 ) -> Table | str:
     rows = []
     for setting, methods in by_setting(outcomes):
@@ -260,7 +263,7 @@ def _ensembles_table(
             inference = 1 if one.method.measured == "member" else one.method.members
             costs = (f"{_training_cost(one)}x", f"{inference}x")
             heads = (names[str(setting)], one.label, *costs)
-            rows.append(Row(heads, _cells(one, _FIVE, level, 6)))
+            rows.append(Row(heads, (*_cells(one, _FIVE, level, 6), _change(one, comparisons))))
     if not rows:
         return (
             "Table 6 (ensembles) is missing: it needs two runs of --method 2-ensemble on one split."
@@ -270,7 +273,7 @@ def _ensembles_table(
         title="Ensembles and their cost",
         caption="Cost in trainings, and in models that predict.",
         heads=("data, network", "method", "training cost", "inference cost"),
-        columns=_columns(_FIVE),
+        columns=(*_columns(_FIVE), "change of churn"),
         rows=rows,
     )
 
@@ -291,6 +294,15 @@ def _cells(
         empty = math.isnan(estimate.mean) and beside is None
         cells.append(None if empty else Cell(estimate, beside))
     return tuple(cells)
+
+
+def _change(one: Outcome, comparisons: Sequence[Comparison]) -> Cell | None:
+    """The change of churn from the baseline, where it was compared."""
+    for compared in comparisons:
+        if compared.outcome is one:
+            note = f"p {probability(compared.p_holm)}"
+            return Cell(compared.change["churn"], note=note, signed=True)
+    return None
 
 
 def _columns(metrics: Iterable[str]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -22,8 +21,8 @@ from rich.table import Table
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 """Exit statuses: runs did not finish or a file could not be written; wrong settings; Ctrl-C."""
 
-WIDE = 150
-"""Columns in which the study's table has its intervals beside the means."""
+WIDE = 170
+"""Columns in which a table has its intervals beside the means."""
 
 
 def stdout_console() -> Console:
@@ -37,20 +36,6 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     for row in rows:
         table.add_row(*map(escape, row))
     stdout_console().print(table)
-
-
-def estimates_table(title: str, caption: str, *, narrow: bool) -> Table:
-    """An empty table for means with intervals; `narrow` leaves no room between the columns."""
-    return Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0) if narrow else (0, 1),
-        pad_edge=False,
-        show_edge=False,
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-    )
 
 
 def progress_columns() -> tuple[ProgressColumn, ...]:

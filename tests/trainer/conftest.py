@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
         *(small_run(seeds=Seeds(0, 0, order, 0, 0)) for order in (5, 6)),
         *(small_run(seeds=Seeds(0, 0, 0, 0, 0), repeat=repeat) for repeat in (1, 2)),
     ]
-    train(wanted, root, Options(curve_points=1))
+    train(wanted, root, Options(curve_points=2))
     return root
 
 

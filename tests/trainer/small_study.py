@@ -1,6 +1,8 @@
-"""A study and runs that train in a second, copies of them, and a run's minibatches."""
+"""A study and runs that train in a second, copies of them, and readers of what they leave."""
 
+import csv
 import shutil
+from html.parser import HTMLParser
 
 import torch
 from churn_trainer.config import Data, Model, Optimisation, Run, Seeds, Study, Variant
@@ -8,7 +10,7 @@ from churn_trainer.data import load_dataset
 from churn_trainer.data.batches import Batches
 from churn_trainer.found import find_runs
 from churn_trainer.methods import METHODS
-from churn_trainer.study import run_study
+from churn_trainer.study import report_study, run_study
 from churn_trainer.workers import LocalWorkers
 
 SEVEN = ("baseline", "entropy", "uniform-skl", "ce", "l1", "skl", "skl-entropy")
@@ -26,7 +28,8 @@ def small_study(methods=SEVEN, **changes):
 
 
 def local_study(study, root, workers=2, **options):
-    return run_study(study, root, LocalWorkers(workers), **options)
+    run_study(study, root, LocalWorkers(workers), **options)
+    return report_study(study, root)
 
 
 def small_run(method="baseline", **changes):
@@ -57,3 +60,32 @@ def first_split(run):
 
 def table(made, number):
     return next(one for one in made.tables if one.number == number)
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    VOID = frozenset({"meta", "link", "img", "br", "input", "hr"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.references = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.references += [v for name, v in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag

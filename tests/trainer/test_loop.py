@@ -11,6 +11,7 @@ from churn_trainer.config import Data, Model, Optimisation, Seeds
 from churn_trainer.data import digits
 from churn_trainer.loop import fit
 from churn_trainer.methods import METHODS
+from churn_trainer.models import build_model
 from churn_trainer.schedule import learning_rate
 from small_study import small_run
 
@@ -67,7 +68,8 @@ def test_a_training_is_sgd_as_it_is_written(settings):
     run = small_run(model=Model(hidden=()), optimisation=optimisation)
     trained = fit([run], DIGITS)
     source = loop.Batches([run], DIGITS, torch.device("cpu"))
-    model = loop.build_members([run], (1, 8, 8), 10).networks[0]
+    model = build_model(run.model, (1, 8, 8), 10)
+    model.load_state_dict(loop.build_members([run], (1, 8, 8), 10).weights(0, 0))
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     for step in range(4):
         inputs, labels, _ = source.train(step)
@@ -81,7 +83,7 @@ def test_a_training_is_sgd_as_it_is_written(settings):
                 g = g * min(1.0, limit / float(norm)) + optimisation.weight_decay * p
                 v.mul_(mu).add_(g)
                 p.sub_(rate * (g + mu * v if optimisation.nesterov else v))
-    for one, other in zip(trained.members.parameters(), model.parameters(), strict=True):
+    for one, other in zip(weights_of(trained, 0, 0), model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -232,8 +234,10 @@ def test_a_model_that_predicts_one_class_has_collapsed(monkeypatch):
     def constant(*arguments, **options):
         members = build(*arguments, **options)
         with torch.no_grad():
-            members.networks[0].layers[-1].weight.zero_()
-            members.networks[0].layers[-1].bias[7] = 1
+            weights = {name: 0 * value for name, value in members.weights(0, 0).items()}
+            bias = list(weights)[-1]
+            weights[bias][7] = 1
+            members.load_weights(0, 0, weights)
         return members
 
     monkeypatch.setattr(loop, "build_members", constant)

@@ -245,7 +245,6 @@ def test_batch_norm_dropout_and_size_keep_networks_apart():
     assert not stackable(network("mlp", shape=image, dropout=0.1), image)
     assert not stackable(network("mlp", shape=image, hidden=(500,)), image)
     assert isinstance(members_of(model=Model(dropout=0.5)), Separate)
-    assert isinstance(members_of("baseline", seeds=(0,)), Separate)
 
 
 class Branching(nn.Linear):

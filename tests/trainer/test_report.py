@@ -9,11 +9,9 @@ import pytest
 from churn_trainer import cli, report
 from churn_trainer.config import Data, Model
 from churn_trainer.found import printable
-from churn_trainer.outcomes import sources
 from churn_trainer.paper import printed, printed_numbers
 from churn_trainer.run_folder import RunFolder
-from small_study import copied, first_split, independent, small_run, table
-from test_study import Page, rows_of
+from small_study import Page, copied, first_split, independent, rows_of, small_run, table
 from typer.testing import CliRunner
 
 from churn_kernels.intervals import jackknife_interval, leave_one_run_out, run_mean
@@ -25,7 +23,8 @@ from churn_kernels.metrics import churn_report
 def test_all_tables_and_figures_are_made(made):
     assert [one.number for one in made.tables] == [1, 2, 3, 4, 6]
     names = {one.name for one in made.figures}
-    assert {"changes", "figure-1", "figure-2", "figure-3", "figure-6", "figure-7"} <= names
+    assert {*("1", "2", "3", "6", "7")} <= {name.removeprefix("figure-") for name in names}
+    assert {"changes", "pairs", "curves"} <= names
     assert [sentence[:8] for sentence in made.missing] == ["Figure 5"]
     assert not made.left_out
 
@@ -71,8 +70,8 @@ def test_pairs_are_sorted_by_the_seeds_they_share(made):
 
 
 def test_a_seed_that_draws_nothing_tells_no_runs_apart():
-    assert sources(small_run()) == ("initialisation", "order")
-    assert sources(small_run(data=Data(flip=True), model=Model(dropout=0.5))) == (
+    assert small_run().sources == ("initialisation", "order")
+    assert small_run(data=Data(flip=True), model=Model(dropout=0.5)).sources == (
         *("initialisation", "order", "augmentation", "dropout"),
     )
 
@@ -127,7 +126,8 @@ def test_a_verdict_says_what_interval_and_test_allow(made, low, high, p, says):
     first = made.comparisons[0]
     change = {"churn": first.change["churn"]._replace(mean=(low + high) / 2, low=low, high=high)}
     changed = replace(made, comparisons=[replace(first, change=change, p_holm=p)])
-    (verdict,) = report.verdicts(changed)
+    verdict, same_seeds = report.verdicts(changed)
+    assert "baseline with every seed the same, on cpu: churn 0.00 %, 3 of 3 pairs" in same_seeds
     assert verdict.replace(first.outcome.label, "x").endswith(says)
 
 
@@ -138,10 +138,11 @@ def test_one_run_makes_a_report_that_says_what_is_missing(trained, tmp_path):
     root = copied(trained, tmp_path, lambda run: run == independent("baseline", 1, 1))
     made = report.make_report(root / independent("baseline", 1, 1).id)
     assert [one.number for one in made.tables] == [4]
-    assert [one.name for one in made.figures] == ["figure-6", "figure-7"]
+    assert [one.name for one in made.figures] == ["curves", "figure-6", "figure-7"]
     assert [sentence.split(" (")[0] for sentence in made.missing] == [
         *("Table 1", "Table 2", "Table 3", "Table 6"),
         *("Figure 1", "Figure 2", "Figure 3", "Figure 5"),
+        "Churn between every two runs is missing: it needs what Figure 3 does.",
     ]
     assert all("needs" in sentence for sentence in made.missing)
     assert report.verdicts(made) == []

@@ -12,14 +12,16 @@ import sys
 import pytest
 from churn_trainer import cli, report
 from churn_trainer.output import MARKER
+from churn_trainer.report_command import terminal_tables
 from matplotlib.image import imread
 from rich.console import Console
-from small_study import copied, first_split, independent, table
-from test_study import Page, rows_of
+from small_study import Page, copied, first_split, independent, rows_of, table
 from typer.testing import CliRunner
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
+
+CSV_FILES = ("runs.csv", "pairs.csv", "curves.csv", "comparisons.csv")
 
 # Files and page -----------------------------------------------------------------------------------
 
@@ -28,13 +30,20 @@ def test_the_folder_holds_page_tables_and_figures(report_folder, made):
     names = {path.name for path in report_folder.iterdir()}
     figures = {f"{one.name}.{kind}" for one in made.figures for kind in ("png", "svg")}
     tables = {f"table-{one.number}.csv" for one in made.tables}
-    assert names == {"report.html", MARKER, "runs.csv", "comparisons.csv"} | figures | tables
+    assert names == {"report.html", MARKER, *CSV_FILES} | figures | tables
     for path in report_folder.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
     churn = [one for one in rows_of(report_folder / "table-2.csv") if one["column"] == "churn"]
     first = table(made, 2).rows[0].cells[1].estimate
     assert float(churn[0]["mean"]) == 100 * first.mean
     assert len(rows_of(report_folder / "runs.csv")) == len(made.found.finished)
+    split = next(iter(made.outcomes[0].splits.values()))
+    pairs = rows_of(report_folder / "pairs.csv")
+    assert (pairs[0]["run"], pairs[0]["other_run"]) == (split.runs[0].id, split.runs[1].id)
+    assert float(pairs[0]["churn"]) == float(split.report.churn[0, 1])
+    curves = rows_of(report_folder / "curves.csv")
+    assert len(curves) == 2 * len(made.curves)
+    assert float(curves[0]["churn"]) == float(made.curves[0].churn[0])
     rows = rows_of(report_folder / "comparisons.csv")
     assert float(rows[1]["p_holm"]) == made.comparisons[0].p_holm
     assert rows[0]["p_holm"] == ""
@@ -52,7 +61,12 @@ def test_the_page_is_whole_self_contained_and_says_verdicts_first(report_folder,
     assert {reference[1:] for reference in page.references} <= set(page.ids)
     assert "@media print" in text
     assert text.index("<h2>Verdicts") < text.index("<h2>Table 1") < text.index("Figure 1,")
+    assert "url(http" not in text
+    # No colour of a figure escapes the page's themes.
+    assert "prefers-color-scheme: dark" in text
     figures = "".join(re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL))
+    assert "var(--series-0)" in figures
+    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
     assert not re.findall(r"#(?!000000|ffffff)[0-9a-f]{6}\b", figures)
     for drawing in made.figures:
         assert drawing.caption
@@ -61,7 +75,7 @@ def test_the_page_is_whole_self_contained_and_says_verdicts_first(report_folder,
 @pytest.mark.parametrize("narrow", [False, True])
 def test_terminal_tables_show_every_row(made, narrow):
     console = Console(file=io.StringIO(), width=200)
-    for shown in report.terminal_tables(made, narrow=narrow):
+    for shown in terminal_tables(made, narrow=narrow):
         console.print(shown)
     text = console.file.getvalue()
     for one in made.outcomes:

@@ -14,6 +14,7 @@ from churn_trainer.config import Study
 from churn_trainer.named_studies import find_study, recipes, study_files
 from churn_trainer.run_folder import read_runs
 from churn_trainer.study import STUDY
+from small_study import rows_of
 from typer.testing import CliRunner
 
 SMALL = """
@@ -91,7 +92,7 @@ def test_a_method_that_diverges_has_an_exit_status(small, tmp_path):
     done = run("study", small, "--out", tmp_path / "out")
     assert done.exit_code == 1, done.output
     assert "diverged digits-mlp-baseline-" in done.stderr
-    assert "2 of 2 runs did not finish" in one_line(done.stdout)
+    assert "Left out: digits-mlp-baseline-" in one_line(done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -152,16 +153,14 @@ def test_a_folder_with_other_files_is_refused_before_training(small, tmp_path, m
         (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
     ],
 )
-@pytest.mark.parametrize(
-    ("command", "function"), [("study", "run_study"), ("sources", "train_all")]
-)
+@pytest.mark.parametrize("command", ["study", "sources"])
 def test_what_stops_a_study_has_a_message_and_a_status(
-    command, function, error, status, message, small, tmp_path, monkeypatch
+    command, error, status, message, small, tmp_path, monkeypatch
 ):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(study_cli, function, fail)
+    monkeypatch.setattr(study_cli, "run_study", fail)
     done = run(*([command, small] if command == "study" else [command]), "--out", tmp_path / "out")
     assert done.exit_code == status
     assert message in one_line(done.stderr)
@@ -223,18 +222,24 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(small, tmp_path):
 # churn-train sources ------------------------------------------------------------------------------
 
 
-def test_sources_prints_the_table_of_every_subset(tmp_path):
+def test_sources_reports_the_table_of_every_subset(tmp_path):
     config = tmp_path / "run.json"
     tables = {"data": {"train_rows": 60, "crop_padding": 1}, "model": {"hidden": [8]}}
     config.write_text(json.dumps(tables))
     line = ["sources", "--config", config, "--runs", 2, "--splits", 1, "--epochs", 2]
     done = run(*line, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    table = [text.split() for text in done.stdout.splitlines() if text.startswith("cpu ")]
-    assert [row.count("x") for row in table] == [0, 1, 1, 1, 2, 2, 2, 3]
-    assert [row[-3:] for row in table[:-1]] == [["0", "of", "1"]] * 7
-    assert "Everything shared, on cpu: churn 0.00 %" in one_line(done.stdout)
-    assert "with 1 or 2 threads" in one_line(done.stdout)
+    rows = rows_of(tmp_path / "out" / "report" / "table-1.csv")
+    held = {row["held fixed"]: row for row in rows if row["column"] == "churn"}
+    assert len(held) == 8
+    assert {"nothing", "initialisation", "order", "augmentation", "everything"} <= set(held)
+    for name, row in held.items():
+        identical, _, pairs = row["identical pairs"].split()
+        assert identical == (pairs if name == "everything" else "0")
+        assert int(pairs) > 0
+    said = one_line(done.stdout)
+    assert "with every seed the same, on cpu: churn 0.00 %, 1 of 1 pairs of runs have" in said
+    assert "trained with 1 or 2 threads" in said
     assert run(*line, "--out", tmp_path / "out").stdout == done.stdout
 
 
@@ -251,7 +256,7 @@ def test_sources_explains_wrong_settings(arguments, message, tmp_path):
     done = run("sources", *arguments, "--out", tmp_path / "out")
     assert done.exit_code == 2
     assert message in one_line(done.stderr)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/runs/*/*/*"))
 
 
 # churn-train recipes, and the studies of the package ----------------------------------------------

@@ -24,63 +24,48 @@ class Source:
     Attributes:
         description: what it is.
         path: name on the Hub; "" where there is none and `data.path` must say.
-        image, label: columns.
         image_size: side in pixels; 0 where `data.image_size` must say.
         classes: how many there are; 0 for as many as the files have.
+        image, label: columns.
         configuration: which of several variants on the Hub.
         train, test: names of its parts.
     """
 
     description: str
     path: str
-    image: str
-    label: str
     image_size: int
     classes: int
+    image: str = "image"
+    label: str = "label"
     configuration: str | None = None
     train: str = "train"
     test: str = "test"
 
 
 HUB: dict[str, Source] = {
-    "cifar10": Source("CIFAR-10: 32 x 32 pixels", "uoft-cs/cifar10", "img", "label", 32, 10),
+    "cifar10": Source("CIFAR-10: 32 x 32 pixels", "uoft-cs/cifar10", 32, 10, image="img"),
     "cifar100": Source(
-        "CIFAR-100: 32 x 32 pixels", "uoft-cs/cifar100", "img", "fine_label", 32, 100
+        "CIFAR-100: 32 x 32 pixels", "uoft-cs/cifar100", 32, 100, image="img", label="fine_label"
     ),
     "svhn": Source(
-        description="Street View House Numbers: 32 x 32 pixels",
-        path="ufldl-stanford/svhn",
-        image="image",
-        label="label",
-        image_size=32,
-        classes=10,
+        "Street View House Numbers: 32 x 32 pixels",
+        "ufldl-stanford/svhn",
+        32,
+        10,
         configuration="cropped_digits",
     ),
     "imagenet": Source(
-        description="ImageNet 2012 (the Hub asks for an account)",
-        path="ILSVRC/imagenet-1k",
-        image="image",
-        label="label",
-        image_size=256,
-        classes=1000,
+        "ImageNet 2012 (the Hub asks for an account)",
+        "ILSVRC/imagenet-1k",
+        256,
+        1000,
         test="validation",
     ),
     "inaturalist2018": Source(
-        description="iNaturalist 2018; data.path says where",
-        path="",
-        image="image",
-        label="label",
-        image_size=256,
-        classes=8142,
-        test="validation",
+        "iNaturalist 2018; data.path says where", "", 256, 8142, test="validation"
     ),
     "huggingface": Source(
-        description="any image set with columns image and label; data.path says which",
-        path="",
-        image="image",
-        label="label",
-        image_size=0,
-        classes=0,
+        "any image set with columns image and label; data.path says which", "", 0, 0
     ),
 }
 

@@ -1,0 +1,59 @@
+"""Files and folders that are whole or not there."""
+
+import pytest
+from churn_trainer import output
+from churn_trainer.output import MARKER, check_replaceable, replaced
+
+
+def files_in(folder):
+    return {
+        str(path.relative_to(folder)): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_an_earlier_report_is_replaced_whole(tmp_path):
+    target = tmp_path / "report"
+    for content in ("first", "second"):
+        with replaced(target) as folder:
+            (folder / MARKER).write_text(content)
+            (folder / content).touch()
+    assert {path.name for path in target.iterdir()} == {MARKER, "second"}
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_failed_swap_brings_the_earlier_report_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)  # as where there is no such call
+    target = tmp_path / "report"
+    with replaced(target) as folder:
+        (folder / MARKER).write_text("first")
+    rename = type(target).rename
+
+    def fail_for_the_new(self, to):
+        if to == target and (self / MARKER).read_text() == "second":
+            raise OSError("no")
+        return rename(self, to)
+
+    monkeypatch.setattr(type(target), "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="no"), replaced(target) as folder:
+        (folder / MARKER).write_text("second")
+    assert files_in(tmp_path) == {f"report/{MARKER}": "first"}
+
+
+def test_only_new_folders_and_reports_may_be_replaced(tmp_path):
+    earlier = tmp_path / "earlier"
+    with replaced(earlier) as folder:
+        (folder / MARKER).touch()
+    check_replaceable(earlier)
+    check_replaceable(tmp_path / "a" / "b")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    check_replaceable(mine)
+    (mine / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"new folder or an earlier report, got .*, which holds"):
+        check_replaceable(mine)
+    with pytest.raises(ValueError, match=r"out must be a folder, got the file .*thesis\.tex; name"):
+        check_replaceable(mine / "thesis.tex")
+    with pytest.raises(ValueError, match=r"out must be where a folder can be made, got "):
+        check_replaceable(mine / "thesis.tex" / "report")
