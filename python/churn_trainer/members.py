@@ -20,6 +20,9 @@ from churn_trainer.settings import derive_seed
 STACKED_PARAMETERS = 1_000_000
 """Networks with more parameters than this fill a device alone, and are not stacked."""
 
+EVALUATED_ROWS = 16_384
+"""Rows of all networks of a stack that are evaluated at a time: what lies between fits a cache."""
+
 _GENERATOR = threading.Lock()
 
 
@@ -96,7 +99,9 @@ class Stacked(Members):
         def one(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
             return functional_call(self.skeleton[0], state, (inputs,))
 
-        logits = vmap(one)(state, inputs.repeat(count, *[1] * (inputs.dim() - 1)))
+        rows = inputs.repeat(count, *[1] * (inputs.dim() - 1))
+        networks = None if self.training else max(1, EVALUATED_ROWS // inputs.shape[1])
+        logits = vmap(one, chunk_size=networks)(state, rows)
         return logits.unflatten(0, (count, self.runs))
 
     @override

@@ -5,12 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from churn_trainer.run_folder import Busy
 from churn_trainer.settings import at_least
@@ -21,37 +26,63 @@ PRELOADED = ["churn_trainer.tasks", "lightning_fabric"]
 """What is imported once, for all processes."""
 
 
+WAITING = "OMP_WAIT_POLICY"
+"""OpenMP's variable that says whether a thread without work spins or sleeps."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""CUDA's variable that names the GPUs which a process sees."""
+
+
+def visible_gpus() -> list[str]:
+    """This machine's GPUs that this process may use, as CUDA's variable names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get(VISIBLE)
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
+class _Working(NamedTuple):
+    task: Task
+    process: ForkServerProcess
+    gpu: str | None
+
+
 class LocalWorkers:
     """One process a task, several at a time; a killed one takes nothing with it but its task.
 
+    A process on a GPU sees one GPU alone, that which the fewest others use. Processes end with
+    their parent, however it ends.
+
     Args:
         count: processes at a time.
+        gpus: names of the GPUs for tasks that are not for the CPU; None: see `visible_gpus`.
     Raises: ValueError if `count` is below 1.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, gpus: Sequence[str] | None = None):
         at_least("workers", count, 1, "leave it out for all cores")
-        self.count = count
+        self.count, self.gpus = count, visible_gpus() if gpus is None else gpus
         # Forked from a server that has imported torch and never computed: quick and safe.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
-        self._running: dict[Connection, tuple[Task, ForkServerProcess]] = {}
+        self._running: dict[Connection, _Working] = {}
 
     def start(self, task: Task, root: Path, options: Options) -> None:
         """Has a new process do the task."""
+        gpu = self._least_used_gpu() if options.accelerator != "cpu" else None
+        _ensure_server()
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(
-            target=_in_process, args=(task, root, options, theirs), daemon=True
+            target=_in_process, args=(task, root, options, theirs, gpu), daemon=True
         )
         process.start()
         theirs.close()
-        self._running[ours] = task, process
+        self._running[ours] = _Working(task, process, gpu)
 
     def wait(self) -> Iterator[tuple[Task, Event | Ended]]:
         """What the running tasks have told since; waits until there is something."""
         for ready in wait(list(self._running)):
             assert isinstance(ready, Connection)
-            task, process = self._running[ready]
+            task, process, _ = self._running[ready]
             try:
                 told = ready.recv()
             except EOFError:
@@ -65,11 +96,15 @@ class LocalWorkers:
 
     def stop(self) -> None:
         """Kills every process; their runs go on from their checkpoints."""
-        for connection, (_, process) in self._running.items():
+        for connection, (_, process, _) in self._running.items():
             process.kill()
             process.join()
             connection.close()
         self._running.clear()
+
+    def _least_used_gpu(self) -> str | None:
+        used = Counter(working.gpu for working in self._running.values())
+        return min(self.gpus, key=lambda gpu: used[gpu], default=None)
 
 
 class RayWorkers:
@@ -153,13 +188,40 @@ def _attempt(task: Task, root: Path, options: Options, tell: Callable[[Event], N
     return Ended()
 
 
-def _in_process(task: Task, root: Path, options: Options, pipe: Connection) -> None:
+def _ensure_server() -> None:
+    """Starts the server of processes, unless it runs, so that none of their threads spins.
+
+    Processes share the cores: a thread that spins until there is work takes one from the others.
+    """
+    added = WAITING not in os.environ
+    os.environ.setdefault(WAITING, "PASSIVE")
+    try:
+        forkserver.ensure_running()
+    finally:
+        if added:
+            del os.environ[WAITING]
+
+
+def _in_process(
+    task: Task, root: Path, options: Options, pipe: Connection, gpu: str | None
+) -> None:
     """A process of `LocalWorkers`. Ctrl-C is its parent's to answer; without one it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpu is not None:
+        os.environ[VISIBLE] = gpu  # before the first use of CUDA, which reads it once
     try:
         pipe.send(_attempt(task, root, options, pipe.send))
     except BrokenPipeError:
         os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Ends this process as soon as its parent has, in the middle of whatever it does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _collected(task: Task, root: Path, options: Options) -> list[Event | Ended]:

@@ -12,7 +12,14 @@ from churn_trainer.config import Model, Optimisation, Seeds
 from churn_trainer.run_folder import RunFolder, read_runs
 from churn_trainer.tasks import Ended, Task, make_tasks, train_all
 from churn_trainer.train import Event, Options, train
-from churn_trainer.workers import LocalWorkers, RayWorkers
+from churn_trainer.workers import (
+    VISIBLE,
+    WAITING,
+    LocalWorkers,
+    RayWorkers,
+    _Working,
+    visible_gpus,
+)
 from small_study import SMALL, small_run
 
 # A network that the test's own workers die of, once for each file that `killed` names.
@@ -250,10 +257,63 @@ def test_a_stopped_pool_leaves_no_process(tmp_path):
     workers.start(Task(0, (endless,)), tmp_path, Options())
     ((_, event),) = workers.wait()
     assert event.kind == "started"
-    ((_, process),) = workers._running.values()
+    ((_, process, _),) = workers._running.values()
     workers.stop()
     assert not process.is_alive()
     assert not RunFolder(tmp_path / endless.id).done
+
+
+class Looking(Task):
+    """A task that says what its process is."""
+
+    def train(self, root, options, tell):
+        seen = [os.environ.get(name) for name in (VISIBLE, WAITING)]
+        tell(Event("seen", self.runs, detail=" ".join(map(str, seen))))
+
+
+def seen_by(workers, count, root, accelerator):
+    """What `count` tasks see that are started at once, and the GPUs they were given."""
+    for number in range(count):
+        workers.start(Looking(number, (small_run(),)), root, Options(accelerator=accelerator))
+    given = [working.gpu for working in workers._running.values()]
+    seen = {}
+    while workers._running:
+        for task, told in workers.wait():
+            assert isinstance(told, Event) or told == Ended()
+            if isinstance(told, Event):
+                seen[task.number] = told.detail
+    return [seen[number] for number in range(count)], given
+
+
+def test_each_process_sees_a_gpu_of_its_own_in_turn(tmp_path, monkeypatch):
+    monkeypatch.delenv(WAITING, raising=False)
+    monkeypatch.setenv(VISIBLE, "7")
+    seen, given = seen_by(LocalWorkers(3, ("7", "GPU-1b")), 3, tmp_path, "auto")
+    assert given == ["7", "GPU-1b", "7"]
+    # Nor does a thread without work keep a core that another process needs.
+    assert seen == [f"{gpu} PASSIVE" for gpu in given]
+    assert WAITING not in os.environ
+    assert seen_by(LocalWorkers(1, ()), 1, tmp_path, "auto")[1] == [None]
+    assert seen_by(LocalWorkers(1, ("7",)), 1, tmp_path, "cpu")[1] == [None]
+
+
+@pytest.mark.parametrize(
+    ("named", "gpus"),
+    [(None, ["0", "1"]), ("5,GPU-1b,3", ["5", "GPU-1b"]), ("4", ["4"])],
+)
+def test_gpus_are_those_that_this_process_may_use(named, gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if named != "4" else 1)
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if named is not None:
+        monkeypatch.setenv(VISIBLE, named)
+    assert visible_gpus() == gpus
+
+
+def test_the_least_used_gpu_is_next():
+    workers = LocalWorkers(3, ("0", "1"))
+    working = [_Working(Task(0, (small_run(),)), None, gpu) for gpu in ("0", "1", "1")]
+    workers._running = dict(enumerate(working))
+    assert workers._least_used_gpu() == "0"
 
 
 def test_numbers_of_workers_are_checked(tmp_path):
