@@ -13,7 +13,7 @@ import torch
 
 from churn_trainer.output import write_atomically
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Checkpoint:

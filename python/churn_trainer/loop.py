@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,9 @@ class Epoch:
 
     Attributes:
         number: of the epoch, from 1.
-        cross_entropy: (R,) of the training rows, of what is measured, mean over the epoch's steps.
+        cross_entropy: (R,) float64 of the training rows, of what is measured: the mean of what each
+            row had in its step, summed exactly. Its bits follow from the rows' float32 values, and
+            not from how many processes or threads there are.
         learning_rate: of its last step.
         logits: (R, N, C) of the test rows, of what is measured; None between measured epochs.
         labels: (R, N) of the test rows.
@@ -108,7 +111,10 @@ def fit(
     """Trains R runs, from the checkpoint where there is one.
 
     Every number of a step follows from the settings and the step's number: a training that is
-    killed and goes on from its checkpoint ends with the same bits, on a CPU.
+    killed and goes on from its checkpoint ends with the same bits, on a CPU. Another number of
+    processes or threads is another order of sums in matrix products, and several processes add
+    their gradients: from the first step on weights and logits agree but for rounding. The epoch's
+    cross entropy adds nothing to that: of the same rows' values it has the same bits.
 
     Args:
         runs: of the same settings but the seeds.
@@ -183,7 +189,8 @@ class _Training:
         for fixed in (self.stale, self.teachers):
             if fixed is not None:
                 fixed.to(fabric.device).eval().requires_grad_(False)
-        self.loss = torch.zeros(len(self.runs), device=fabric.device)  # sum over the epoch's rows
+        # Of every row of the epoch, in its order; each process fills in its own rows.
+        self.losses = torch.zeros(self.batches.train_rows.shape, device=fabric.device)  # (R, n)
         self.finite = torch.ones(len(self.runs), dtype=torch.bool, device=fabric.device)
 
     def one_step(self) -> None:
@@ -214,27 +221,29 @@ class _Training:
         norms = self.members.clip_gradients(self.optimisation.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.step += 1
 
         predicted = measured_logits(self.method, logits.detach())
         cross_entropy = ck.regularized_cross_entropy(
             predicted.flatten(0, 1), labels.flatten(), reduction="none", mode=self.runs[0].mode
         )
-        self.loss += cross_entropy.view_as(labels).sum(dim=1)
+        self.losses[:, self.batches.places(self.step)] = cross_entropy.view_as(labels).float()
+        self.step += 1
         self.finite &= norms.isfinite().all(dim=0)
 
     def end_epoch(self, measured: Sequence[int], on_epoch: Callable[[Epoch], Any]) -> None:
         """Sums up the epoch, finds runs that diverged, and tells the callback."""
         number = self.step // self.batches.steps
-        loss = self._summed(self.loss) / self.batches.train_rows.shape[1]
+        # Elsewhere than at its own rows a process holds zeros: their sum has every row's bits.
+        rows = self._summed(self.losses).tolist()
+        loss = torch.tensor([exact_mean(one) for one in rows], dtype=torch.float64)
         logits = self.evaluate() if number in measured else None
         self._find_diverged(number, loss, logits)
-        self.loss.zero_()
+        self.losses.zero_()
         self.history.append(
             on_epoch(
                 Epoch(
                     number,
-                    loss.cpu(),
+                    loss,
                     self.optimizer.param_groups[0]["lr"],
                     logits,
                     self.batches.test_labels,
@@ -265,7 +274,7 @@ class _Training:
             "members": self.members.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "stale": None if self.stale is None else self.stale.state_dict(),
-            "loss": self.loss,
+            "losses": self.losses,
             "finite": self.finite,
             "history": self.history,
             "diverged": self.diverged,
@@ -279,13 +288,13 @@ class _Training:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.stale is not None:
             self.stale.load_state_dict(state["stale"])
-        self.loss.copy_(state["loss"])
+        self.losses.copy_(state["losses"])
         self.finite.copy_(state["finite"])
 
     def _find_diverged(self, number: int, loss: Tensor, logits: Tensor | None) -> None:
-        finite = loss.isfinite() & self.finite
+        finite = loss.isfinite() & self.finite.cpu()
         if logits is not None:
-            finite &= logits.isfinite().all(dim=2).all(dim=1).to(finite.device)
+            finite &= logits.isfinite().all(dim=2).all(dim=1)
         late = 2 * number > self.optimisation.epochs
         classes = None if logits is None or not late else logits.argmax(dim=-1)
         for place in range(len(self.runs)):
@@ -305,3 +314,11 @@ class _Training:
         summed = self.fabric.all_reduce(values.clone(), reduce_op="sum")
         assert isinstance(summed, Tensor)
         return summed
+
+
+def exact_mean(values: Sequence[float]) -> float:
+    """Their mean, from a sum that is rounded once and so is the same in every order.
+
+    NaN or infinite where one of them is; there has to be one, and none is -inf.
+    """
+    return math.fsum(values) / len(values)

@@ -223,7 +223,8 @@ def test_what_a_training_raises_becomes_a_failure(error, failure, again, monkeyp
 # Processes of this machine ------------------------------------------------------------------------
 
 
-def test_a_killed_worker_takes_nothing_with_it(deadly, tmp_path):
+def test_a_killed_worker_takes_nothing_with_it(deadly, tmp_path, threads):
+    threads(1)  # as many as a worker's
     runs = deadly(4, killed=(1,))
     root, told = tmp_path / "runs", []
     options = Options(checkpoint_seconds=0, trust=("deadly_net",))

@@ -87,11 +87,10 @@ class Batches:
         return batch
 
     def _train(self, step: int) -> Minibatch:
-        epoch, place = divmod(step, self.steps)
+        epoch = step // self.steps
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
-        rows = self._order[:, place * self.batch_rows : (place + 1) * self.batch_rows]
-        own = rows[:, self.rank :: self.ranks]
+        own = self._order[:, self.places(step)]
         inputs = self._fetch(own)
         if self.data.crop_size or self.data.crop_padding or self.data.flip:
             seeds = torch.tensor([[run.seeds.augmentation] for run in self.runs])
@@ -99,7 +98,17 @@ class Batches:
             images = augment(inputs.flatten(0, 1), draws.flatten(), self.data)
             inputs = images.unflatten(0, own.shape)
         labels = self.dataset.labels[own].to(self.device)
-        return Minibatch(self._standardised(inputs), labels, rows.shape[1])
+        return Minibatch(self._standardised(inputs), labels, self.rows(step))
+
+    def places(self, step: int) -> slice:
+        """Where this process's share of minibatch `step` lies in the epoch's order of rows."""
+        start = step % self.steps * self.batch_rows
+        return slice(start + self.rank, start + self.rows(step), self.ranks)
+
+    def rows(self, step: int) -> int:
+        """Rows of each run's whole minibatch `step`: an epoch's last may have fewer."""
+        start = step % self.steps * self.batch_rows
+        return min(self.batch_rows, self.train_rows.shape[1] - start)
 
     def test(self, rows: slice) -> Tensor:
         """Inputs of some test rows, (R, b, *shape); cut to the middle where training crops."""
