@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import fcntl
+import io
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 MARKER = "settings.csv"
 """The file by which an earlier report is told from somebody's own folder."""
 
 _EARLIER = "-earlier"
+
+_FORMULA = ("=", "+", "-", "@", "\t")
+"""What a cell begins with that a spreadsheet would compute."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -40,6 +46,33 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.close(folder)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV, whose text no spreadsheet takes for a formula.
+
+    Args:
+        columns: names of the columns.
+        rows: numbers as numbers, which stay as they are; text that begins like a formula gets an
+            apostrophe before it, as a spreadsheet's own user would write it, and a carriage return,
+            which would end the row, becomes a space.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_plain(cell) for cell in row] for row in (columns, *rows))
+    return text.getvalue()
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes `csv_text` into a folder that nobody sees yet. Raises: OSError (full disk)."""
+    path.write_text(csv_text(columns, rows), encoding="utf-8", newline="")
+
+
+def _plain(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    text = cell.replace("\r", " ")
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def check_replaceable(target: Path) -> None:

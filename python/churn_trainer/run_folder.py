@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import io
 import json
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from churn_trainer.checkpoint import load_tensors, save_tensors
 from churn_trainer.config import Run
-from churn_trainer.output import write_atomically
+from churn_trainer.output import csv_text, write_atomically
 
 CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "curves.csv"
 WEIGHTS, CHECKPOINT, LOCK = "weights.pt", "checkpoint.pt", ".lock"
@@ -112,11 +111,8 @@ class RunFolder:
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The epochs so far, one row for each."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.path / CURVES, text.getvalue().encode())
+        text = csv_text(list(rows[0]) if rows else [], [list(row.values()) for row in rows])
+        write_atomically(self.path / CURVES, text.encode())
 
     def finish(
         self,

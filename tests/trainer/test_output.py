@@ -1,8 +1,10 @@
-"""Files and folders that are whole or not there."""
+"""Files and folders that are whole or not there; text in a table is text."""
+
+import csv
 
 import pytest
 from churn_trainer import output
-from churn_trainer.output import MARKER, check_replaceable, replaced
+from churn_trainer.output import MARKER, check_replaceable, csv_text, replaced, write_csv
 
 
 def files_in(folder):
@@ -57,3 +59,25 @@ def test_only_new_folders_and_reports_may_be_replaced(tmp_path):
         check_replaceable(mine / "thesis.tex")
     with pytest.raises(ValueError, match=r"out must be where a folder can be made, got "):
         check_replaceable(mine / "thesis.tex" / "report")
+
+
+# Tables -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t"])
+def test_text_in_a_table_is_no_formula(first, tmp_path):
+    text = f"{first}HYPERLINK(A1)"
+    write_csv(tmp_path / "table.csv", ("name", text), [(text, -1.5), ("a, b", -2)])
+    with (tmp_path / "table.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["name", f"'{text}"], [f"'{text}", "-1.5"], ["a, b", "-2"]]
+
+
+def test_numbers_and_other_text_stay_as_they_are():
+    rows = [(-1.5, float("-inf"), "", "3 - 2", None)]
+    assert csv_text(("a", "b", "c", "d", "e"), rows) == "a,b,c,d,e\n-1.5,-inf,,3 - 2,\n"
+
+
+def test_no_text_ends_its_row():
+    rows = list(csv.reader(csv_text(("a", "b"), [("x\r=1", "y\n=2")]).splitlines(keepends=True)))
+    assert rows == [["a", "b"], ["x =1", "y\n=2"]]
