@@ -181,11 +181,14 @@ def augment(images: Tensor, draws: Tensor, data: Data) -> Tensor:
     """
     padded = torch.nn.functional.pad(images, (data.crop_padding,) * 4)
     height, width = (data.crop_size or side for side in images.shape[2:])
-    top = _below(padded.shape[2] - height + 1, draws, 0)
-    left = _below(padded.shape[3] - width + 1, draws, 1)
+    # Three numbers below 2^32 an image; the bias of a remainder is below its limit / 2^32.
+    which = torch.arange(3, device=images.device)[:, None]
+    first, second, third = _shifted(hash_integers(draws, which), 32)
+    top = first % (padded.shape[2] - height + 1)
+    left = second % (padded.shape[3] - width + 1)
     across = torch.arange(width, device=images.device)
     if data.flip:
-        mirrored = _below(2, draws, 2)[:, None].bool()
+        mirrored = (third % 2)[:, None].bool()
         across = torch.where(mirrored, across.flip(0), across)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (B, height)
     columns = left[:, None] + across  # (B, width)
@@ -218,8 +221,3 @@ def _mix(bits: Tensor) -> Tensor:
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """A logical shift to the right."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
-
-
-def _below(limit: int, draws: Tensor, which: int) -> Tensor:
-    """(B,) int64 in [0, limit), the `which`-th draw; its bias is below limit / 2^32."""
-    return _shifted(hash_integers(draws, torch.tensor(which)), 32) % limit
