@@ -21,6 +21,8 @@ SPEEDUP_OVER_COMPILED = 20.0
 TIME_OF_COPY = 2.5
 TIME_OF_CROSS_ENTROPY = 2.5
 BYTES_A_ROW = 128.0
+SHARE_OF_LOSS = 3.0
+TRAINER_OVER_BARE = 5.0
 
 
 def cases(record: dict[str, Any], group: str) -> list[dict[str, Any]]:
@@ -55,7 +57,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def verdict(what: str, value: float, bound: float, unit: str, at_least: bool) -> list[str]:
+def verdict(what: str, value: float, bound: float, unit: str, at_least: bool = False) -> list[str]:
     met = value >= bound if at_least else value <= bound
     sign = "≥" if at_least else "≤"
     return [
@@ -91,7 +93,7 @@ def pair_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
     return text, [
         verdict("speed over eager", eager, SPEEDUP_OVER_EAGER, "x", at_least=True),
         verdict("speed over torch.compile", compiled, SPEEDUP_OVER_COMPILED, "x", at_least=True),
-        verdict("time over a copy of the same bytes", copy, TIME_OF_COPY, "x", at_least=False),
+        verdict("time over a copy of the same bytes", copy, TIME_OF_COPY, "x"),
     ]
 
 
@@ -112,7 +114,7 @@ def overhead_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
         ratio = t[OURS] / t[CROSS_ENTROPY]
         rows.append([shape, *(f"{1e3 * t[p]:.3g}" for p in (OURS, CROSS_ENTROPY)), f"{ratio:.3g}"])
         what = "host overhead over one F.cross_entropy"
-        targets.append(verdict(what, ratio, TIME_OF_CROSS_ENTROPY, "x", at_least=False))
+        targets.append(verdict(what, ratio, TIME_OF_CROSS_ENTROPY, "x"))
     header = ["N x C", f"{OURS}, a pair", f"{CROSS_ENTROPY}, one", "ratio"]
     return markdown("Host overhead, forward + backward, us", header, rows), targets
 
@@ -149,10 +151,29 @@ def memory_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
             t[OURS]["peak"],
             BYTES_A_ROW,
             " bytes a row",
-            at_least=False,
         )
         for shape, t in table.items()
     ]
+
+
+def trainer_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """A step of the trainer against the bare loop's, and its loss and metrics against that."""
+    rows, targets = [], []
+    for case in record["benchmarks"]:
+        if case["group"] != "trainer":
+            continue
+        info, ours = case["extra_info"], 1e3 * case["stats"]["median"]
+        models, (bare, loss) = info["models"], (info["ms"][name] for name in ("bare", "loss"))
+        share, over = 100 * loss / bare, 100 * (ours / bare - 1)
+        rows.append([f"{models} x {info['rows']}", *map(number, (ours, bare, loss, over, share))])
+        name = f"{models} model{'s' * (models > 1)}"
+        targets += [
+            verdict(f"the trainer's step over a bare one, {name}", over, TRAINER_OVER_BARE, " %"),
+            verdict(f"loss and metrics of a bare step, {name}", share, SHARE_OF_LOSS, " %"),
+        ]
+    header = ["models x rows", "trainer", "bare loop", "loss and metrics", "over bare, %"]
+    title = "A training step of ResNet-56, CPU time of one thread, ms"
+    return markdown(title, [*header, "loss of bare, %"], rows), targets
 
 
 def machine_line(record: dict[str, Any]) -> str:
@@ -173,6 +194,7 @@ SECTIONS = {
     "overhead": overhead_section,
     "exact sum": exact_sum_section,
     "memory": memory_section,
+    "trainer": trainer_section,
 }
 
 
