@@ -117,7 +117,7 @@ def until(condition, process=None):
 
 @pytest.mark.slow
 def test_kill_9_of_a_study_ends_its_workers_and_loses_nothing(tmp_path):
-    long = Optimisation(epochs=150, batch_rows=8)
+    long = Optimisation(epochs=80, batch_rows=8)
     methods = [Variant.named(name) for name in ("baseline", "skl")]
     wanted = small_study(methods, runs=2, splits=1, optimisation=long, curve_points=2)
     (tmp_path / "study.json").write_text(json.dumps(wanted.to_mapping()))
