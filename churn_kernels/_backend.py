@@ -310,6 +310,13 @@ def uses_triton(tensor: Tensor) -> bool:
     return _gpu_problem(tensor.device.index) is None
 
 
+def hash_op(x: Tensor) -> Any:
+    """The op that hashes `x`, None where there is none: hashes are the same on every backend."""
+    if uses_triton(x):
+        return _OPS["triton"].hash_words
+    return _OPS["cpu"].hash_words if x.is_cpu else None
+
+
 def exact_ops(x: Tensor) -> OpSet:
     """The ops that sum `x` exactly. They have the same bits on every backend, so none is chosen.
 

@@ -95,6 +95,7 @@ class OpSet(NamedTuple):
     scale_: Any
     exact_words: Any
     exact_round: Any
+    hash_words: Any
 
 
 def _fake_loss(
@@ -148,6 +149,12 @@ def _fake_exact_round(words: Tensor) -> Tensor:
     return words.new_empty((), dtype=torch.float32)
 
 
+def _fake_hash_words(
+    pieces: Sequence[Tensor], first: Sequence[int], run: Sequence[int], step: Sequence[int]
+) -> Tensor:
+    return pieces[0].new_empty((len(pieces), CONSTANTS.kHashWords), dtype=torch.int64)
+
+
 def _compiled_stats(
     first: Tensor, rows: int, models: int, target: Any, weight: Any, options: LossOptions, want: int
 ) -> Tensor:
@@ -165,6 +172,7 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
     torch.library.register_fake(f"churn_kernels::{prefix}scale_", _fake_scale_)
     torch.library.register_fake(f"churn_kernels::{prefix}exact_words", _fake_exact_words)
     torch.library.register_fake(f"churn_kernels::{prefix}exact_round", _fake_exact_round)
+    torch.library.register_fake(f"churn_kernels::{prefix}hash_words", _fake_hash_words)
     namespace = torch.ops.churn_kernels
     return OpSet(
         getattr(namespace, f"{prefix}loss").default,
@@ -172,6 +180,7 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
         getattr(namespace, f"{prefix}scale_").default,
         getattr(namespace, f"{prefix}exact_words").default,
         getattr(namespace, f"{prefix}exact_round").default,
+        getattr(namespace, f"{prefix}hash_words").default,
     )
 
 
@@ -198,6 +207,7 @@ def triton() -> OpSet:
     """The ops on Triton, which is imported at the first call."""
     launch = import_module("churn_kernels.triton.launch")
     exact_sum = import_module("churn_kernels.triton.exact_sum")
+    hashing = import_module("churn_kernels.triton.hash")
     kinds = {float: "float", int: "int", bool: "bool"}
     options = ", ".join(
         f"{kinds[kind]} {name}" for name, kind in LossOptions.__annotations__.items()
@@ -212,12 +222,16 @@ def triton() -> OpSet:
     library.define("triton_scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()")
     library.define("triton_exact_words(Tensor x) -> Tensor")
     library.define("triton_exact_round(Tensor words) -> Tensor")
+    library.define(
+        "triton_hash_words(Tensor[] pieces, int[] first, int[] run, int[] step) -> Tensor"
+    )
     for device in ("CUDA", "CPU"):  # CPU tensors are for Triton's interpreter
         library.impl("triton_loss", launch.loss, device)
         library.impl("triton_loss_backward", launch.loss_backward, device)
         library.impl("triton_scale_", launch.scale_, device)
         library.impl("triton_exact_words", exact_sum.exact_words, device)
         library.impl("triton_exact_round", exact_sum.exact_round, device)
+        library.impl("triton_hash_words", hashing.hash_words, device)
     _libraries.append(library)  # an op lives as long as the library that declared it
     return _op_set("triton_", launch.fake_record)
 

@@ -1,23 +1,25 @@
 """Hashes of tensors: 128 bits that take note of every bit and its place.
 
-    word[k] = sum over the elements of bits * key_k(place) mod 2^64,  k = 0, 1
+    word[k] = sum over the bytes, four at a time as one number, of number * key_k(place) mod 2^64
 
-(csrc/rows/hash.h). A sum has no order, so threads, devices and strides do not show in it, and what
-pieces of a tensor have adds up. Keys differ from place to place, so that every change of one
-element shows in both words, and so does every swap of two within a block of 1024 places: signed
-zeros, NaN payloads, one unit in the last place. That other differences cancel has a probability of
-about 2^-63 a word, and of 2^-32 a word at worst, where they are in the sign bits of float32 alone.
-It is no protection against someone who wants two tensors to collide.
+for k = 0, 1 (csrc/rows/hash.h). A sum has no order, so threads, devices and strides do not show in
+it, and what pieces of a tensor have adds up. Keys differ from place to place, so that every change
+of one element shows in both words, and so does every swap of two within a block of 4096 bytes:
+signed zeros, NaN payloads, one unit in the last place. That other differences cancel has a
+probability of about 2^-63 a word, and of 2^-32 a word at worst, where they are in the highest bits
+of the numbers alone. It is no protection against someone who wants two tensors to collide.
 """
 
 import hashlib
 import struct
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from churn_kernels import _backend, _placements
 from churn_kernels._ops import BUILD_COMMAND, CONSTANTS
 
 HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
@@ -26,7 +28,7 @@ HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
 None where the compiled library, which knows it, was not built.
 """
 
-_SLICE = 1 << 20  # parts that are hashed at a time where there is no kernel
+_SLICE = 1 << 20  # numbers that are hashed at a time where there is no kernel
 
 
 def tensor_hash(x: Tensor) -> str:
@@ -35,18 +37,20 @@ def tensor_hash(x: Tensor) -> str:
     Args:
         x: of any dtype, shape, strides, layout and device. What is not contiguous is copied first;
             of a sparse tensor the coalesced indices and values count, of a quantised one its
-            integers, scales and zero points.
-    Returns: the same for the same bits, dtype and shape, on every machine. Waits for a GPU.
+            integers, scales and zero points. Of a DTensor the whole tensor counts: every process
+            of its mesh has to call, and 16 bytes are added up over those that share it.
+    Returns: the same for the same bits, dtype and shape, on every machine and for every sharding.
+        Waits for a GPU.
     Raises: TypeError for anything but a tensor; ValueError for a tensor without data (meta, fake,
-        nested); RuntimeError where the compiled library is missing.
+        nested), and for a DTensor that is neither sharded nor replicated; RuntimeError where the
+        compiled library is missing.
     """
-    parts = _dense_parts(x)
-    if len(parts) == 1:
-        (dense,) = parts
-        return hash_of_words(hash_words(dense), x.dtype, x.shape)
+    check(x)
+    if is_dense(x):
+        return hash_of_words(words_of([x])[0], x.dtype, x.shape)
     digest = hashlib.blake2b(digest_size=16)
     digest.update(f"{x.layout} {x.dtype} {tuple(x.shape)} {x.is_quantized}".encode())
-    for dense in parts:
+    for dense in _dense_parts(x.detach()):
         digest.update(bytes.fromhex(tensor_hash(dense)))
     return digest.hexdigest()
 
@@ -71,60 +75,30 @@ def hash_words(x: Tensor, first: int = 0) -> Tensor:
         words = hash_words(x[:10]) + hash_words(x[10:], first=x[:10].numel())
         hash_of_words(words, x.dtype, x.shape) == tensor_hash(x)
 
-    and over processes an int64 SUM all-reduce of 16 bytes does it.
+    and over processes an int64 SUM all-reduce of 16 bytes does it, which a DTensor gets at once.
 
     Args:
-        x: dense, of any dtype, shape, strides and device.
+        x: dense, of any dtype, shape, strides and device; or a DTensor, as of `tensor_hash`.
         first: elements of the whole tensor, in row-major order, before the piece; a piece follows
-            that order.
+            that order. 0 for a DTensor.
     Returns: (2,) int64 on x's device. Nothing waits for a GPU.
     Raises: as `tensor_hash`, and ValueError for sparse and quantised tensors, and for first < 0.
     """
-    parts = _dense_parts(x)
-    if len(parts) != 1:
+    check(x)
+    if not is_dense(x):
         raise ValueError(
             f"x must be dense, got a {'quantised' if x.is_quantized else x.layout} tensor; "
             f"pass it to tensor_hash"
         )
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}; it counts the elements before x")
-    (bits,) = parts
-    first *= 2 if x.is_complex() else 1
-    if bits.is_cpu:
-        words: Tensor = torch.ops.churn_kernels.hash_words([bits], first)
-        return words[0]
-    return words_without_a_kernel(bits, first)
+    if first and _placements.is_placed(x):
+        raise ValueError(f"first must be 0 for a DTensor, which knows its places; got {first}")
+    return words_of([x], first)[0]
 
 
-def words_without_a_kernel(bits: Tensor, first: int) -> Tensor:
-    """`hash_words` in PyTorch's own operations: the specification, for any device.
-
-    Args:
-        bits: integers, contiguous.
-    """
-    per_element = max(1, bits.element_size() // 4)
-    kind = {1: torch.uint8, 2: torch.int16}.get(bits.element_size(), torch.int32)
-    mask = {1: 0xFF, 2: 0xFFFF}.get(bits.element_size(), 0xFFFFFFFF)
-    keys = _keys(bits.device)
-    block_keys = CONSTANTS.hash_block_key
-    total = torch.zeros(CONSTANTS.kHashWords, dtype=torch.int64, device=bits.device)
-    place, size = first * per_element, CONSTANTS.kHashBlock
-    for part in bits.reshape(-1).view(kind).split(_SLICE) if bits.numel() else ():
-        numbers = part.to(torch.int64) & mask
-        places = torch.arange(place, place + len(part), device=bits.device)
-        blocks = range(place // size, (place + len(part) - 1) // size + 1)
-        for word in range(CONSTANTS.kHashWords):
-            of_blocks = torch.tensor(
-                [_signed(block_keys(word, block)) for block in blocks], device=bits.device
-            )
-            key = keys[word, places % size] * of_blocks[places // size - blocks[0]]
-            total[word] += (numbers * key).sum()
-        place += len(part)
-    return total
-
-
-def _dense_parts(x: Tensor) -> list[Tensor]:
-    """Contiguous tensors of integers that hold all of x."""
+def check(x: object) -> None:
+    """Raise what `tensor_hash` does for what cannot be hashed."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}; pass torch.as_tensor(x)")
     if CONSTANTS is None:
@@ -134,7 +108,92 @@ def _dense_parts(x: Tensor) -> list[Tensor]:
     if x.is_meta or x.is_nested or isinstance(x, torch._subclasses.FakeTensor):
         kind = "nested" if x.is_nested else "meta" if x.is_meta else "fake"
         raise ValueError(f"x must hold data, got a {kind} tensor; pass tensors that do")
-    x = x.detach()
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor has words of its own; those of others are of several tensors."""
+    return x.layout == torch.strided and not x.is_quantized
+
+
+@torch.no_grad()
+def words_of(tensors: Sequence[Tensor], first: int = 0) -> Tensor:
+    """The words (tensors, 2) of tensors of one device that `check` passed and that are dense.
+
+    Args:
+        first: elements before the first tensor; for one tensor alone.
+    """
+    pieces: list[Piece] = []
+    counts = []
+    for x in tensors:
+        found = _pieces(x, first)
+        pieces += found
+        counts.append(len(found))
+    words = _words_of_pieces(pieces)
+    if len(pieces) != len(tensors):
+        words = torch.stack([of_one.sum(0) for of_one in words.split(counts)])
+    return _placements.add_up(words, tensors)
+
+
+class Piece(NamedTuple):
+    """Bytes of a tensor: byte b of `bits` is byte first + b // run * step + b % run of it."""
+
+    bits: Tensor  # contiguous
+    first: int
+    run: int  # of which there is a whole number
+    step: int
+
+
+def _pieces(x: Tensor, first: int) -> list[Piece]:
+    """What this process holds of a dense tensor."""
+    local, boxes = _placements.boxes(x) if _placements.is_placed(x) else (x, None)
+    bits = local.resolve_conj().resolve_neg().contiguous()
+    size = bits.element_size()
+    if boxes is None:
+        whole = max(1, bits.nbytes)
+        return [Piece(bits, first * size, whole, whole)]
+    return [
+        Piece(bits.view(-1)[box.begin : box.end], box.first * size, box.run * size, box.step * size)
+        for box in boxes
+    ]
+
+
+def _words_of_pieces(pieces: Sequence[Piece]) -> Tensor:
+    op = _backend.hash_op(pieces[0].bits)
+    if op is None:
+        return torch.stack([words_without_a_kernel(piece) for piece in pieces])
+    bits, first, run, step = zip(*pieces, strict=True)
+    words: Tensor = op(bits, first, run, step)
+    return words
+
+
+def words_without_a_kernel(piece: Piece) -> Tensor:
+    """The words (2,) of a piece in PyTorch's own operations: for any device, and no specification.
+
+    An element of at most four bytes lies in one part of its tensor, one of eight is two.
+    """
+    bits, first, run, step = piece
+    width = min(4, bits.element_size())
+    if bits.is_complex():
+        bits = torch.view_as_real(bits)
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
+    keys, size = _keys(bits.device), CONSTANTS.kHashBlock
+    total = torch.zeros(CONSTANTS.kHashWords, dtype=torch.int64, device=bits.device)
+    begin = 0
+    for numbers in bits.reshape(-1).view(kind).split(_SLICE) if bits.numel() else ():
+        own = torch.arange(begin, begin + len(numbers), device=bits.device) * width
+        byte = first + own // run * step + own % run
+        place = byte // CONSTANTS.kHashPart
+        part = numbers.to(torch.int64) & ((1 << 8 * width) - 1)
+        part = part << 8 * (byte % CONSTANTS.kHashPart)
+        for word in range(CONSTANTS.kHashWords):
+            key = keys[word, place % size] * _block_keys(word, place // size)
+            total[word] += (part * key).sum()
+        begin += len(numbers)
+    return total
+
+
+def _dense_parts(x: Tensor) -> list[Tensor]:
+    """Dense tensors that hold all of one that is not."""
     if x.is_quantized:
         return _quantised(x)
     if x.layout == torch.sparse_coo:
@@ -144,13 +203,7 @@ def _dense_parts(x: Tensor) -> list[Tensor]:
         return [x.crow_indices(), x.col_indices(), x.values()]
     if x.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [x.ccol_indices(), x.row_indices(), x.values()]
-    if x.layout != torch.strided:
-        return [x.to_dense()]
-    x = x.resolve_conj().resolve_neg().contiguous()
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return [x.view(widths[x.element_size()])]
+    return [x.to_dense()]
 
 
 def _quantised(x: Tensor) -> list[Tensor]:
@@ -162,8 +215,23 @@ def _quantised(x: Tensor) -> list[Tensor]:
 
 
 def _signed(x: int) -> int:
-    """Its 64 bits as an int64."""
+    """Its lowest 64 bits as an int64."""
+    x &= (1 << 64) - 1
     return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def _block_keys(word: int, blocks: Tensor) -> Tensor:
+    """Of `block_key` in csrc/rows/hash.h: SplitMix64's output function, odd."""
+    mix_first, mix_second = map(_signed, CONSTANTS.hash_mix)
+    x = blocks + _signed(((word + 1) << 56) + CONSTANTS.kHashStep)
+    x = (x ^ _shifted(x, 30)) * mix_first
+    x = (x ^ _shifted(x, 27)) * mix_second
+    return (x ^ _shifted(x, 31)) | 1
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """x >> by, filled with zeros as unsigned numbers are."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
 
 
 @cache

@@ -92,9 +92,12 @@ PYBIND11_MODULE(_C, module) {
       "Binary places that exact mode's sums over so many classes keep.");
   constants.attr("kExactSpec") = ck::kExactSpec;
   constants.attr("kHashSpec") = ck::kHashSpec;
+  constants.attr("kHashPart") = ck::kHashPart;
   constants.attr("kHashBlock") = ck::kHashBlock;
   constants.attr("kHashWords") = ck::kHashWords;
   constants.attr("hash_keys") = hash_keys();
+  constants.attr("kHashStep") = ck::kHashStep;
+  constants.attr("hash_mix") = std::vector(std::begin(ck::kHashMix), std::end(ck::kHashMix));
   constants.def(
       "hash_block_key", [](int word, int64_t block) { return ck::rows::block_key(word, block); },
       py::arg("word"), py::arg("block"), "What the keys of a block of places are times.");

@@ -377,21 +377,27 @@ Tensor exact_round(Tensor words) {
   return value;
 }
 
-// (tensors, 2). An element is read in parts of at most 32 bits; `first` elements come before it.
-Tensor hash_words(std::vector<Tensor> xs, int64_t first) {
-  STD_TORCH_CHECK(!xs.empty() && first >= 0, "xs must hold a tensor, and first be at least 0");
-  const auto rows = static_cast<int64_t>(xs.size());
-  Tensor words = new_empty(xs[0], {rows, ck::kHashWords}, ScalarType::Long);
-  auto* out = static_cast<uint64_t*>(words.mutable_data_ptr());
-  std::fill_n(out, rows * ck::kHashWords, uint64_t{0});
-  for (const Tensor& x : xs) {
-    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "xs must be contiguous CPU tensors");
-    const int64_t bytes = x.element_size(), of_part = std::min<int64_t>(bytes, 4);
-    const int64_t parts = bytes / of_part;
-    ck::hash(x.const_data_ptr(), static_cast<int>(of_part), x.numel() * parts, first * parts, out,
-             parallel());
-    out += ck::kHashWords;
+// (pieces, 2). Each piece's bytes lie in runs of `run` bytes, which begin `step` bytes apart in its
+// tensor, the first one at byte `first`.
+Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::vector<int64_t> run,
+                  std::vector<int64_t> step) {
+  const size_t count = pieces.size();
+  STD_TORCH_CHECK(count > 0 && first.size() == count && run.size() == count && step.size() == count,
+                  "pieces must hold a tensor, and first, run and step a number for each");
+  std::vector<ck::HashPiece> found;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& x = pieces[i];
+    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "pieces must be contiguous CPU tensors");
+    STD_TORCH_CHECK(first[i] >= 0 && run[i] > 0 && step[i] >= run[i],
+                    "a piece must have 0 <= first and 0 < run <= step");
+    found.push_back({x.const_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()),
+                     first[i], run[i], step[i]});
   }
+  Tensor words = new_empty(pieces[0], {static_cast<int64_t>(count), ck::kHashWords},
+                           ScalarType::Long);
+  auto* out = static_cast<uint64_t*>(words.mutable_data_ptr());
+  std::fill_n(out, count * ck::kHashWords, uint64_t{0});
+  ck::hash(found, out, parallel());
   return words;
 }
 
@@ -420,7 +426,7 @@ STABLE_TORCH_LIBRARY(churn_kernels, m) {
   m.def("scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()");
   m.def("exact_words(Tensor x) -> Tensor");
   m.def("exact_round(Tensor words) -> Tensor");
-  m.def("hash_words(Tensor[] xs, int first) -> Tensor");
+  m.def("hash_words(Tensor[] pieces, int[] first, int[] run, int[] step) -> Tensor");
   m.def("plan(Tensor[] logits, " CK_OPTIONS_SCHEMA ") -> str");
   m.def("cpu_isa(str request) -> str");
 }

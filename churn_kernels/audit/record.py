@@ -6,8 +6,9 @@ What differs first between two recorded runs, `compare` finds.
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor
 
 from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.trace import Writer
-from churn_kernels.hashing import HASH_SPEC, hash_words, tensor_hash
+from churn_kernels.hashing import HASH_SPEC, check, is_dense, tensor_hash, words_of
 
 # What a recorder hashes by itself, in the order in which a step comes to it.
 _OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
+
+# Gives a hash of which a GPU may still be computing the words, and waits for them.
+Later = Callable[[], str]
 
 
 class Recorder:
@@ -37,7 +41,7 @@ class Recorder:
         self._model = model
         self._optimizer = optimizer
         self._step = first_step
-        self._hashes: dict[str, str] = {}
+        self._hashes: dict[str, Later] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -81,13 +85,13 @@ class Recorder:
         self._finish_step()
 
     def _hash_surroundings(self) -> None:
-        self._hashes["random state"] = random_state_hash()
+        self._hashes["random state"] = partial(str, random_state_hash())
         self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
 
     def _finish_step(self) -> None:
         self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
         self._hashes["optimizer"] = optimizer_hash(self._optimizer)
-        self._writer.step(self._step, self._hashes)
+        self._writer.step(self._step, {name: later() for name, later in self._hashes.items()})
         self._hashes = {}
 
 
@@ -117,7 +121,9 @@ def record(
 
     Args:
         path: the file to write; about 400 bytes a step. It must not exist yet.
-        model: its parameters and buffers are hashed; DistributedTensors by their local part.
+        model: its parameters and buffers are hashed. Of a DTensor (FSDP2's `fully_shard`) the whole
+            tensor counts, so that a trace does not show how many processes share it: all of them
+            have to record, each to a file of its own, and add up 16 bytes a tensor and step.
         optimizer: its steps are the trace's.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
             starts again from its checkpoint of that step. Later steps are forgotten.
@@ -149,7 +155,7 @@ def record(
         recorder.close()
 
 
-def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> str:
+def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
     """128 bits of named tensors in their order; None where one is not there."""
     digest = hashlib.blake2b(digest_size=16)
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -158,19 +164,22 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> str:
         if x is None:
             digest.update(b"none")
             continue
-        x = getattr(x, "_local_tensor", x)
-        if x.layout != torch.strided or x.is_quantized:
+        check(x)
+        if not is_dense(x):
             digest.update(tensor_hash(x).encode())
             continue
         digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
         by_device.setdefault(x.device, []).append(x)
-    for dense in by_device.values():
-        words = torch.stack([hash_words(x) for x in dense])
-        digest.update(hash_words(words).cpu().numpy().tobytes())
+    return partial(_finished, digest, [words_of(dense) for dense in by_device.values()])
+
+
+def _finished(digest: "hashlib.blake2b", words: list[Tensor]) -> str:
+    for of_device in words:
+        digest.update(of_device.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-def optimizer_hash(optimizer: torch.optim.Optimizer) -> str:
+def optimizer_hash(optimizer: torch.optim.Optimizer) -> Later:
     """128 bits of an optimizer's state, by the order of its parameters, and of its settings."""
     tensors: list[tuple[str, Tensor | None]] = []
     rest: list[Any] = []
@@ -182,9 +191,14 @@ def optimizer_hash(optimizer: torch.optim.Optimizer) -> str:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 _sort_out(f"{g}.{i}.{key}", value, tensors, rest)
-    digest = hashlib.blake2b(repr(rest).encode(), digest_size=16)
-    digest.update(tensors_hash(tensors).encode())
-    return digest.hexdigest()
+    return _hash_of_both(tensors, rest)
+
+
+def _hash_of_both(tensors: list[tuple[str, Tensor | None]], rest: list[Any]) -> Later:
+    """Of tensors, and of what else there is, by its representation."""
+    later = tensors_hash(tensors)
+    head = repr(rest).encode()
+    return lambda: hashlib.blake2b(head + later().encode(), digest_size=16).hexdigest()
 
 
 def random_state_hash() -> str:
@@ -218,12 +232,8 @@ def _sort_out(
         rest.append((name, value))
 
 
-def _hash_of(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return tensor_hash(value)
+def _hash_of(value: Any) -> Later:
     tensors: list[tuple[str, Tensor | None]] = []
     rest: list[Any] = []
     _sort_out("", value, tensors, rest)
-    digest = hashlib.blake2b(repr(rest).encode(), digest_size=16)
-    digest.update(tensors_hash(tensors).encode())
-    return digest.hexdigest()
+    return _hash_of_both(tensors, rest)

@@ -7,7 +7,7 @@ namespace ck {
   namespace isa {                              \
   const KernelSet& kernels(DType dtype);       \
   const KernelSet& exact_kernels(DType dtype); \
-  HashSweep hash_sweep(int bytes);             \
+  HashSweep hash_sweep();                      \
   }
 #if defined(CK_HAS_NEON)
 CK_DECLARE(neon)
@@ -38,18 +38,18 @@ const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
 #endif
 }
 
-HashSweep hash_sweep(Isa isa, int bytes) {
+HashSweep hash_sweep(Isa isa) {
 #if defined(CK_HAS_NEON)
   (void)isa;
-  return neon::hash_sweep(bytes);
+  return neon::hash_sweep();
 #else
 #if defined(CK_HAS_AVX512)
-  if (isa == Isa::kAvx512) return avx512::hash_sweep(bytes);
+  if (isa == Isa::kAvx512) return avx512::hash_sweep();
 #endif
 #if defined(CK_HAS_AVX2)
-  if (isa == Isa::kAvx2) return avx2::hash_sweep(bytes);
+  if (isa == Isa::kAvx2) return avx2::hash_sweep();
 #endif
-  return baseline::hash_sweep(bytes);
+  return baseline::hash_sweep();
 #endif
 }
 

@@ -2,14 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "loss.h"
 
 namespace ck {
 
-// Adds the words of `size` parts of 1, 2 or 4 bytes (rows/hash.h), the first of which is at place
-// `first`, to `words`.
-void hash(const void* data, int bytes, int64_t size, int64_t first, uint64_t* words,
-          const Parallel& parallel);
+// Bytes of a tensor, in runs that do not follow each other there: byte b of the data is byte
+// first + b / run * step + b % run of the tensor.
+struct HashPiece {
+  const void* data;
+  int64_t bytes;
+  int64_t first, run, step;
+};
+
+// words: (pieces, kHashWords). Adds each piece's words (rows/hash.h) to its own.
+void hash(const std::vector<HashPiece>& pieces, uint64_t* words, const Parallel& parallel);
 
 }  // namespace ck

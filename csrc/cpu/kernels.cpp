@@ -2,6 +2,8 @@
 // fma: the sweeps of every dtype, as a table.
 #include "kernels.h"
 
+#include <cstring>
+
 #include "../rows/hash.h"
 #include "fused.h"
 #include "general.h"
@@ -41,31 +43,51 @@ constexpr KernelSet kernels_of() {
 #if !defined(CK_SOFTWARE_FMA)
 constexpr rows::HashKeys kHashKeys = rows::make_hash_keys();
 
-template <class Part>
-void hash(const void* data, int64_t begin, int64_t end, int64_t first, uint64_t* words) {
-  const Part* parts = static_cast<const Part*>(data);
-  while (begin < end) {
-    const int64_t place = first + begin, in_block = place % kHashBlock;
-    const int64_t count = std::min(kHashBlock - in_block, end - begin);
+// The bytes of one part, fewer than it has, from byte `at` of it on.
+uint64_t part_of(const unsigned char* data, int64_t bytes, int64_t at) {
+  uint64_t part = 0;
+  for (int64_t i = 0; i < bytes; ++i) part |= static_cast<uint64_t>(data[i]) << 8 * (at + i);
+  return part;
+}
+
+void add_part(uint64_t part, int64_t place, uint64_t* words) {
+  for (int k = 0; k < kHashWords; ++k)
+    words[k] += part * kHashKeys[k][place % kHashBlock] * rows::block_key(k, place / kHashBlock);
+}
+
+void hash(const void* bits, int64_t bytes, int64_t first, uint64_t* words) {
+  const auto* data = static_cast<const unsigned char*>(bits);
+  int64_t place = first / kHashPart;
+  if (const int64_t at = first % kHashPart; at != 0) {
+    const int64_t count = std::min(kHashPart - at, bytes);
+    add_part(part_of(data, count, at), place++, words);
+    data += count;
+    bytes -= count;
+  }
+  while (bytes >= kHashPart) {
+    const int64_t in_block = place % kHashBlock;
+    const int64_t count = std::min(kHashBlock - in_block, bytes / kHashPart);
     uint64_t sum[kHashWords] = {};
     for (int64_t i = 0; i < count; ++i) {
-      const uint64_t part = parts[begin + i];
-      sum[0] += part * kHashKeys[0][in_block + i];
-      sum[1] += part * kHashKeys[1][in_block + i];
+      uint32_t part;
+      std::memcpy(&part, data + i * kHashPart, kHashPart);
+      sum[0] += uint64_t{part} * kHashKeys[0][in_block + i];
+      sum[1] += uint64_t{part} * kHashKeys[1][in_block + i];
     }
     for (int k = 0; k < kHashWords; ++k)
       words[k] += sum[k] * rows::block_key(k, place / kHashBlock);
-    begin += count;
+    place += count;
+    data += count * kHashPart;
+    bytes -= count * kHashPart;
   }
+  if (bytes > 0) add_part(part_of(data, bytes, 0), place, words);
 }
 #endif
 
 }  // namespace
 
 #if !defined(CK_SOFTWARE_FMA)
-HashSweep hash_sweep(int bytes) {
-  return bytes == 4 ? hash<uint32_t> : bytes == 2 ? hash<uint16_t> : hash<uint8_t>;
-}
+HashSweep hash_sweep() { return hash; }
 
 const KernelSet& kernels(DType dtype) {
   static constexpr KernelSet sets[kDTypes] = {

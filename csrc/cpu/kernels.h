@@ -99,11 +99,8 @@ struct KernelSet {
 
 const KernelSet& kernel_set(Isa isa, DType dtype, bool exact);
 
-// Adds the words of parts [begin, end) of `data` (rows/hash.h) to `words`; part i is at place
-// first + i.
-using HashSweep = void (*)(const void* data, int64_t begin, int64_t end, int64_t first,
-                           uint64_t* words);
-// Of parts of 1, 2 or 4 bytes.
-HashSweep hash_sweep(Isa isa, int bytes);
+// Adds the words of `bytes` bytes (rows/hash.h), of which the first is byte `first` of its tensor.
+using HashSweep = void (*)(const void* data, int64_t bytes, int64_t first, uint64_t* words);
+HashSweep hash_sweep(Isa isa);
 
 }  // namespace ck

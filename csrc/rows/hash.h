@@ -2,9 +2,10 @@
 //
 //   word[k] = sum over places p of part[p] key(k, p) mod 2^64,  k = 0, 1
 //
-// The parts are a tensor's elements as unsigned numbers of 8, 16 or 32 bits; an element of 64 bits
-// is two, the lower half first. Keys are odd, or their factors are, so that no change of one part
-// is lost; those of a block differ, so that no swap within one is.
+// The parts are a tensor's bytes, four at a time, as unsigned numbers whose lower byte comes first;
+// the last one is filled up with zeros. Byte b is thus worth 2^(8 (b % 4)) key(k, b / 4): what
+// pieces of a tensor have adds up, wherever it was cut. Keys are odd, or their factors are, so that
+// no change of one part is lost; those of a block differ, so that no swap within one is.
 #pragma once
 
 #include <array>
@@ -15,19 +16,22 @@
 namespace ck {
 
 // Numbers the hashes: where it is the same, so are they, on every machine and backend.
-inline constexpr int kHashSpec = 1;
+inline constexpr int kHashSpec = 2;
 
 inline constexpr int kHashWords = 2;
-inline constexpr int64_t kHashBlock = 1024;
+inline constexpr int64_t kHashPart = 4;      // bytes
+inline constexpr int64_t kHashBlock = 1024;  // parts
+inline constexpr uint64_t kHashStep = 0x9e3779b97f4a7c15;
+inline constexpr uint64_t kHashMix[] = {0xbf58476d1ce4e5b9, 0x94d049bb133111eb};
 
 inline namespace CK_ISA {
 namespace rows {
 
 // The output function of SplitMix64 (Steele, Lea and Flood 2014).
 constexpr uint64_t splitmix64(uint64_t x) {
-  x += 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  x += kHashStep;
+  x = (x ^ (x >> 30)) * kHashMix[0];
+  x = (x ^ (x >> 27)) * kHashMix[1];
   return x ^ (x >> 31);
 }
 

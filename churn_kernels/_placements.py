@@ -1,0 +1,118 @@
+"""Where what a process holds of a DTensor lies in the whole, and sums over the processes.
+
+`Shard(dim)` splits a dimension into parts of ceil(size / processes), of which the last ones may be
+shorter or empty; over two dimensions of a mesh the parts of the first are split again.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from operator import add, mul
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Box(NamedTuple):
+    """Elements [begin, end) of the local tensor, in runs.
+
+    Element begin + i is element first + i // run * step + i % run of the whole.
+    """
+
+    begin: int
+    end: int
+    first: int
+    run: int
+    step: int
+
+
+def is_placed(x: Tensor) -> bool:
+    """Whether x is a DTensor; those who have one have imported what it comes from."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def boxes(x: Any) -> tuple[Tensor, list[Box]]:
+    """What this process holds of a DTensor, and where it lies in it.
+
+    Raises: ValueError for placements other than Shard and Replicate, and outside of x's mesh.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    coordinate = x.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(
+            "x's mesh must hold this process, got a DTensor of others; hash it in those"
+        )
+    sizes, offsets = list(x.shape), [0] * x.dim()
+    for mesh_dim, placement in enumerate(x.placements):
+        if isinstance(placement, Shard):
+            dim = placement.dim
+            part = -(-sizes[dim] // x.device_mesh.size(mesh_dim))
+            begin = min(coordinate[mesh_dim] * part, sizes[dim])
+            sizes[dim] = min(part, sizes[dim] - begin)
+            offsets[dim] += begin
+        elif not isinstance(placement, Replicate):
+            raise ValueError(
+                f"x must be sharded or replicated, got a DTensor with placement {placement}; "
+                f"pass x.redistribute(placements=[...]) with Shard or Replicate instead"
+            )
+    return x.to_local(), list(_boxes(sizes, offsets, x.shape))
+
+
+def _boxes(sizes: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -> Iterator[Box]:
+    """The box of `sizes` at `offsets` in a row-major tensor of `shape`, in as few as there can be.
+
+    Behind the last dimension that is cut everything is one run. Whole dimensions before it, and the
+    first one before those, step from run to run; what is before them makes boxes of its own.
+    """
+    if 0 in sizes:
+        yield Box(0, 0, 0, 1, 1)
+        return
+    dims = range(len(shape))
+    strides = [prod(shape[dim + 1 :]) for dim in dims]
+    cut = max((dim for dim in dims if sizes[dim] != shape[dim]), default=0)
+    start = max(cut - 1, 0)
+    while start > 0 and sizes[start] == shape[start]:
+        start -= 1
+    run = prod(sizes[cut:])
+    step = strides[cut - 1] if cut else run
+    size = prod(sizes[start:])
+    begin = 0
+    for places in product(*map(range, sizes[:start])):
+        at = (*map(add, places, offsets), *offsets[start:])
+        yield Box(begin, begin + size, sum(map(mul, at, strides)), run, step)
+        begin += size
+
+
+def add_up(words: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """The words (tensors, 2) of whole tensors from those of what this process holds of them.
+
+    One all-reduce for each dimension of a mesh over which any are sharded. Every process that holds
+    a replica gets the words of its own.
+    """
+    by_groups: dict[tuple[Any, ...], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if is_placed(x) and (groups := _groups(x)):
+            by_groups.setdefault(groups, []).append(i)
+    if not by_groups:
+        return words
+    rows = list(words.unbind(0))
+    for groups, places in by_groups.items():
+        part = torch.stack([rows[i] for i in places])
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
+        for i, row in zip(places, part.unbind(0), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
+
+
+def _groups(x: Any) -> tuple[Any, ...]:
+    """The groups of this process among which x is sharded."""
+    return tuple(
+        x.device_mesh.get_group(mesh_dim)
+        for mesh_dim, placement in enumerate(x.placements)
+        if placement.is_shard()
+    )
