@@ -36,7 +36,7 @@ VECTOR = 16  # bytes: the widest load of a thread
 
 @triton.jit
 def block_key(word: tl.constexpr, block):
-    x = block.to(tl.uint64) + (((word + 1) << 56) + STEP)
+    x = tl.cast(block, tl.uint64) + (((word + 1) << 56) + STEP)
     x = (x ^ (x >> 30)) * MIX_FIRST
     x = (x ^ (x >> 27)) * MIX_SECOND
     return (x ^ (x >> 31)) | 1
@@ -49,16 +49,16 @@ def load_parts(origin, block, first, last, WIDTH: tl.constexpr, INNER: tl.conste
     `origin` points to byte 0 of the tensor. INNER: the block holds no other bytes.
     """
     place = block * PARTS + tl.arange(0, PARTS)
-    if WIDTH < PART:
-        NUMBERS: tl.constexpr = PART // WIDTH
-        number = place[:, None] * NUMBERS + tl.arange(0, NUMBERS)[None, :]
-        byte = number * WIDTH
-        found = tl.load(origin + number, mask=(byte >= first) & (byte < last), other=0)
-        return tl.sum(found.to(tl.uint32) << (8 * (byte % PART)).to(tl.uint32), 1)
-    if INNER:
-        return tl.load(origin + place)
-    byte = place * PART
-    return tl.load(origin + place, mask=(byte >= first) & (byte < last), other=0)
+    if INNER and WIDTH >= PART:
+        part = tl.load(origin + place)
+    else:
+        LOAD: tl.constexpr = min(WIDTH, PART)
+        part = tl.zeros((PARTS,), tl.uint32)
+        for i in tl.static_range(PART // LOAD):
+            byte = place * PART + i * LOAD
+            found = tl.load(origin + byte // LOAD, mask=(byte >= first) & (byte < last), other=0)
+            part += found.to(tl.uint32) << 8 * LOAD * i
+    return part.to(tl.uint64)
 
 
 @triton.jit
@@ -81,15 +81,15 @@ def hash_words_kernel(
     begin = first // BLOCK_BYTES + (program - tl.load(run + PROGRAM)) * BLOCKS
     end = tl.minimum(begin + BLOCKS, (last - 1) // BLOCK_BYTES + 1)
     # The first and the last block alone may hold other bytes than the run's.
-    part = load_parts(origin, begin, first, last, WIDTH, False).to(tl.uint64)
+    part = load_parts(origin, begin, first, last, WIDTH, False)
     sum_0 = part * block_key(0, begin)
     sum_1 = part * block_key(1, begin)
     for block in range(begin + 1, end - 1):
-        part = load_parts(origin, block, first, last, WIDTH, True).to(tl.uint64)
+        part = load_parts(origin, block, first, last, WIDTH, True)
         sum_0 += part * block_key(0, block)
         sum_1 += part * block_key(1, block)
     if end > begin + 1:
-        part = load_parts(origin, end - 1, first, last, WIDTH, False).to(tl.uint64)
+        part = load_parts(origin, end - 1, first, last, WIDTH, False)
         sum_0 += part * block_key(0, end - 1)
         sum_1 += part * block_key(1, end - 1)
     lane = tl.arange(0, PARTS)
