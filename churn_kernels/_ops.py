@@ -207,7 +207,7 @@ def triton() -> OpSet:
     """The ops on Triton, which is imported at the first call."""
     launch = import_module("churn_kernels.triton.launch")
     exact_sum = import_module("churn_kernels.triton.exact_sum")
-    hashing = import_module("churn_kernels.triton.hash")
+    hashing = import_module("churn_kernels.triton.hashing")
     kinds = {float: "float", int: "int", bool: "bool"}
     options = ", ".join(
         f"{kinds[kind]} {name}" for name, kind in LossOptions.__annotations__.items()

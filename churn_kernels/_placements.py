@@ -56,7 +56,7 @@ def boxes(x: Any) -> tuple[Tensor, list[Box]]:
             offsets[dim] += begin
         elif not isinstance(placement, Replicate):
             raise ValueError(
-                f"x must be sharded or replicated, got a DTensor with placement {placement}; "
+                f"x must be sharded or replicated, got a DTensor with {placement!r}; "
                 f"pass x.redistribute(placements=[...]) with Shard or Replicate instead"
             )
     return x.to_local(), list(_boxes(sizes, offsets, x.shape))

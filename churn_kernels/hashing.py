@@ -230,7 +230,7 @@ def _block_keys(word: int, blocks: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
-    """x >> by, filled with zeros as unsigned numbers are."""
+    """The bits shifted right, filled with zeros as those of unsigned numbers are."""
     return (x >> by) & ((1 << (64 - by)) - 1)
 
 

@@ -382,8 +382,8 @@ Tensor exact_round(Tensor words) {
 Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::vector<int64_t> run,
                   std::vector<int64_t> step) {
   const size_t count = pieces.size();
-  STD_TORCH_CHECK(count > 0 && first.size() == count && run.size() == count && step.size() == count,
-                  "pieces must hold a tensor, and first, run and step a number for each");
+  STD_TORCH_CHECK(first.size() == count && run.size() == count && step.size() == count,
+                  "first, run and step must hold a number for each piece");
   std::vector<ck::HashPiece> found;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& x = pieces[i];
@@ -393,8 +393,8 @@ Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::v
     found.push_back({x.const_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()),
                      first[i], run[i], step[i]});
   }
-  Tensor words = new_empty(pieces[0], {static_cast<int64_t>(count), ck::kHashWords},
-                           ScalarType::Long);
+  Tensor words =
+      new_empty(pieces[0], {static_cast<int64_t>(count), ck::kHashWords}, ScalarType::Long);
   auto* out = static_cast<uint64_t*>(words.mutable_data_ptr());
   std::fill_n(out, count * ck::kHashWords, uint64_t{0});
   ck::hash(found, out, parallel());

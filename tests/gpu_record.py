@@ -49,6 +49,11 @@ def synthetic(ours=0.5):
         {**small, "peer": "churn_kernels", "ms": 0.1},
         {**small, "peer": "F.cross_entropy", "ms": 0.05},
     ]
+    facts = {"group": "hash", "dtype": "uint8", "shape": "200x1000"}
+    entries += [
+        {**facts, "peer": "churn_kernels", "ms": 0.5, "bytes": 10**9, "graph": False},
+        {**facts, "peer": "copy", "ms": 0.4, "bytes": 10**9, "graph": True},
+    ]
     return {
         "host": HOST,
         "stages": [

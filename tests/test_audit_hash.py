@@ -6,52 +6,13 @@ import re
 import pytest
 import torch
 from exactness import shuffled
+from hashed import DTYPES, numbers, specification
 
 from churn_kernels import _ops, audit
 from churn_kernels import hashing as hashes
 from churn_kernels._ops import CONSTANTS
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
-
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.float8_e4m3fn,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.complex64,
-    torch.complex128,
-]
-
-
-def numbers(size, dtype=torch.float32, seed=0):
-    """Random bits of a dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    if dtype == torch.bool:
-        return torch.randint(2, (size,), generator=generator).bool()
-    count = size * dtype.itemsize
-    return torch.randint(256, (count,), generator=generator, dtype=torch.uint8).view(dtype)
-
-
-def specification(x, first=0):
-    """The words by Python's integers."""
-    width = min(4, x.element_size())
-    raw = x.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    place = first * x.element_size() // width
-    words = [0, 0]
-    for at in range(0, len(raw), width):
-        part = int.from_bytes(raw[at : at + width], "little")
-        block, index = divmod(place + at // width, CONSTANTS.kHashBlock)
-        for k in range(2):
-            key = CONSTANTS.hash_keys[k][index] * CONSTANTS.hash_block_key(k, block)
-            words[k] = (words[k] + part * key) % 2**64
-    return [word - 2**64 if word >= 2**63 else word for word in words]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,9 +22,53 @@ def test_words_are_what_they_say(dtype, size):
     for first in (0, 1, 1023, 2**33):
         want = specification(x, first)
         assert audit.hash_words(x, first).tolist() == want
-        (bits,) = hashes._dense_parts(x)
-        of_bits = first * (2 if dtype.is_complex else 1)
-        assert hashes.words_without_a_kernel(bits, of_bits).tolist() == want
+        (piece,) = hashes._pieces(x, first)
+        assert hashes.words_without_a_kernel(piece).tolist() == want
+
+
+def test_a_device_without_a_kernel(monkeypatch):
+    want = audit.hash_words(numbers(3000))
+    monkeypatch.setattr("churn_kernels._backend.hash_op", lambda x: None)
+    assert torch.equal(audit.hash_words(numbers(3000)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("columns", [(0, 7), (3, 4), (2, 1301), (1300, 2600)])
+def test_runs_of_bytes_lie_where_they_say(dtype, columns):
+    """Some columns of a matrix: words of a matrix that holds nothing else."""
+    rows, width, (begin, end) = 5, 2600, columns
+    x = numbers(rows * width, dtype).view(rows, width)
+    alone = torch.zeros_like(x)
+    alone[:, begin:end] = x[:, begin:end]
+    own, size = x[:, begin:end].contiguous(), dtype.itemsize
+    run, step = (end - begin) * size, width * size
+    piece = hashes.Piece(own, begin * size, run, step)
+    want = specification(alone)
+    assert hashes.words_without_a_kernel(piece).tolist() == want
+    (words,) = torch.ops.churn_kernels.hash_words([own], [begin * size], [run], [step])
+    assert words.tolist() == want
+
+
+def test_many_tensors_are_one_call(threads):
+    tensors = [numbers(size, torch.uint8) for size in (5, 0, 300_000, 1, 4096, 700_001, 0, 3)]
+    want = torch.stack([audit.hash_words(x) for x in tensors])
+    for count in (1, 2, 3):
+        threads(count)
+        assert torch.equal(hashes.words_of(tensors), want)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (([torch.ones(2)], [0], [8], []), "first, run and step must hold a number for each piece"),
+        (([torch.ones(2, 2).t()], [0], [16], [16]), "pieces must be contiguous CPU tensors"),
+        (([torch.ones(2)], [-1], [8], [8]), "must have 0 <= first and 0 < run <= step"),
+        (([torch.ones(2)], [0], [8], [4]), "must have 0 <= first and 0 < run <= step"),
+    ],
+)
+def test_what_the_op_refuses(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.churn_kernels.hash_words(*call)
 
 
 def test_keys_can_lose_no_change():
@@ -77,7 +82,7 @@ def test_keys_can_lose_no_change():
 
 def test_hashes_stay_what_they_are():
     """A change of these takes the next kHashSpec."""
-    assert audit.HASH_SPEC == 1
+    assert audit.HASH_SPEC == 2
     assert audit.tensor_hash(torch.arange(5)) == "862d821628ee9e6119c8893b2ff69c31"
     assert audit.tensor_hash(numbers(5000).view(50, 100)) == "de7eec4d406b40dbdd98b90de6d6d898"
 

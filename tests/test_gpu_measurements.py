@@ -47,6 +47,7 @@ class TestParity:
             "row alone",
             "bits of the cpu",
             "churn_report",
+            "hash",
         }
 
     def test_every_option_dtype_and_shape_is_a_case_once(self):

@@ -47,6 +47,7 @@ class TestPage:
         assert "| bfloat16 | 1000x1000 | 0.5 | 0.5 | 0.51 | 0.7 | 1 | 1.02 | 1.4 |" in modes
         assert "| bfloat16 | 1000x1000 | 64 | 64 | 64 | -1 |" in section(text, "Peak memory")
         assert "| a pair 8x10, churn_kernels | 0.1 |" in section(text, "Wall time")
+        assert "| uint8 | 200x1000 | 0.5* | 2,000* | 80.0 |" in section(text, "Hashes")
 
     def test_targets_that_are_met(self):
         assert self.targets(synthetic()) == {
@@ -59,6 +60,7 @@ class TestPage:
             "time of exact over fast, bfloat16, largest": ("1.4x", "met"),
             "memory beyond inputs and gradients, largest": ("64 bytes a row", "met"),
             "host overhead over one F.cross_entropy": ("2x", "met"),
+            "bandwidth of the copy's, hash, uint8, 200x1000": ("80 %", "met"),
         }
 
     def test_targets_that_are_missed(self):

@@ -27,24 +27,32 @@ PADDED = "padded"  # rows begin at multiples of 64 bytes
 OFFSET = "offset"  # the first row begins behind an odd number of elements
 TRANSPOSED = "transposed"
 
-EXACT_GLOBS = ["sm_*/exact*"]  # every kernel of exact mode
+# What is compiled: a loss, or another op on the logits.
+LOSS = "loss"
+CHURN_REPORT = "churn_report"
+EXACT_SUM = "exact_sum"
+HASH = "hash"
+
+# Every kernel whose bits are those of the CPU.
+EXACT_GLOBS = ["sm_*/exact*", "sm_*/hash*"]
 
 
 class Case(NamedTuple):
-    """A loss of one shape, `churn_report` of as many runs as `models` says, or `exact_sum`.
+    """An op on logits of one shape, such as `churn_report` of as many runs as `models` says.
 
-    What either is compiled for does not depend on the number of rows.
+    What it is compiled for does not depend on the number of rows.
     """
 
     name: str
-    options: LossOptions | None  # None: no loss
+    options: LossOptions | None  # of a loss
     classes: int
     dtype: torch.dtype = torch.bfloat16
     models: int = 2
     weighted: bool = False
     report: bool = False
     layout: str = CONTIGUOUS
-    sums: bool = False  # `exact_sum` of the logits
+    op: str = LOSS
+    first: int = 0  # bytes before those that are hashed, which decide how they can be loaded
 
     @property
     def label(self) -> str:
@@ -91,7 +99,7 @@ def option_cases(classes: int) -> Iterator[Case]:
     yield Case("invariant_odd", INVARIANT, classes - 1)
     yield Case("transposed", PAIR, classes, layout=TRANSPOSED)
     for runs in (2, 5):
-        yield Case(f"churn_report_{runs}", None, classes, models=runs)
+        yield Case(f"churn_report_{runs}", None, classes, models=runs, op=CHURN_REPORT)
 
 
 def exact_cases(classes: int) -> Iterator[Case]:
@@ -106,7 +114,13 @@ def exact_cases(classes: int) -> Iterator[Case]:
 def sum_cases() -> Iterator[Case]:
     """`exact_sum`, which is compiled for any number of numbers."""
     for dtype in DTYPES:
-        yield Case("exact_words", None, 1000, dtype, models=1, sums=True)
+        yield Case("exact_words", None, 1000, dtype, models=1, op=EXACT_SUM)
+
+
+def hash_cases() -> Iterator[Case]:
+    """Hashes of bytes that are loaded 16, 4, 2 and 1 at a time, which is all that differs."""
+    for width, first in ((16, 0), (4, 4), (2, 2), (1, 1)):
+        yield Case(f"hash_{width}", None, 1000, torch.float32, models=1, op=HASH, first=first)
 
 
 def all_cases() -> Iterator[tuple[str, Case]]:
@@ -116,7 +130,7 @@ def all_cases() -> Iterator[tuple[str, Case]]:
             for dtype in DTYPES:
                 yield target, Case("pair", PAIR, classes, dtype)
                 yield target, Case("exact", EXACT, classes, dtype)
-        for case in sum_cases():
+        for case in (*sum_cases(), *hash_cases()):
             yield target, case
         if target == "sm_90":
             for classes in (8142, 128256):

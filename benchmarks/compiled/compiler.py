@@ -25,7 +25,7 @@ from benchmarks.compiled.lint import findings
 from benchmarks.compiled.targets import TARGETS
 from churn_kernels._options import REDUCTIONS, WANT_GRADIENTS, WANT_TERMS
 from churn_kernels.modes import EXACT
-from churn_kernels.triton import exact_sum, launch, report
+from churn_kernels.triton import exact_sum, hashing, launch, report
 from churn_kernels.triton.plan import Plan
 from churn_kernels.triton.spec import Spec
 
@@ -69,10 +69,14 @@ def logits_of(case: Case) -> list[Tensor]:
 def launch_kernels(case: Case) -> None:
     """The library's ops as it calls them: loss, gradients of any upstream, scaling; or another."""
     logits = logits_of(case)
-    if case.sums:
+    if case.op == cases.EXACT_SUM:
         exact_sum.exact_round(exact_sum.exact_words(logits[0]))
         return
-    if case.options is None:
+    if case.op == cases.HASH:
+        size = logits[0].nbytes
+        hashing.hash_words(logits, [case.first], [size], [size])
+        return
+    if case.op == cases.CHURN_REPORT:
         report.row_results(logits, 0.5)
         return
     target = torch.zeros(ROWS, dtype=torch.int64)

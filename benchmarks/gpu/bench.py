@@ -7,6 +7,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,12 +39,16 @@ from benchmarks.gpu.table import MODES
 from benchmarks.gpu.timing import make_pass, timed, wall_time
 from benchmarks.peers import TINY, batch, fused, shape_name, step
 from benchmarks.table import COPY, CROSS_ENTROPY, OURS
+from churn_kernels.hashing import words_of
 
 CLASSES = (1000, 8142, 21841, 128256, 1_000_000)
 DTYPES = (torch.bfloat16, torch.float32)
 VARIANT_SHAPE = (4096, 8142)
 OVERHEAD_SHAPE = (8, 10)
 CHURN_RUNS, CHURN_SHAPE = 4, (8192, 1000)
+HASH_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
+HASH_TENSORS = (1, 200)  # of so many bytes together:
+HASH_BYTES, TINY_BYTES = 2**32, 2**12
 
 # A pair moves at least this much, far more than an L2 cache holds.
 PAIR_BYTES = 512 * 2**20
@@ -149,21 +154,42 @@ def time_peer(peer: Peer, shape: tuple[int, int], plan: Plan) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def time_copy(variant: Variant, shape: tuple[int, int], plan: Plan) -> dict[str, Any]:
-    """Time copies of as many bytes as a loss of the variant moves, between sets that take turns."""
-    a_set = shape[0] * shape[1] * variant.dtype.itemsize
-    moved = a_set * (2 * variant.models - variant.teachers)
+def time_steps(
+    steps: list[Callable[[], Tensor]], moved: int, plan: Plan, capturable: bool = True
+) -> dict[str, Any]:
+    """Time steps that take turns, and move so many bytes each."""
+    every = make_pass(steps, plan.device, capturable)
+    timing = timed(every.run, len(steps), plan.device, plan.seconds)
+    return {"bytes": moved, "graph": every.graph, "sets": len(steps)} | timing._asdict()
+
+
+def time_copy(moved: int, plan: Plan) -> dict[str, Any]:
+    """Time copies that read and write so many bytes together, between sets that take turns."""
     sources = [
         torch.ones(moved // 2, dtype=torch.uint8, device=plan.device)
         for _ in range(plan.sets(moved))
     ]
-    pairs = [(source, torch.zeros_like(source)) for source in sources]
-    copies = [partial(destination.copy_, source) for source, destination in pairs]
+    copies = [partial(torch.zeros_like(source).copy_, source) for source in sources]
+    return {} if plan.warm else time_steps(copies, moved, plan)
+
+
+def bytes_of(variant: Variant, shape: tuple[int, int]) -> int:
+    """What a loss of the variant moves: logits are read, students' gradients written."""
+    a_set = shape[0] * shape[1] * variant.dtype.itemsize
+    return a_set * (2 * variant.models - variant.teachers)
+
+
+def time_hash(dtype: torch.dtype, tensors: int, moved: int, plan: Plan) -> dict[str, Any]:
+    """Time the words of so many tensors, which have so many bytes together."""
+    like = {"dtype": dtype, "device": plan.device}
+    size = moved // dtype.itemsize // tensors
+    sets = [[torch.ones(size, **like) for _ in range(tensors)] for _ in range(plan.sets(moved))]
+    steps = [partial(words_of, each) for each in sets]
     if plan.warm:
+        steps[0]()
         return {}
-    every = make_pass(copies, plan.device, capturable=True)
-    timing = timed(every.run, len(copies), plan.device, plan.seconds)
-    return {"bytes": moved, "graph": every.graph, "sets": len(pairs)} | timing._asdict()
+    # The table of a launch is copied from memory that is given back: no graph can replay it.
+    return time_steps(steps, moved, plan, capturable=False)
 
 
 def time_call(make: Callable[[], Callable[[], object]], calls: int, plan: Plan) -> dict[str, Any]:
@@ -201,7 +227,8 @@ def _group(
     facts = {"group": group, "classes": classes, **names(dtype, shape)}
     if with_copy:
         variant = peers[0].variant._replace(dtype=dtype)
-        yield Case({**facts, "peer": COPY}, partial(time_copy, variant, shape, plan))
+        copy = partial(time_copy, bytes_of(variant, shape), plan)
+        yield Case({**facts, "peer": COPY}, copy)
     for peer in peers:
         typed = peer._replace(variant=peer.variant._replace(dtype=dtype))
         yield Case({**facts, "peer": peer.name}, partial(time_peer, typed, shape, plan))
@@ -221,7 +248,8 @@ def _variants(plan: Plan) -> Iterator[Case]:
     for name, variant in variants.items():
         facts = {"group": "variants", "variant": name, **names(variant.dtype, shape)}
         peer = Peer(OURS, lambda loss=variant.loss: loss, variant)
-        yield Case({**facts, "peer": COPY}, partial(time_copy, variant, shape, plan))
+        copy = partial(time_copy, bytes_of(variant, shape), plan)
+        yield Case({**facts, "peer": COPY}, copy)
         yield Case({**facts, "peer": OURS}, partial(time_peer, peer, shape, plan))
 
 
@@ -238,6 +266,15 @@ def _calls(plan: Plan) -> Iterator[Case]:
         yield Case({**facts, "peer": name}, partial(time_call, make, 1, plan))
 
 
+def _hashes(plan: Plan) -> Iterator[Case]:
+    for dtype, tensors in product(HASH_DTYPES, HASH_TENSORS):
+        size = HASH_BYTES // dtype.itemsize // tensors
+        facts = {"group": "hash", "tensors": tensors, **names(dtype, (tensors, size))}
+        moved = TINY_BYTES if plan.tiny else HASH_BYTES
+        yield Case({**facts, "peer": COPY}, partial(time_copy, moved, plan))
+        yield Case({**facts, "peer": OURS}, partial(time_hash, dtype, tensors, moved, plan))
+
+
 def cases(plan: Plan) -> list[Case]:
     """Every case, in the order of its importance, those of one set of inputs side by side."""
     grid = [(classes, dtype) for classes in CLASSES for dtype in DTYPES]
@@ -246,7 +283,7 @@ def cases(plan: Plan) -> list[Case]:
         found += _group("pair", (OURS_PAIR, *_modes()), classes, dtype, plan, with_copy=True)
     for classes, dtype in grid:
         found += _group("pair", PAIR_PEERS, classes, dtype, plan)
-    found += [*_calls(plan), *_variants(plan)]
+    found += [*_calls(plan), *_hashes(plan), *_variants(plan)]
     for classes, dtype in grid:
         found += _group("pair", (AUTOTUNED_PAIR,), classes, dtype, plan)
     for classes, dtype in grid:

@@ -21,11 +21,13 @@ from benchmarks.cases import NORM_ERROR, relative_error
 from benchmarks.gpu.journal import Case, Journal, work
 from benchmarks.gpu.stages import Deadline
 from benchmarks.peers import ALPHA, shape_name
+from churn_kernels.hashing import words_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((256, 10), (128, 1000), (32, 8142), (16, 21841), (8, 128256))
 BIT_SHAPES = ((2048, 1000), (256, 8142), (32, 128256), (4, 1_000_000))
 BIT_DTYPES = (torch.bfloat16, torch.float32)
+HASH_DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 REPLAYED_MODES = ("run_to_run", "invariant", "exact")
 REPLAYS = 100
 IGNORED = -100
@@ -263,6 +265,33 @@ def churn(device: str, runs: int = 4, shape: tuple[int, int] = (2000, 1000)) -> 
     return {"errors": {"metrics": error}, "passed": passed}
 
 
+def hashes(dtype: torch.dtype, device: str, backend: str, size: int = 1_000_003) -> dict[str, Any]:
+    """Whether hashes are those of the CPU: of numbers at any address, of columns, of many tensors.
+
+    Addresses and places decide how the kernel can load the bytes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(256, (size * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    x = whole.view(dtype)
+    matrix = x[: size // 64 * 64].view(-1, 64)
+    pieces = {f"from element {i}": x[i:] for i in (0, 1, 2, 3, 4, 16)}
+    pieces |= {"columns": matrix[:, 3:7], "transposed": matrix.t(), "none": x[:0]}
+    moved, differing = x.to(device), []
+    for name, piece in pieces.items():
+        there = moved.as_strided(piece.shape, piece.stride(), piece.storage_offset())
+        for first in (0, 1, 5):
+            with ck.backend(backend):
+                got = ck.audit.hash_words(there, first).cpu()
+            if not torch.equal(got, ck.audit.hash_words(piece, first)):
+                differing.append(f"{name}, first {first}")
+    parts = x.split(size // 300)
+    with ck.backend(backend):
+        got = words_of(moved.split(size // 300)).cpu()
+    if not torch.equal(got, words_of(parts)):
+        differing.append(f"{len(parts)} tensors")
+    return {"differing": differing, "passed": not differing}
+
+
 def _grid(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
     """Every option, dtype and shape; first the plain pair everywhere, then options one by one."""
     first = [("pair", dtype, shape) for shape in shapes for dtype in DTYPES]
@@ -306,6 +335,9 @@ def cases(
         for name, dtype, shape in _grid(shapes)
     ]
     plain = len(shapes) * len(DTYPES)
+    for dtype in HASH_DTYPES:
+        facts = {"check": "hash", "dtype": str(dtype).removeprefix("torch.")}
+        found.append(Case(facts, partial(hashes, dtype, device, backend)))
     report = Case({"check": "churn_report"}, partial(churn, device))
     return [*grid[:plain], *found, report, *grid[plain:]]
 

@@ -35,6 +35,7 @@ MODES = ("run_to_run", "invariant", "exact")
 
 # Least share of the copy's bandwidth, in percent, up to so many classes and beyond.
 SHARE, SHARE_BEYOND, SHARE_CLASSES = 85.0, 60.0, 128256
+SHARE_OF_HASH = 50.0
 SPEEDUP_OVER_COMPILED = 4.0
 SPEEDUP_OVER_LIGER = 5.0
 TIME_OF_FAST = 1.05
@@ -249,6 +250,19 @@ def calls_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
     return markdown("Wall time a call, ms", ["call", "ms"], lines), targets
 
 
+def hash_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
+    """Hashes of one large tensor and of many, against a copy that moves as many bytes."""
+    lines, targets = [], []
+    for (dtype, shape), row in grouped(entries, "hash", "dtype", "shape").items():
+        ours, share = row.get(OURS), share_of_copy(row)
+        lines.append([dtype, shape, cell(ours), cell(ours, speed), percent(share)])
+        if share is not None:
+            what = f"bandwidth of the copy's, hash, {dtype}, {shape}"
+            targets.append(verdict(what, share, SHARE_OF_HASH, " %", at_least=True))
+    header = ["dtype", "tensors x elements", OURS, "GB/s", "% of copy"]
+    return markdown("Hashes, ms", header, lines), targets
+
+
 SECTIONS = {
     "pair": (pair_section, modes_section, memory_section),
     "variants": (variants_section,),
@@ -259,6 +273,7 @@ SECTIONS = {
         part_section("divergence", "Divergence alone: ours is SKL to both sides", (LIGER_JSD,)),
     ),
     "overhead": (calls_section,),
+    "hash": (hash_section,),
 }
 
 

@@ -100,8 +100,10 @@ def hash_words_kernel(
     tl.atomic_add(row + 1, tl.sum(sum_1, 0).to(tl.int64), sem="relaxed")
 
 
-def runs_of(bits: Tensor, first: int, run: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The runs (n, 3) of a piece as address, first byte and bytes, after the width of their loads.
+def runs_of(
+    bits: Tensor, first: int, run: int, step: int
+) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+    """The runs of a piece as address, first byte and bytes, after the width of their loads.
 
     Bytes behind the last whole load are a run of their own.
     """
@@ -113,25 +115,27 @@ def runs_of(bits: Tensor, first: int, run: int, step: int) -> Iterator[tuple[int
     rest = run % width
     if width == PART.value and gcd(address - first, run - step) % VECTOR == 0:
         width = VECTOR
-    starts = np.arange(size // run)
-    whole = np.full_like(starts, run - rest)
     if run > rest:
-        yield width, np.stack([address + starts * run, first + starts * step, whole], 1)
+        runs = range(size // run)
+        yield width, [(address + i * run, first + i * step, run - rest) for i in runs]
     if rest:
-        yield 1, np.array([[address + size - rest, first + size - rest, rest]])
+        yield 1, [(address + size - rest, first + size - rest, rest)]
 
 
-def table_of(runs: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the kernel reads of runs (n, 4), in one copy that the host does not wait for.
+def table_of(
+    runs: Sequence[tuple[int, int, int, int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What the kernel reads of runs and their rows, in one copy that the host does not wait for.
 
-    Returns: (n, COLUMNS) and (programs,), int64.
+    Returns: (runs, COLUMNS) and (programs,), int64.
     """
-    first, size = runs[:, FIRST.value], runs[:, BYTES.value]
+    found = np.array(runs, dtype=np.int64)
+    first, size = found[:, FIRST.value], found[:, BYTES.value]
     blocks = (first + size - 1) // BLOCK_BYTES.value - first // BLOCK_BYTES.value + 1
     programs = -(-blocks // BLOCKS)
     before = np.cumsum(programs) - programs
     run_of = np.repeat(np.arange(len(runs)), programs)
-    table = torch.from_numpy(np.concatenate([np.column_stack([runs, before]).ravel(), run_of]))
+    table = torch.from_numpy(np.concatenate([np.column_stack([found, before]).ravel(), run_of]))
     if device.type == "cuda":
         table = table.pin_memory().to(device, non_blocking=True)
     return table[: -len(run_of)], table[-len(run_of) :]
@@ -149,14 +153,13 @@ def hash_words(
     """The words (pieces, WORDS) of contiguous pieces of one device."""
     device = pieces[0].device
     words = torch.zeros(len(pieces), WORDS.value, dtype=torch.int64, device=device)
-    by_width: dict[int, list[np.ndarray]] = {}
+    by_width: dict[int, list[tuple[int, int, int, int]]] = {}
     for row, piece in enumerate(zip(pieces, first, run, step, strict=True)):
         for width, runs in runs_of(*piece):
-            rows = np.full(len(runs), row)
-            by_width.setdefault(width, []).append(np.column_stack([runs, rows]))
+            by_width.setdefault(width, []).extend((*one, row) for one in runs)
     with on_device(device):
         for width, found in by_width.items():
-            table, run_of = table_of(np.concatenate(found), device)
+            table, run_of = table_of(found, device)
             arguments = (table, run_of, keys_on(device), words, BLOCKS, width)
             start(hash_words_kernel, (len(run_of),), WARPS, *arguments)
     return words
