@@ -23,6 +23,8 @@ TIME_OF_CROSS_ENTROPY = 2.5
 BYTES_A_ROW = 128.0
 SHARE_OF_LOSS = 3.0
 TRAINER_OVER_BARE = 5.0
+LARGEST_HASH, SHARE_OF_COPY = "200,000,000", 50.0
+SHARE_OF_STEP = 2.0
 
 
 def cases(record: dict[str, Any], group: str) -> list[dict[str, Any]]:
@@ -131,6 +133,31 @@ def exact_sum_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
     return markdown("Exact sum, microseconds", header, rows), []
 
 
+def hash_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Hashes against copies of as many bytes, which write them as well."""
+    rows, targets = [], []
+    for shape, t in medians(cases(record, "hash"), "shape").items():
+        share = 100 * t[COPY] / t[OURS]
+        rows.append([shape, *(f"{1e3 * t[peer]:.3g}" for peer in (OURS, COPY)), f"{share:.3g}"])
+        if shape.startswith(LARGEST_HASH):
+            what = f"speed of a hash, {shape}"
+            targets.append(verdict(what, share, SHARE_OF_COPY, " % of a copy", at_least=True))
+    header = ["bytes, dtype", OURS, COPY, "% of the copy's speed"]
+    return markdown("Hash, microseconds", header, rows), targets
+
+
+def recording_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """What recording adds to a training step."""
+    rows, targets = [], []
+    for size, t in medians(cases(record, "recording"), "shape").items():
+        share = 100 * t["recording"] / t["step"]
+        rows.append([size, *(f"{t[peer]:.3g}" for peer in ("step", "recording")), f"{share:.2g}"])
+        what = f"recording, share of a training step of {size} images"
+        targets.append(verdict(what, share, SHARE_OF_STEP, " %", at_least=False))
+    header = ["images", "step", "recording", "%"]
+    return markdown("Recording a step of ResNet-56, ms", header, rows), targets
+
+
 def memory_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """Bytes a row beyond inputs and gradients at the peak, and what stays when those are freed."""
     table: dict[str, dict[str, dict[str, float]]] = {}
@@ -193,6 +220,8 @@ SECTIONS = {
     "variants": variants_section,
     "overhead": overhead_section,
     "exact sum": exact_sum_section,
+    "hash": hash_section,
+    "recording": recording_section,
     "memory": memory_section,
     "trainer": trainer_section,
 }
