@@ -211,6 +211,30 @@ def test_runs_that_cannot_be_compared(tmp_path):
         ck.audit.compare(b, c)
 
 
+def test_hashes_of_other_kinds(tmp_path, monkeypatch):
+    """A trace of another HASH_SPEC: neither compared nor gone on with."""
+    run(tmp_path / "a")
+    monkeypatch.setattr(sys.modules["churn_kernels.audit.record"], "HASH_SPEC", 1)
+    run(tmp_path / "b")
+    a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
+    message = "must hold hashes of one HASH_SPEC, got 2 and 1; record both anew"
+    with pytest.raises(ck.audit.TraceError, match=message):
+        ck.audit.compare(a, b)
+    message = "was recorded with other hash_spec than this run's; name another file"
+    with pytest.raises(ck.audit.TraceError, match=message):
+        run(tmp_path / "a", resume_at=3)
+
+
+def test_a_run_that_was_killed_before_its_first_step(tmp_path):
+    run(tmp_path / "a")
+    header, *_ = (tmp_path / "a").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b").write_bytes(header + b'{"step":0')
+    a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
+    message = "b must hold a step, got none; line 2 was cut off; nothing after it counts"
+    with pytest.raises(ck.audit.TraceError, match=message):
+        ck.audit.compare(a, b)
+
+
 def test_an_existing_file_is_left_alone(tmp_path):
     run(tmp_path / "a")
     before = (tmp_path / "a").read_bytes()
@@ -246,6 +270,12 @@ def test_resuming_makes_the_trace_of_a_run_that_was_not_interrupted(tmp_path):
             optimizer.load_state_dict(state["optimizer"])
 
     run(tmp_path / "cut", steps=5, before=keep)
+    whole = (tmp_path / "cut").read_bytes()
+    (tmp_path / "cut").write_bytes(whole[:-30])  # killed while it wrote step 5
+    with pytest.raises(
+        ck.audit.TraceError, match=r"resume_at must be .* got 5, and the trace ends"
+    ):
+        run(tmp_path / "cut", resume_at=5)
     run(tmp_path / "cut", before=bring_back, resume_at=3)
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 
@@ -316,6 +346,68 @@ def test_kinds_of_tensors(tmp_path):
             optimizer.step()
         traces.append(ck.audit.Trace.load(tmp_path / name))
     assert ck.audit.compare(*traces).difference.first == "gradients"
+
+
+def differs_first(tmp_path, change):
+    """What differs first between two runs of a model of odd tensors, the second one changed."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, float("nan"), float("-inf"), -0.0]))
+            scales = torch.tensor([0.1, 0.2])
+            table = torch.quantize_per_channel(
+                torch.ones(2, 3), scales, torch.zeros(2), 0, torch.qint8
+            )
+            self.register_buffer("table", table)
+            self.register_buffer("graph", torch.eye(3).to_sparse_csr())
+
+    traces = []
+    for name in "ab":
+        model = Odd()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with ck.audit.record(tmp_path / name, model, optimizer):
+            if name == "b":
+                change(model)
+            optimizer.step()
+        traces.append(ck.audit.Trace.load(tmp_path / name))
+    difference = ck.audit.compare(*traces).difference
+    return difference and difference.first
+
+
+@pytest.mark.filterwarnings("ignore:Sparse C.. tensor support")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per")
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda model: None, None),
+        (lambda model: model.weight.data.view(torch.int32)[1].add_(1), "parameters"),  # payload
+        (lambda model: model.weight.data[2:3].neg_(), "parameters"),
+        (lambda model: model.weight.data[3:4].neg_(), "parameters"),
+        (lambda model: model.graph.values().neg_(), "buffers"),
+        (
+            lambda model: setattr(
+                model,
+                "table",
+                torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8),
+            ),
+            "buffers",
+        ),
+    ],
+)
+def test_tensors_that_are_not_finite_not_dense_or_quantised(tmp_path, change, first):
+    assert differs_first(tmp_path, change) == first
+
+
+def test_a_model_without_data_is_refused(tmp_path):
+    model = nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with (
+        pytest.raises(ValueError, match="x must hold data, got a meta tensor; pass tensors that"),
+        ck.audit.record(tmp_path / "a", model, optimizer),
+    ):
+        pass
+    optimizer.step()  # no hook is left
 
 
 # The command ------------------------------------------------------------------------------------
