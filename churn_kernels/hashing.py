@@ -82,7 +82,8 @@ def hash_words(x: Tensor, first: int = 0) -> Tensor:
         first: elements of the whole tensor, in row-major order, before the piece; a piece follows
             that order. 0 for a DTensor.
     Returns: (2,) int64 on x's device. Nothing waits for a GPU.
-    Raises: as `tensor_hash`, and ValueError for sparse and quantised tensors, and for first < 0.
+    Raises: as `tensor_hash`, and ValueError for sparse and quantised tensors, and for first < 0;
+        RuntimeError while a CUDA graph is captured, which would read what addresses hold later.
     """
     check(x)
     if not is_dense(x):
@@ -158,6 +159,8 @@ def _pieces(x: Tensor, first: int) -> list[Piece]:
 
 
 def _words_of_pieces(pieces: Sequence[Piece]) -> Tensor:
+    if pieces[0].bits.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("hashes cannot be captured in a CUDA graph; hash outside of the graph")
     op = _backend.hash_op(pieces[0].bits)
     if op is None:
         return torch.stack([words_without_a_kernel(piece) for piece in pieces])
@@ -167,7 +170,7 @@ def _words_of_pieces(pieces: Sequence[Piece]) -> Tensor:
 
 
 def words_without_a_kernel(piece: Piece) -> Tensor:
-    """The words (2,) of a piece in PyTorch's own operations: for any device, and no specification.
+    """The words (2,) of a piece in PyTorch's own operations, on any device.
 
     An element of at most four bytes lies in one part of its tensor, one of eight is two.
     """

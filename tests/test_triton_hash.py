@@ -101,6 +101,18 @@ def test_programs_of_several_blocks(monkeypatch, kernels):
             assert torch.equal(words_on_triton(x.to(DEVICE), first), want)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are of a GPU")
+def test_a_graph_is_refused():
+    x = torch.ones(10, device=DEVICE)
+    audit.hash_words(x)
+    graph = torch.cuda.CUDAGraph()
+    message = "hashes cannot be captured in a CUDA graph; hash outside of the graph"
+    with torch.cuda.graph(graph):
+        x.add_(1.0)
+        with pytest.raises(RuntimeError, match=message):
+            audit.hash_words(x)
+
+
 def test_registration():
     x = numbers(10).to(DEVICE)
     torch.library.opcheck(_ops.triton().hash_words, ([x, x[:3]], [0, 4], [40, 4], [40, 8]))

@@ -188,7 +188,6 @@ def time_hash(dtype: torch.dtype, tensors: int, moved: int, plan: Plan) -> dict[
     if plan.warm:
         steps[0]()
         return {}
-    # The table of a launch is copied from memory that is given back: no graph can replay it.
     return time_steps(steps, moved, plan, capturable=False)
 
 

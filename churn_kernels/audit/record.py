@@ -157,19 +157,19 @@ def record(
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
     """128 bits of named tensors in their order; None where one is not there."""
-    digest = hashlib.blake2b(digest_size=16)
+    kinds = []
     by_device: dict[torch.device, list[Tensor]] = {}
     for name, x in tensors:
-        digest.update(f"{name}\0".encode())
         if x is None:
-            digest.update(b"none")
+            kinds.append(f"{name}\0none\0")
             continue
         check(x)
         if not is_dense(x):
-            digest.update(tensor_hash(x).encode())
+            kinds.append(f"{name}\0{tensor_hash(x)}\0")
             continue
-        digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
+        kinds.append(f"{name}\0{x.dtype}{tuple(x.shape)}\0")
         by_device.setdefault(x.device, []).append(x)
+    digest = hashlib.blake2b("".join(kinds).encode(), digest_size=16)
     return partial(_finished, digest, [words_of(dense) for dense in by_device.values()])
 
 
