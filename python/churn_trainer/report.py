@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import os
@@ -33,7 +32,7 @@ from churn_trainer.outcomes import (
     compare,
     measure,
 )
-from churn_trainer.output import MARKER, replaced
+from churn_trainer.output import MARKER, replaced, write_csv
 from churn_trainer.paper import CITATION
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.svg import PALETTE, STYLE
@@ -152,14 +151,14 @@ def save_report(report: Report, out: Path, *, command: str = "") -> Path:
     """Writes a report that was made. Arguments, result and errors are those of `write_report`."""
     facts = _facts(report, command)
     with replaced(out) as folder:
-        _write_csv(folder / MARKER, ("name", "value"), facts.items())
-        _write_csv(folder / "runs.csv", _RUN_COLUMNS, _run_rows(report))
-        _write_csv(folder / "pairs.csv", _PAIR_COLUMNS, _pair_rows(report))
-        _write_csv(folder / "curves.csv", _CURVE_COLUMNS, _curve_rows(report))
-        _write_csv(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(report))
+        write_csv(folder / MARKER, ("name", "value"), facts.items())
+        write_csv(folder / "runs.csv", _RUN_COLUMNS, _run_rows(report))
+        write_csv(folder / "pairs.csv", _PAIR_COLUMNS, _pair_rows(report))
+        write_csv(folder / "curves.csv", _CURVE_COLUMNS, _curve_rows(report))
+        write_csv(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(report))
         for table in report.tables:
             columns = (*table.heads, *_CELL_COLUMNS)
-            _write_csv(folder / f"table-{table.number}.csv", columns, _table_rows(table))
+            write_csv(folder / f"table-{table.number}.csv", columns, _table_rows(table))
         for drawing in report.figures:
             with mpl.rc_context(STYLE):
                 for kind in ("png", "svg"):
@@ -333,10 +332,3 @@ def _table_rows(table: Table) -> Iterable[Sequence[Any]]:
             if cell is not None:
                 ours = (100 * number for number in cell.estimate[:3])
                 yield *row.heads, column, *ours, *(cell.printed or ("", ""))
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)

@@ -45,7 +45,7 @@ _Epochs = Annotated[int | None, typer.Option(help="Passes over the training rows
 _Seed = Annotated[int | None, typer.Option(help="What all randomness follows from.")]
 _WorkersOption = Annotated[
     int | None,
-    typer.Option(help="Stacks of runs trained at a time. Default: one a core, or one on a GPU."),
+    typer.Option(help="Stacks of runs trained at a time. Default: one a core, or one a GPU."),
 ]
 _Ray = Annotated[
     str | None,
@@ -260,7 +260,7 @@ def _workers(count: int | None, ray: str | None, accelerator: str) -> Workers:
     if ray is not None:
         return RayWorkers(ray, count, gpus=int(accelerator == "cuda"))
     if count is None and accelerator != "cpu" and torch.cuda.is_available():
-        count = 1
+        count = torch.cuda.device_count()
     return LocalWorkers(_cores() if count is None else count)
 
 
