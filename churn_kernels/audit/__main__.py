@@ -1,110 +1,149 @@
-"""`churn-audit diff A B` and `churn-audit selftest`."""
+"""`churn-audit diff A B`, `churn-audit run TARGET` and `churn-audit selftest`."""
 
 import argparse
-import json
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
-from churn_kernels.audit.compare import Comparison, compare
-from churn_kernels.audit.selftest import Trial, selftest
+from churn_kernels.audit import data, text
+from churn_kernels.audit.compare import compare
+from churn_kernels.audit.examine import examine
+from churn_kernels.audit.page import page
+from churn_kernels.audit.replay import ReplayError, load_target, replay
+from churn_kernels.audit.selftest import selftest
 from churn_kernels.audit.trace import Trace, TraceError
+from churn_kernels.files import write_atomically
 
-SAME, DIFFERENT, UNUSABLE = 0, 1, 2
+SAME, DIFFERENT, UNUSABLE, INCONCLUSIVE = 0, 1, 2, 3
+_STATUS = {"none": SAME, "unexplained": INCONCLUSIVE}  # of a verdict; all others: DIFFERENT
+
+_TARGET = """TARGET is package.module:function or path/to/file.py:function: a function that takes a
+device's name and returns a churn_kernels.audit.Training. Its module is run, so name none that you
+do not trust."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 for equal runs, 1 for others, 2 for no answer."""
+    """Run one command.
+
+    Returns: the exit status. 0: no difference; 1: a difference; 2: no answer, for wrong input, a
+        file that cannot be read or written, or an error in the target; 3: runs differ, and no
+        replay of the step does.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except (OSError, ReplayError, TraceError) as error:
+        print(f"churn-audit: {error}", file=sys.stderr)
+    except Exception:  # the target's own; its traceback says most
+        traceback.print_exc()
+    return UNUSABLE
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="churn-audit", description="Find out where two recorded runs part ways."
+        prog="churn-audit",
+        description="Find out where, when and why two runs part ways.",
+        epilog="Exit status: 0 for no difference, 1 for one, 2 if the question has no answer "
+        "(wrong input, a file, an error in the target), 3 if runs differ and no replay of the step "
+        "does.",
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     diff = commands.add_parser(
         "diff",
         help="the first step, and what in it, that differs between two traces",
         description="The first difference between two traces that churn_kernels.audit.record "
-        "wrote. Exit status: 0 if all steps that both have are the same, 1 if not, 2 if the "
-        "question has no answer.",
+        "wrote; with --replay also the operator that makes it.",
     )
     diff.add_argument("a", help="a trace")
     diff.add_argument("b", help="another one, of the same model")
-    commands.add_parser(
+    diff.add_argument("--replay", metavar="TARGET", help=f"run the step again: {_TARGET}")
+    diff.add_argument(
+        "--device", nargs="+", default=["cpu"], help="where to; two take turns (cpu cuda)"
+    )
+    run = commands.add_parser(
+        "run",
+        help="whether replays of a training part, where, why, and what becomes of a difference",
+        description="Runs a training in pairs, replays a step operator by operator, puts it under "
+        "stress, swaps suspects for deterministic twins, and follows a flip of one unit in the "
+        "last place.",
+    )
+    run.add_argument("target", help=_TARGET)
+    run.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="for audit.html and audit.json")
+    for command in (diff, run):
+        _add_count(command, "--replays", 20, "of the one step", least=2)
+        command.add_argument("--json", action="store_true", help="as JSON, for programs")
+    _add_count(run, "--pairs", 8, "of replays for each measurement", least=2)
+    _add_count(run, "--steps", 10, "of each pair")
+    _add_count(run, "--amplify-steps", 100, "over which the flip is followed")
+    _add_count(run, "--inject-at", 1, "the step before which it happens")
+    check = commands.add_parser(
         "selftest",
         help="plant racy operators, and see whether the audit names them",
         description="Plants a sum whose order follows thread timing in a forward pass, a backward "
         "pass, an optimizer and the data's order, and an exact one. Exit status: 0 if the audit "
         "was right about each, 1 if not.",
     )
-    diff.add_argument("--json", action="store_true", help="as JSON, for programs")
-    options = parser.parse_args(arguments)
-    if options.command == "selftest":
-        trials = selftest()
-        print("\n".join(map(as_line, trials)))
-        return SAME if all(trial.passed for trial in trials) else DIFFERENT
-    try:
-        found = compare(Trace.load(options.a), Trace.load(options.b))
-    except (OSError, TraceError) as error:
-        print(f"churn-audit: {error}", file=sys.stderr)
-        return UNUSABLE
-    print(json.dumps(as_data(found), indent=2) if options.json else as_text(found))
-    return SAME if found.difference is None else DIFFERENT
+    for command, function in ((diff, _diff), (run, _run), (check, _selftest)):
+        command.set_defaults(command=function)
+    return parser
 
 
-def as_line(trial: Trial) -> str:
-    """One planted operator, and what became of it."""
-    found, passed = trial.finding, "right" if trial.passed else "WRONG"
-    planted = "an exact sum" if trial.place == "nowhere" else f"a race in {trial.place}"
-    if found.operation is None:
-        said = f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps"
-        return f"{passed}: {planted}: {said}"
-    where = found.operation.module or "no module"
-    what = "given other inputs" if found.verdict == "input" else "other outputs of equal inputs"
-    return f"{passed}: {planted}: {found.operation.name} ({where}): {what}"
+def _add_count(
+    command: argparse.ArgumentParser, name: str, default: int, what: str, least: int = 1
+) -> None:
+    def count(value: str) -> int:
+        if not value.isdecimal() or int(value) < least:
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, got {value!r}")
+        return int(value)
+
+    command.add_argument(
+        name, type=count, default=default, metavar="N", help=f"{what} (default: {default})"
+    )
 
 
-def as_data(found: Comparison) -> dict[str, Any]:
-    """A comparison as plain data."""
-    difference = found.difference
-    return {
-        "same": difference is None,
-        "steps_compared": found.steps,
-        "step": difference and difference.step,
-        "first": difference and difference.first,
-        "also": difference.also if difference else [],
-        "same_in_step": difference.same if difference else [],
-        "ran_on": {name: list(pair) for name, pair in found.settings.items()},
-        "traces": [
-            {
-                "path": str(trace.path),
-                "steps": trace.steps[-1].number,
-                "damage": trace.damage,
-                "manifest_hash": trace.header["manifest_hash"],
-            }
-            for trace in (found.a, found.b)
-        ],
-    }
+def _diff(options: argparse.Namespace) -> int:
+    found = compare(Trace.load(options.a), Trace.load(options.b))
+    content, lines = data.of_comparison(found), [text.of_comparison(found)]
+    status = SAME if found.difference is None else DIFFERENT
+    if options.replay and found.difference is not None:
+        build = load_target(options.replay)
+        replayed = replay(found, build, devices=options.device, replays=options.replays)
+        content["replay"] = data.of_replayed(replayed)
+        lines.append(text.of_replayed(replayed))
+        if replayed.finding.verdict == "none":
+            status = INCONCLUSIVE
+    print(data.as_json(content) if options.json else "\n".join(lines))
+    return status
 
 
-def as_text(found: Comparison) -> str:
-    """A comparison for people: the verdict, then what it rests on."""
-    difference = found.difference
-    last = min(found.a.steps[-1].number, found.b.steps[-1].number)
-    if difference is None:
-        lines = [f"the runs have the same bits in all {last} steps that both have"]
-    else:
-        where = "before the first step" if difference.step == 0 else f"in step {difference.step}"
-        lines = [f"the runs part ways {where}: {difference.first}"]
-        lines.append(f"  {difference.meaning}")
-        lines.append(f"  also differs: {', '.join(difference.also) or 'nothing'}")
-        lines.append(f"  still the same: {', '.join(difference.same) or 'nothing'}")
-    for name, (a, b) in found.settings.items():
-        lines.append(f"ran on another {name}: {a} and {b}")
-    if not found.settings:
-        lines.append(f"ran on the same: {found.a.header['manifest_hash']}")
-    for trace in (found.a, found.b):
-        damage = f"; {trace.damage}" if trace.damage else ""
-        lines.append(f"{trace.path}: {trace.steps[-1].number} steps{damage}")
-    return "\n".join(lines)
+def _run(options: argparse.Namespace) -> int:
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
+    found = examine(
+        load_target(options.target),
+        device=options.device,
+        replays=options.replays,
+        pairs=options.pairs,
+        steps=options.steps,
+        amplify_steps=options.amplify_steps,
+        inject_at=options.inject_at,
+        tell=lambda what: print(f"churn-audit: {what}", file=sys.stderr),
+    )
+    status = _STATUS.get(found.verdict, DIFFERENT)
+    as_json = data.as_json(data.of_examination(found, options.target, status))
+    print(as_json if options.json else text.of_examination(found, options.target), flush=True)
+    if options.out:
+        write_atomically(options.out / "audit.json", as_json.encode() + b"\n")
+        write_atomically(options.out / "audit.html", page(found, options.target).encode())
+    return status
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    trials = selftest()
+    print("\n".join(map(text.of_trial, trials)))
+    return SAME if all(trial.passed for trial in trials) else DIFFERENT
 
 
 if __name__ == "__main__":

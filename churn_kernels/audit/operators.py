@@ -5,17 +5,13 @@ and what came out, forward, backward and in the optimizer. Of two logs the first
 inputs agree and whose outputs differ is the cause; what differs after it, it made so.
 """
 
-import copy
-import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 from churn_kernels.hashing import tensor_hash
 
 _LIBRARIES = ("torch.", "churn_kernels.audit.operators", "churn_kernels._", "contextlib")
-_PLAIN = (int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
+# Devices are left out: what is computed on two can be compared.
+_PLAIN = (int, float, complex, str, torch.dtype, torch.layout, type(None))
 # What these return was not written yet.
 _UNWRITTEN = {
     "aten::empty",
@@ -117,10 +114,7 @@ class OperatorLog(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             inputs.append(tensor_hash(_generator_state(given, kwargs)))
         result = func(*args, **kwargs)
-        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        outputs += [x for x in _written(func, args, kwargs) if all(x is not y for y in outputs)]
-        if func._schema.name in _UNWRITTEN:
-            outputs = []
+        outputs = written_tensors(func, args, kwargs, result)
         if len(self.operations) == self._keep:
             self.kept = [x.detach().clone() for x in outputs]
         module, phase, source = self._where()
@@ -159,12 +153,22 @@ def _only_looks(func: Any) -> bool:
     )
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments that an operator writes to."""
+def written_tensors(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> list[Tensor]:
+    """What a call of an operator returned, and which of its arguments it has written to."""
+    if func._schema.name in _UNWRITTEN:
+        return []
+    found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            yield from (x for x in tree_leaves(value) if isinstance(x, Tensor))
+            found += [
+                x
+                for x in tree_leaves(value)
+                if isinstance(x, Tensor) and all(x is not y for y in found)
+            ]
+    return found
 
 
 def _generator_state(given: list[Tensor], kwargs: dict[str, Any]) -> Tensor:
@@ -253,20 +257,28 @@ class Finding:
             given different inputs that no operator made: data, or memory written from outside.
             "sequence": the replays called different operators. "none": all replays were the same.
         index: of the operation in the step, from 0; -1 with "none".
-        operation: the operation, as the first replay has it; None with "none".
-        other: the same call in the replay that differs.
+        log: all operations of the first replay.
+        other_log: those of the replay that differs; with "none", of the last one.
         outputs: how its outputs differ, one for each; empty where they could not be caught twice.
-        operations: calls of operators in the step.
         replays: how often the step was run until two differed.
     """
 
     verdict: str
     index: int
-    operation: Operation | None
-    other: Operation | None
+    log: list[Operation]
+    other_log: list[Operation]
     outputs: list[Differences | None]
-    operations: int
     replays: int
+
+    @property
+    def operation(self) -> Operation | None:
+        """The operation, as the first replay has it; None with "none", or where it has ended."""
+        return self.log[self.index] if 0 <= self.index < len(self.log) else None
+
+    @property
+    def other(self) -> Operation | None:
+        """The same call in the replay that differs."""
+        return self.other_log[self.index] if 0 <= self.index < len(self.other_log) else None
 
     @property
     def bound(self) -> float:
@@ -295,33 +307,42 @@ def find_operator(
     Returns: a `Finding`. Every operator's tensors are hashed, so a step takes many times as long.
     Raises: ValueError for fewer than two replays.
     """
+
+    def run(replay: int, keep: int) -> OperatorLog:
+        restore()
+        with around(replay), OperatorLog(model, keep) as log:
+            step()
+        return log
+
+    return first_difference(run, replays)
+
+
+def first_difference(run: Callable[[int, int], OperatorLog], replays: int) -> Finding:
+    """The first difference between replays of any kind, on one device or on two.
+
+    Args:
+        run: logs the replay of a number from 0, keeping the outputs of the operation of an index,
+            which may be -1 for none.
+        replays: as of `find_operator`.
+    Raises: ValueError for fewer than two replays.
+    """
     if replays < 2:
         raise ValueError(
             f"replays must be at least 2, got {replays}; one has nothing to differ from"
         )
-
-    numbers = count()
-
-    def run(keep: int = -1) -> OperatorLog:
-        restore()
-        with around(next(numbers)), OperatorLog(model, keep) as log:
-            step()
-        return log
-
-    first = run().operations
-    for runs in range(2, replays + 1):
-        again = run().operations
-        found = _first_difference(first, again)
+    first = again = run(0, -1).operations
+    for replay in range(1, replays):
+        again = run(replay, -1).operations
+        found = _where_logs_part(first, again)
         if found is None:
             continue
         verdict, index = found
-        outputs = _catch(run, index, replays) if verdict == "operator" else []
-        one, other = (log[index] if index < len(log) else None for log in (first, again))
-        return Finding(verdict, index, one, other, outputs, len(first), runs)
-    return Finding("none", -1, None, None, [], len(first), replays)
+        outputs = _catch(run, index, replay, replays) if verdict == "operator" else []
+        return Finding(verdict, index, first, again, outputs, replay + 1)
+    return Finding("none", -1, first, again, [], replays)
 
 
-def _first_difference(a: list[Operation], b: list[Operation]) -> tuple[str, int] | None:
+def _where_logs_part(a: list[Operation], b: list[Operation]) -> tuple[str, int] | None:
     for index, (one, other) in enumerate(zip(a, b, strict=False)):
         if (one.name, one.tensors) != (other.name, other.tensors):
             return "sequence", index
@@ -332,39 +353,15 @@ def _first_difference(a: list[Operation], b: list[Operation]) -> tuple[str, int]
     return None if len(a) == len(b) else ("sequence", min(len(a), len(b)))
 
 
-def _catch(run: Callable[[int], OperatorLog], index: int, replays: int) -> list[Differences | None]:
+def _catch(
+    run: Callable[[int, int], OperatorLog], index: int, differed: int, replays: int
+) -> list[Differences | None]:
     """The operation's outputs in two more replays that differ, side by side."""
-    kept = run(index).kept
-    for _ in range(max(replays, 10)):
-        again = run(index).kept
+    kept = run(0, index).kept
+    for replay in range(differed, differed + max(replays, 10)):
+        again = run(replay, index).kept
         if len(kept) == len(again):
             found = [differences(a, b) for a, b in zip(kept, again, strict=True)]
             if any(found):
                 return found
     return []
-
-
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that brings a model, its optimizer and the random states back to what they are.
-
-    For `find_operator`, where a copy of the state fits into memory.
-    """
-    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    of_torch = torch.get_rng_state()
-    of_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore() -> None:
-        of_model, of_optimizer = copy.deepcopy(state)
-        model.load_state_dict(of_model)
-        optimizer.load_state_dict(of_optimizer)
-        for p, gradient in zip(model.parameters(), gradients, strict=True):
-            p.grad = None if gradient is None else gradient.clone()
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        torch.set_rng_state(of_torch)
-        if of_gpus:
-            torch.cuda.set_rng_state_all(of_gpus)
-
-    return restore

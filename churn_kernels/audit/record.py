@@ -132,13 +132,9 @@ def record(
         resumed at that step by this model; OSError if it cannot be written.
     """
     found = manifest()
-    tensors = [
-        [name, str(x.dtype), list(x.shape)]
-        for name, x in (*model.named_parameters(), *model.named_buffers())
-    ]
     header = {
         "hash_spec": HASH_SPEC,
-        "tensors": tensors,
+        "tensors": recorded_tensors(model),
         "optimizer": type(optimizer).__name__,
         "manifest_hash": manifest_hash(found),
         "manifest": found,
@@ -153,6 +149,14 @@ def record(
         yield recorder
     finally:
         recorder.close()
+
+
+def recorded_tensors(model: torch.nn.Module) -> list[list[Any]]:
+    """Name, dtype and shape of everything in a model that is recorded."""
+    return [
+        [name, str(x.dtype), list(x.shape)]
+        for name, x in (*model.named_parameters(), *model.named_buffers())
+    ]
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from churn_kernels.audit.operators import Finding, find_operator, snapshot
+from churn_kernels.audit.operators import Finding, find_operator
+from churn_kernels.audit.state import snapshot
 from churn_kernels.exact import exact_sum
 
 PARTS = 24

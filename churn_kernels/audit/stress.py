@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.operators import Differences, Finding, differences, find_operator
+from churn_kernels.audit.settings import onednn, thread_count
 
 Around = Callable[[int], AbstractContextManager[Any]]
 
@@ -27,26 +28,13 @@ class Stressed:
     finding: Finding
 
 
-@contextmanager
-def _threads(replay: int) -> Iterator[None]:
+def _threads(replay: int) -> AbstractContextManager[None]:
     """One thread, or all of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if replay % 2 else max(2, before))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return thread_count(1 if replay % 2 else max(2, torch.get_num_threads()))
 
 
-@contextmanager
-def _onednn(replay: int) -> Iterator[None]:
-    """With oneDNN, or with PyTorch's own kernels in its place."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(before and replay % 2 == 0)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+def _onednn(replay: int) -> AbstractContextManager[None]:
+    return onednn(torch._C._get_mkldnn_enabled() and replay % 2 == 0)
 
 
 @contextmanager

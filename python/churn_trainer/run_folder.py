@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from churn_kernels.files import write_atomically
 from churn_trainer.checkpoint import load_tensors, save_tensors
 from churn_trainer.config import Run
-from churn_trainer.output import csv_text, write_atomically
+from churn_trainer.output import csv_text
 
 CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "curves.csv"
 WEIGHTS, CHECKPOINT, LOCK = "weights.pt", "checkpoint.pt", ".lock"

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from churn_kernels.files import write_atomically
 from churn_trainer.config import Study
-from churn_trainer.output import write_atomically
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all

@@ -19,12 +19,12 @@ from churn_trainer.checkpoint import Checkpoint, load_tensors, save_tensors
 from churn_trainer.config import Model, Optimisation, Seeds
 from churn_trainer.data import digits
 from churn_trainer.loop import fit
-from churn_trainer.output import write_atomically
 from churn_trainer.run_folder import Busy, RunFolder, read_runs
 from churn_trainer.settings import to_toml
 from churn_trainer.train import Options, train
 from small_study import small_run
 
+from churn_kernels.files import write_atomically
 from churn_kernels.metrics import churn_report
 
 FILES = {"config.json", "metrics.json", "logits.npz", "curves.csv", "weights.pt", ".lock"}
@@ -344,7 +344,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("churn_trainer.output.os.fsync", full)
+    monkeypatch.setattr("churn_kernels.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(target, b"new")
     assert target.read_bytes() == b"old"

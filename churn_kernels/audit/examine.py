@@ -1,0 +1,205 @@
+"""The whole audit of one training: whether replays part, where, why, and what becomes of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from churn_kernels.audit.amplify import Amplification, amplify, check_injection
+from churn_kernels.audit.attribute import STRESS, Attribution, attribute, together
+from churn_kernels.audit.manifest import manifest
+from churn_kernels.audit.operators import Finding
+from churn_kernels.audit.pairs import Pair, run_pair
+from churn_kernels.audit.replay import Build, ReplayError, Training, built, find_in_step
+from churn_kernels.audit.stress import AXES
+from churn_kernels.audit.twins import Pins
+
+MOST_OPERATORS = 8
+"""Operators that race, after which no more are looked for."""
+
+STRESS_REPLAYS = 4
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What one axis of stress showed.
+
+    Attributes:
+        name: in `AXES`; or "batch", computed in two parts; or "device", a CPU against a GPU.
+        finding: of replays with and without it; None for "batch" and where it was skipped.
+        pair: of "batch": a step with and without it, after which parameters may differ.
+        skipped: why it was; "" if it was not.
+    """
+
+    name: str
+    finding: Finding | None = None
+    pair: Pair | None = None
+    skipped: str = ""
+
+    @property
+    def shows(self) -> bool:
+        """Whether a bit depends on it."""
+        if self.pair is not None:
+            return self.pair.step is not None
+        return self.finding is not None and self.finding.verdict != "none"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What `examine` found.
+
+    Attributes:
+        device: of the training.
+        pairs: replays of the first steps, two at a time, as they are.
+        step: the step that was replayed: the first in which a pair parted, or the last of these.
+        finding: of its replays.
+        operators: names of all operators that race in it: with those before it pinned, each is the
+            first that makes other outputs of equal inputs.
+        axes: what stress showed, with these operators pinned.
+        attribution: shares of the divergence of the replays; or, where they do not part, of the
+            divergence between the axes that showed; None where nothing did.
+        amplification: of one unit in the last place, with the operators that race pinned.
+        manifest: what it all ran on.
+    """
+
+    device: str
+    pairs: list[Pair]
+    step: int
+    finding: Finding
+    operators: list[str]
+    axes: list[Axis]
+    attribution: Attribution | None
+    amplification: Amplification
+    manifest: dict[str, Any]
+
+    @property
+    def verdict(self) -> str:
+        """That of the finding; but "unexplained" if pairs part and no replay of the step does."""
+        if self.finding.verdict == "none" and any(pair.step is not None for pair in self.pairs):
+            return "unexplained"
+        return self.finding.verdict
+
+
+def examine(
+    build: Build,
+    *,
+    device: str = "cpu",
+    replays: int = 20,
+    pairs: int = 8,
+    steps: int = 10,
+    amplify_steps: int = 100,
+    inject_at: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Examination:
+    """Find out whether replays of a training part, where, why, and what becomes of a difference.
+
+    1. Pairs of replays, as they are, run side by side; the first step in which one parts is
+       replayed with every operator logged, until those that race are known (`find_operator`).
+    2. The same step under each axis of stress (`stress`), and on a CPU against a GPU if there is
+       one.
+    3. Suspects are swapped for deterministic twins, one at a time (`attribute`).
+    4. One unit in the last place is flipped, and followed (`amplify`).
+
+    Args:
+        build: builds the training.
+        device: where it is examined.
+        replays: of the one step.
+        pairs: for each measurement.
+        steps: of each pair, in 1. and 3.
+        amplify_steps, inject_at: of 4.
+        tell: is told what comes next.
+    Raises: ReplayError if two builds differ before the first step, and as `attribute` and
+        `amplify`; ValueError as `find_operator`.
+    """
+    check_injection(amplify_steps, inject_at)
+    tell(f"{pairs} pairs of {steps} steps, as they are")
+    plain = [run_pair(build, steps, device=device) for _ in range(pairs)]
+    for pair in plain:
+        if pair.step == 0:
+            raise ReplayError(
+                f"target must build the same training each time, got another {pair.what} before "
+                f"the first step; seed the random states in it"
+            )
+    step = min((pair.step for pair in plain if pair.step), default=steps)
+    training = built(build, device, step)
+    tell(f"{replays} replays of step {step}, operator by operator")
+    finding = find_in_step([training], step, replays=replays)
+    operators = _all_operators(training, step, finding, replays)
+    parted = finding.verdict != "none" or any(pair.step is not None for pair in plain)
+    axes = [
+        _try_axis(name, build, training, device, step, operators, finding, tell)
+        for name in (*(name for name in AXES if name != "nothing"), "batch", "device")
+    ]
+    apart = [axis.name for axis in axes if axis.shows and axis.name in STRESS]
+    attribution = None
+    if parted or apart:
+        shown = [finding, *(axis.finding for axis in axes if axis.name in apart and axis.finding)]
+        suspected = [f.operation.name for f in shown if f.verdict == "operator" and f.operation]
+        attribution = attribute(
+            build,
+            steps,
+            pairs=pairs,
+            apart=() if parted else apart,
+            operators=operators or list(dict.fromkeys(suspected)),
+            device=device,
+            tell=tell,
+        )
+    amplification = amplify(
+        build,
+        amplify_steps,
+        inject_at=inject_at,
+        pairs=pairs,
+        device=device,
+        around=Pins(operators),
+        tell=tell,
+    )
+    return Examination(
+        device, plain, step, finding, operators, axes, attribution, amplification, manifest()
+    )
+
+
+def _all_operators(training: Training, step: int, finding: Finding, replays: int) -> list[str]:
+    """Names of operators that race: each found with those before it pinned."""
+    names: list[str] = []
+    while finding.verdict == "operator" and len(names) < MOST_OPERATORS:
+        assert finding.operation is not None
+        if finding.operation.name in names:
+            break  # it could not be pinned
+        names.append(finding.operation.name)
+        finding = find_in_step([training], step, replays=replays, around=Pins(names))
+    return names
+
+
+def _try_axis(
+    name: str,
+    build: Build,
+    training: Training,
+    device: str,
+    step: int,
+    operators: list[str],
+    finding: Finding,
+    tell: Callable[[str], None],
+) -> Axis:
+    if finding.verdict in ("input", "sequence"):
+        return Axis(name, skipped="replays part without it, and no operator to pin makes them")
+    if name == "device" and not torch.cuda.is_available():
+        return Axis(name, skipped="there is no CUDA device")
+    tell(f"step {step} under stress: {name}")
+    pins = Pins(operators)
+    if name == "device":
+        other = built(build, "cpu" if device != "cpu" else "cuda", step)
+        return Axis(name, find_in_step([training, other], step, replays=2, around=pins))
+
+    around = together([STRESS[name], pins])
+    if name == "batch":
+        return Axis(name, pair=run_pair(build, 1, device=device, around=around))
+    return Axis(
+        name,
+        find_in_step(
+            [training],
+            step,
+            replays=STRESS_REPLAYS,
+            around=lambda replay: around(replay, training.model),
+        ),
+    )

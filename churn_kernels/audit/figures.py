@@ -1,0 +1,154 @@
+"""The figures of an audit's page."""
+
+import math
+from itertools import groupby
+
+from churn_kernels.audit.attribute import Share
+from churn_kernels.audit.operators import Differences, Finding
+from churn_kernels.audit.pairs import Pair
+from churn_kernels.audit.svg import Drawing
+from churn_kernels.audit.text import bucket
+
+WIDTH = 900
+LEFT, RIGHT, TOP, BOTTOM = 64, 20, 26, 40
+MOST_POINTS = 600
+LANES = {"forward": "forward", "backward": "backward", "": "other"}
+
+
+def amplification(flipped: list[Pair], plain: list[Pair], inject_at: int) -> str:
+    """Parameter distance against the step, of pairs with a flip and of pairs as they are."""
+    drawing = Drawing(WIDTH, 340, "Distance of the parameters against the step")
+    curves = [pair.distances for pair in (*flipped, *plain)]
+    seen = [d for curve in curves for d in curve if 0 < d < math.inf]
+    low = math.floor(math.log10(min(seen, default=1e-8)))
+    high = max(math.ceil(math.log10(max(seen, default=1.0))), low + 1)
+    last = max(map(len, curves)) - 1
+    bottom, right = 340 - BOTTOM, WIDTH - RIGHT
+
+    def x(step: float) -> float:
+        return LEFT + step / last * (right - LEFT)
+
+    def y(distance: float) -> float:
+        return bottom - (math.log10(distance) - low) / (high - low) * (bottom - TOP)
+
+    for power in range(low, high + 1, max(1, (high - low) // 6)):
+        drawing.line([(LEFT, y(10.0**power)), (right, y(10.0**power))], "grid")
+        drawing.text(LEFT - 8, y(10.0**power) + 4, f"1e{power}", "end", "muted")
+    between = _round_step(last / 8)
+    for step in range(0, last + 1, between):
+        drawing.text(x(step), bottom + 18, str(step), "middle", "muted")
+    drawing.text(right, bottom + 35, "step", "end", "muted")
+    drawing.text(LEFT, TOP - 12, "distance of the parameters, L2", "start", "muted")
+    for pairs, kind in ((plain, "plain"), (flipped, "accent")):
+        for pair in pairs:
+            _curve(
+                drawing, [(x(n), y(d)) if 0 < d < math.inf else None for n, d in _thin(pair)], kind
+            )
+    flips = [pair.first_flip for pair in flipped if pair.first_flip is not None]
+    if flips:
+        first = min(flips)
+        drawing.line([(x(first), TOP), (x(first), bottom)], "mark")
+        side = "end" if first > last / 2 else "start"
+        space = -6 if side == "end" else 6
+        drawing.text(x(first) + space, TOP + 12, f"first prediction flips: step {first}", side)
+    drawing.line([(x(inject_at - 1), bottom - 8), (x(inject_at - 1), bottom)], "mark")
+    return str(drawing)
+
+
+def ulps(found: Differences) -> str:
+    """How many elements differ by how many units in the last place."""
+    drawing = Drawing(WIDTH, 240, "Elements by the units in the last place that they differ by")
+    first, last = (bound.bit_length() - 1 for bound in (min(found.ulps), max(found.ulps)))
+    buckets = [1 << power for power in range(first, last + 1)]
+    most, bottom = max(found.ulps.values()), 240 - BOTTOM
+    width = min(90.0, (WIDTH - LEFT - RIGHT) / len(buckets))
+    for place, least in enumerate(buckets):
+        count = found.ulps.get(least, 0)
+        height = count / most * (bottom - TOP)
+        left = LEFT + place * width
+        label = bucket(least) if least < 1024 else f"2^{least.bit_length() - 1}"
+        drawing.box(
+            left + 3, bottom - height, width - 6, height, "accent", f"{bucket(least)} ulp: {count}"
+        )
+        drawing.text(left + width / 2, bottom - height - 6, str(count) if count else "", "middle")
+        if len(buckets) <= 12 or place % 3 == 0:
+            drawing.text(left + width / 2, bottom + 18, label, "middle", "muted")
+    drawing.line([(LEFT, bottom), (LEFT + width * len(buckets), bottom)], "axis")
+    drawing.text(LEFT, bottom + 35, "units in the last place", "start", "muted")
+    return str(drawing)
+
+
+def timeline(found: Finding) -> str:
+    """The operations of a step in their order, by phase: the same, the first, those after it."""
+    drawing = Drawing(WIDTH, 196, "Operations of the step in the order of execution")
+    width = (WIDTH - LEFT - RIGHT) / max(1, len(found.log))
+    rows = {phase: TOP + 14 + 42 * row for row, phase in enumerate(LANES)}
+    for phase, name in LANES.items():
+        drawing.text(LEFT - 8, rows[phase] + 20, name, "end", "muted")
+    states = [(one.phase, _state(found, i), i) for i, one in enumerate(found.log)]
+    for (phase, state), several in groupby(states, lambda one: one[:2]):
+        places = [place for *_, place in several]
+        named = found.log[places[0]].name
+        title = named if len(places) == 1 else f"{len(places)} operations from {named}"
+        size = max(1.2, width * len(places) - (0.6 if width > 2 else 0))
+        drawing.box(LEFT + width * places[0], rows[phase], size, 30, state, title)
+    if found.operation:
+        x = LEFT + width * (found.index + 0.5)
+        drawing.line([(x, TOP), (x, 160)], "mark")
+        side = "end" if x > WIDTH / 2 else "start"
+        drawing.text(x + (-6 if side == "end" else 6), TOP + 6, found.operation.name, side)
+    drawing.text(LEFT, 184, "1", "start", "muted")
+    drawing.text(WIDTH - RIGHT, 184, f"operation {len(found.log)}", "end", "muted")
+    return str(drawing)
+
+
+def shares(found: list[Share]) -> str:
+    """What each twin removes of the divergence, with its interval."""
+    height, left, right = 44 + 34 * len(found), 300, WIDTH - 90
+    drawing = Drawing(WIDTH, height, "Share of the divergence that a twin of each suspect removes")
+    lowest = min(0.0, *(one.share.low for one in found if not math.isnan(one.share.low)), 0.0)
+    low = max(-1.0, math.floor(lowest * 4) / 4)
+
+    def x(share: float) -> float:
+        return left + (min(1.0, max(low, share)) - low) / (1 - low) * (right - left)
+
+    for quarter in range(round(low * 4), 5):
+        share = quarter / 4
+        drawing.line([(x(share), 8), (x(share), height - 32)], "axis" if quarter == 0 else "grid")
+        drawing.text(x(share), height - 14, f"{share:.0%}", "middle", "muted")
+    for row, one in enumerate(found):
+        y = 26 + 34 * row
+        name = one.suspect if len(one.suspect) <= 40 else f"{one.suspect[:39]}…"
+        drawing.text(left - 14, y + 4, name, "end")
+        if not math.isnan(one.share.low):
+            drawing.line([(x(one.share.low), y), (x(one.share.high), y)], "interval")
+        drawing.dot(x(one.share.mean), y, "accent")
+        drawing.text(right + 14, y + 4, f"{one.share.mean:.0%}", "start")
+    return str(drawing)
+
+
+def _curve(drawing: Drawing, points: list[tuple[float, float] | None], kind: str) -> None:
+    """Lines between points, with gaps where there are none."""
+    for there, part in groupby(points, lambda point: point is not None):
+        if there:
+            drawing.line([point for point in part if point], kind)
+
+
+def _thin(pair: Pair) -> list[tuple[int, float]]:
+    """Not more points than a line can show."""
+    every = max(1, len(pair.distances) // MOST_POINTS)
+    return [(n, pair.distances[n]) for n in range(0, len(pair.distances), every)]
+
+
+def _round_step(least: float) -> int:
+    """1, 2 or 5 times a power of ten, from `least` on."""
+    power = 10 ** max(0, math.floor(math.log10(max(1.0, least))))
+    return next(power * n for n in (1, 2, 5, 10) if power * n >= least)
+
+
+def _state(found: Finding, place: int) -> str:
+    if place == found.index:
+        return "first"
+    if found.index < 0 or place < found.index or place >= len(found.other_log):
+        return "same"
+    return "same" if found.log[place].outputs == found.other_log[place].outputs else "after"

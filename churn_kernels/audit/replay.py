@@ -1,0 +1,248 @@
+"""Trainings that can be run again, and the replay of the step in which two of them part."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from churn_kernels.audit.compare import Comparison
+from churn_kernels.audit.operators import Finding, OperatorLog, first_difference
+from churn_kernels.audit.record import (
+    optimizer_hash,
+    random_state_hash,
+    recorded_tensors,
+    tensors_hash,
+)
+from churn_kernels.audit.settings import as_recorded
+from churn_kernels.audit.state import snapshot
+
+
+class ReplayError(ValueError):
+    """A target that cannot be imported or built, or a replay that cannot be."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that can be run again.
+
+    Attributes:
+        model, optimizer: as they are before the first step.
+        step: step(n) runs the n-th step, counting from 1: forward, backward, optimizer. What it
+            does follows from n, the model, the optimizer and the global random states alone, so it
+            picks its batch by n.
+        predict: returns the logits, (N, C), of rows that stay the same; None: the audit compares no
+            predictions.
+        resume: resume(n) loads the nearest checkpoint before step n, random states included, and
+            returns the number of the last step it has seen; None: replays begin at step 1.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[int], Any]
+    predict: Callable[[], Tensor] | None = None
+    resume: Callable[[int], int] | None = None
+
+
+Build = Callable[[str], Training]
+"""What a target is: build(device) seeds the random states and makes a `Training` there."""
+
+
+def load_target(target: str) -> Build:
+    """Import the function that builds a training.
+
+    Args:
+        target: "package.module:function" or "path/to/file.py:function". Its module is run, as any
+            import does, with the current folder among the places it imports from.
+    Raises: ReplayError if there is no such function. What the module itself raises comes through.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise ReplayError(
+            f"target must be package.module:function or path/to/file.py:function, got {target!r}; "
+            f"name the function that builds the training"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
+    build = getattr(module, name, None)
+    if not callable(build):
+        raise ReplayError(
+            f"target must name a function of {place}, got {name!r}, which is "
+            f"{'not there' if build is None else type(build).__name__}; define {name}(device)"
+        )
+    return build
+
+
+def _module_of_name(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that the target itself imports
+        raise ReplayError(
+            f"target must name a module that can be imported from {os.getcwd()}, got {name!r}; "
+            f"check its spelling, or name its file"
+        ) from None
+
+
+def _module_of_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ReplayError(f"target must name a file that exists, got {path}; check the path")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # where dataclasses and pickle look for it
+    sys.path.insert(0, str(path.parent.absolute()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def built(build: Build, device: str, before: int = 1) -> Training:
+    """A training on a device, as it is before a step.
+
+    Raises: ReplayError if it is no `Training`, or if its `resume` goes too far.
+    """
+    training = build(device)
+    if not isinstance(training, Training):
+        raise ReplayError(
+            f"target must return a churn_kernels.audit.Training, got {type(training).__name__}; "
+            f"return Training(model, optimizer, step)"
+        )
+    done = training.resume(before) if training.resume else 0
+    if not 0 <= done < before:
+        raise ReplayError(
+            f"resume({before}) must return a step from 0 to {before - 1}, got {done}; load a "
+            f"checkpoint from before the step"
+        )
+    for n in range(done + 1, before):
+        training.step(n)
+    return training
+
+
+def state_hashes(training: Training) -> dict[str, str]:
+    """128 bits of each part of the state, in the order in which a difference spreads."""
+    return {
+        "random state": random_state_hash(),
+        "buffers": tensors_hash(training.model.named_buffers())(),
+        "parameters": tensors_hash(training.model.named_parameters())(),
+        "optimizer": optimizer_hash(training.optimizer)(),
+    }
+
+
+def find_in_step(
+    trainings: Sequence[Training],
+    step: int,
+    *,
+    replays: int,
+    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> Finding:
+    """`find_operator` for a step of one training, or of two that take turns on two devices.
+
+    Args:
+        trainings: one, or two of the same model; the second takes on the state of the first.
+        step: its number; the trainings are in the state before it.
+        replays, around: as of `find_operator`.
+    """
+    first, *others = trainings
+    for other in others:
+        other.model.load_state_dict(first.model.state_dict())
+        other.optimizer.load_state_dict(first.optimizer.state_dict())
+    restores = [snapshot(training.model, training.optimizer) for training in trainings]
+
+    def run(replay: int, keep: int) -> OperatorLog:
+        turn = replay % len(trainings)
+        restores[turn]()
+        with around(replay), OperatorLog(trainings[turn].model, keep) as log:
+            trainings[turn].step(step)
+        return log
+
+    return first_difference(run, replays)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The step in which two recorded runs part, run again.
+
+    Attributes:
+        step: its number.
+        devices: on which it ran, in turns.
+        as_recorded: whether parameters and optimizer had, before it, the bits of the traces.
+        finding: what the replays showed.
+    """
+
+    step: int
+    devices: tuple[str, ...]
+    as_recorded: bool
+    finding: Finding
+
+
+def replay(
+    comparison: Comparison,
+    build: Build,
+    *,
+    devices: Sequence[str] = ("cpu",),
+    replays: int = 10,
+) -> Replayed:
+    """Run the first step that differs again and again, and find the operator that makes it differ.
+
+    The replays take turns with the settings that the two runs were recorded with, as far as
+    `as_recorded` sets them, so that an operator that depends on one of them is found too.
+
+    Args:
+        comparison: of two traces that differ after the first step.
+        build: builds the training that was recorded.
+        devices: one, or two that take turns.
+        replays: of the step, at least 2.
+    Raises: ReplayError if the traces do not differ, or before the first step; if `build` makes
+        another model; if a recorded setting cannot be taken on.
+    """
+    difference = comparison.difference
+    if difference is None or difference.step < 1:
+        found = "none" if difference is None else "one before it"
+        raise ReplayError(
+            f"comparison must have a difference in or after step 1 to replay, got {found}; compare "
+            f"the seeds and the initialisations"
+        )
+    manifests = [trace.header["manifest"] for trace in (comparison.a, comparison.b)]
+    for trace, manifest in zip((comparison.a, comparison.b), manifests, strict=True):
+        try:
+            with as_recorded(manifest):
+                pass
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ReplayError(
+                f"{trace.path} must hold settings that can be set, got {error}; replay it where it "
+                f"was recorded"
+            ) from error
+    with as_recorded(manifests[0]):
+        trainings = [built(build, device, difference.step) for device in devices]
+    first = trainings[0]
+    tensors = recorded_tensors(first.model)
+    if tensors != comparison.a.header["tensors"]:
+        raise ReplayError(
+            "target must build the model that was recorded, with the same names, dtypes and "
+            "shapes, got another; name the function of the recorded training"
+        )
+    number = difference.step - 1
+    recorded = [step for step in comparison.a.steps if step.number == number]
+    now = state_hashes(first)
+    same = all(
+        step.hashes.get(name) == now[name]
+        for step in recorded
+        for name in ("parameters", "optimizer")
+    )
+    finding = find_in_step(
+        trainings,
+        difference.step,
+        replays=replays,
+        around=lambda replay: as_recorded(manifests[replay % 2]),
+    )
+    return Replayed(difference.step, tuple(devices), bool(recorded) and same, finding)

@@ -1,0 +1,109 @@
+"""Settings of the process that may move a bit, each as a block that puts back what was there."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from churn_kernels.modes import reduction_mode
+
+
+@contextmanager
+def thread_count(count: int) -> Iterator[None]:
+    """PyTorch's threads within an operator."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def onednn(on: bool) -> Iterator[None]:
+    """With oneDNN, or with PyTorch's own kernels in its place."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(on)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextmanager
+def deterministic_algorithms(on: bool) -> Iterator[None]:
+    """PyTorch's own switch; what has no deterministic algorithm warns."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Of float32 matrix products: "highest", "high" or "medium"."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def deterministic_cudnn() -> Iterator[None]:
+    """The same algorithms of cuDNN at every call, and only those that repeat their bits."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextmanager
+def cublas_workspace(size: str = ":4096:8") -> Iterator[None]:
+    """Workspaces that cuBLAS does not share between streams, as NVIDIA asks for."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    before = os.environ.get(name)
+    clear = torch._C._cuda_clearCublasWorkspaces  # the next call reads the variable again
+    os.environ[name] = size
+    clear()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+        clear()
+
+
+_RECORDED: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
+    "threads": thread_count,
+    "mkldnn": onednn,
+    "deterministic_algorithms": deterministic_algorithms,
+    "matmul_precision": matmul_precision,
+    "reduction_mode": reduction_mode,
+}
+
+
+@contextmanager
+def as_recorded(manifest: Mapping[str, Any]) -> Iterator[None]:
+    """The settings of a recorded run, as far as a running process can take them on.
+
+    Args:
+        manifest: as `audit.manifest` gives it: threads, oneDNN, deterministic algorithms, the
+            precision of matrix products and the reduction mode are set.
+    """
+    with ExitStack() as stack:
+        for name, setting in _RECORDED.items():
+            if name in manifest:
+                stack.enter_context(setting(manifest[name]))
+        yield

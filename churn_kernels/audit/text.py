@@ -1,0 +1,208 @@
+"""Audits for people: the verdict, then what it rests on, in lines of plain text."""
+
+import math
+
+from churn_kernels.audit.amplify import Amplification
+from churn_kernels.audit.attribute import Attribution, Share
+from churn_kernels.audit.compare import Comparison
+from churn_kernels.audit.examine import Axis, Examination
+from churn_kernels.audit.manifest import manifest_hash
+from churn_kernels.audit.operators import Differences, Finding
+from churn_kernels.audit.replay import Replayed
+from churn_kernels.audit.selftest import Trial
+from churn_kernels.intervals import Estimate
+
+
+def of_trial(trial: Trial) -> str:
+    """One planted operator, and what became of it."""
+    found, passed = trial.finding, "right" if trial.passed else "WRONG"
+    planted = "an exact sum" if trial.place == "nowhere" else f"a race in {trial.place}"
+    if found.operation is None:
+        return f"{passed}: {planted}: {no_difference(found)}"
+    where = found.operation.module or "no module"
+    what = "given other inputs" if found.verdict == "input" else "other outputs of equal inputs"
+    return f"{passed}: {planted}: {found.operation.name} ({where}): {what}"
+
+
+def of_comparison(found: Comparison) -> str:
+    """What `churn-audit diff` found."""
+    difference = found.difference
+    last = min(found.a.steps[-1].number, found.b.steps[-1].number)
+    if difference is None:
+        lines = [f"the runs have the same bits in all {last} steps that both have"]
+    else:
+        where = "before the first step" if difference.step == 0 else f"in step {difference.step}"
+        lines = [f"the runs part ways {where}: {difference.first}"]
+        lines.append(f"  {difference.meaning}")
+        lines.append(f"  also differs: {', '.join(difference.also) or 'nothing'}")
+        lines.append(f"  still the same: {', '.join(difference.same) or 'nothing'}")
+    for name, (a, b) in found.settings.items():
+        lines.append(f"ran on another {name}: {a} and {b}")
+    if not found.settings:
+        lines.append(f"ran on the same: {found.a.header['manifest_hash']}")
+    for trace in (found.a, found.b):
+        damage = f"; {trace.damage}" if trace.damage else ""
+        lines.append(f"{trace.path}: {trace.steps[-1].number} steps{damage}")
+    return "\n".join(lines)
+
+
+def of_replayed(replayed: Replayed) -> str:
+    """What replays of the step that differs showed."""
+    where = f"replays of step {replayed.step} on {' and '.join(replayed.devices)}"
+    state = "the recorded bits" if replayed.as_recorded else "OTHER BITS than the runs recorded"
+    lines = [f"{where}: {of_finding(replayed.finding)}", *evidence(replayed.finding)]
+    lines.append(f"  before the step, parameters and optimizer had {state}")
+    return "\n".join(lines)
+
+
+def of_examination(found: Examination, target: str) -> str:
+    """What `churn-audit run` found."""
+    lines = [verdict(found), *evidence(found.finding), of_pairs(found)]
+    if len(found.operators) > 1:
+        lines.append(f"operators that race: {', '.join(found.operators)}")
+    lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
+    if found.attribution:
+        lines += [of_attribution(found.attribution)]
+        lines += [f"  {of_share(share)}" for share in found.attribution.shares]
+        lines += [f"  {name}: skipped: {why}" for name, why in found.attribution.skipped.items()]
+    lines.append(of_amplification(found.amplification))
+    lines.append(f"{target} on {found.device}; ran on: {manifest_hash(found.manifest)}")
+    return "\n".join(lines)
+
+
+def verdict(found: Examination) -> str:
+    """One sentence on replays as they are."""
+    if found.verdict == "unexplained":
+        return (
+            f"inconclusive: replays part in step {found.step}, but with every operator logged "
+            f"{no_difference(found.finding)}"
+        )
+    return f"step {found.step}: {of_finding(found.finding)}"
+
+
+def of_finding(found: Finding) -> str:
+    """One clause on what replays of a step showed."""
+    one, other = found.operation, found.other
+    if found.verdict == "none":
+        return no_difference(found)
+    if found.verdict == "sequence":
+        names = " and ".join(
+            operation.name if operation else "nothing" for operation in (one, other)
+        )
+        return f"the replays call different operators: {names}"
+    assert one is not None
+    if found.verdict == "input":
+        return f"{one.name} is given inputs that differ, and that no operator made"
+    return f"{one.name} makes other outputs of the same inputs"
+
+
+def no_difference(found: Finding) -> str:
+    """What can be said when replays do not differ."""
+    return f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps"
+
+
+def evidence(found: Finding) -> list[str]:
+    """Where the first operator that differs is, and how its outputs do."""
+    one = found.operation
+    if one is None:
+        return []
+    lines = [
+        f"  operation {found.index + 1} of {len(found.log)}; {one.phase or 'outside of the model'}"
+        f"{', module ' + one.module if one.module else ''}; {one.source or 'unknown source'}",
+        f"  {one.tensors}",
+    ]
+    many = len(found.outputs) > 1
+    for number, differ in enumerate(found.outputs):
+        if differ:
+            lines.append(f"  output{f' {number}' if many else ''}: {of_differences(differ)}")
+    return lines
+
+
+def of_differences(found: Differences) -> str:
+    """Share, sizes and places of the elements that differ."""
+    parts = [f"{found.share:.1%} of the elements differ"]
+    if found.ulps:
+        counts = ", ".join(f"{bucket(least)}: {n}" for least, n in found.ulps.items())
+        parts.append(f"by up to {found.largest_ulps} units in the last place ({counts})")
+    places = ", ".join(f"({', '.join(map(str, place))})" for place in found.positions)
+    return "; ".join([*parts, f"first at {places}"])
+
+
+def bucket(least: int) -> str:
+    """The numbers of units in the last place from a power of two to the next."""
+    return "1" if least == 1 else f"{least}-{2 * least - 1}"
+
+
+def of_pairs(found: Examination) -> str:
+    """How many pairs part, and when."""
+    count, steps = len(found.pairs), len(found.pairs[0].distances) - 1
+    parted = [pair for pair in found.pairs if pair.step is not None]
+    if not parted:
+        bound = f"p < {min(1.0, 3 / count):.0%} at 95 %"
+        return f"0 of {count} pairs of {steps} steps part ({bound})"
+    first = min(parted, key=lambda pair: pair.step or 0)
+    return (
+        f"{len(parted)} of {count} pairs of {steps} steps part, the first in step {first.step}: "
+        f"{first.what}"
+    )
+
+
+def of_axis(axis: Axis) -> str:
+    """What an axis of stress showed."""
+    if axis.skipped:
+        return f"skipped: {axis.skipped}"
+    if axis.finding:
+        if not axis.shows:
+            return f"no difference in {axis.finding.replays} replays"
+        module = axis.finding.operation.module if axis.finding.operation else ""
+        return of_finding(axis.finding) + (f" (module {module})" if module else "")
+    assert axis.pair is not None
+    if not axis.shows:
+        return "a step in two parts has the bits of one"
+    return f"a step in two parts ends {axis.pair.distances[-1]:.1e} away"
+
+
+def of_attribution(found: Attribution) -> str:
+    """What was attributed."""
+    sides = f"sides that differ in {', '.join(found.apart)}" if found.apart else "replays"
+    what = f"{len(found.pairs)} pairs of {sides}, {found.steps} steps"
+    return f"why: distance of {what}: {of_estimate(found.distance, '.2e')}; a twin removes of it"
+
+
+def of_share(share: Share) -> str:
+    """What a twin removes."""
+    rest = f"{share.differing} of {len(share.pairs)} pairs still part"
+    bound = "" if share.differing else f" (p < {share.bound:.0%} at 95 %)"
+    return f"{share.suspect}: {of_estimate(_cut(share.share), '.0%')}; {rest}{bound}"
+
+
+def _cut(share: Estimate) -> Estimate:
+    """A share whose interval ends at -100 %: below, it says nothing more."""
+    return share._replace(low=max(share.low, -1.0))
+
+
+def of_amplification(found: Amplification) -> str:
+    """What becomes of a flip."""
+    growth = found.growth
+    rate = f"grows by {of_estimate(growth, '.3f')} a step in ln"
+    if growth.mean > 0:
+        rate += f", twice as large every {math.log(2) / growth.mean:.1f} steps"
+    if math.isnan(growth.mean):
+        rate = "does not grow"
+    lines = [f"one unit in the last place, flipped before step {found.inject_at}, {rate}"]
+    if found.absorbed:
+        lines.append(f"{found.absorbed} of {len(found.pairs)} flips are rounded away")
+    if found.churn:
+        flips = found.first_flips
+        when = f", the first after step {flips[0]}" if flips else ""
+        lines.append(f"a prediction flips in {len(flips)} of {len(found.pairs)} pairs{when}")
+        lines.append(f"churn after step {found.steps}: {of_estimate(found.churn, '.2%')}")
+    return "; ".join(lines)
+
+
+def of_estimate(found: Estimate, form: str) -> str:
+    """A mean with its interval, or without where too few measurements leave none."""
+    mean = format(found.mean, form)
+    if math.isnan(found.low):
+        return mean
+    return f"{mean} [{format(found.low, form)}, {format(found.high, form)}]"
