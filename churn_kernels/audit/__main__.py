@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="another one, of the same model")
     diff.add_argument("--replay", metavar="TARGET", help=f"run the step again: {_TARGET}")
     diff.add_argument(
-        "--device", nargs="+", default=["cpu"], help="where to; two take turns (cpu cuda)"
+        "--device", nargs="+", default=["cpu"], help="where; two take turns (cpu cuda)"
     )
     run = commands.add_parser(
         "run",

@@ -10,12 +10,12 @@ from churn_kernels.audit.svg import Drawing
 from churn_kernels.audit.text import bucket
 
 WIDTH = 900
-LEFT, RIGHT, TOP, BOTTOM = 64, 20, 26, 40
+LEFT, RIGHT, TOP, BOTTOM = 78, 20, 26, 40
 MOST_POINTS = 600
 LANES = {"forward": "forward", "backward": "backward", "": "other"}
 
 
-def amplification(flipped: list[Pair], plain: list[Pair], inject_at: int) -> str:
+def amplification(flipped: list[Pair], plain: list[Pair]) -> str:
     """Parameter distance against the step, of pairs with a flip and of pairs as they are."""
     drawing = Drawing(WIDTH, 340, "Distance of the parameters against the step")
     curves = [pair.distances for pair in (*flipped, *plain)]
@@ -51,7 +51,6 @@ def amplification(flipped: list[Pair], plain: list[Pair], inject_at: int) -> str
         side = "end" if first > last / 2 else "start"
         space = -6 if side == "end" else 6
         drawing.text(x(first) + space, TOP + 12, f"first prediction flips: step {first}", side)
-    drawing.line([(x(inject_at - 1), bottom - 8), (x(inject_at - 1), bottom)], "mark")
     return str(drawing)
 
 
@@ -122,7 +121,8 @@ def shares(found: list[Share]) -> str:
         drawing.text(left - 14, y + 4, name, "end")
         if not math.isnan(one.share.low):
             drawing.line([(x(one.share.low), y), (x(one.share.high), y)], "interval")
-        drawing.dot(x(one.share.mean), y, "accent")
+        if one.share.mean >= low:
+            drawing.dot(x(one.share.mean), y, "accent")
         drawing.text(right + 14, y + 4, f"{one.share.mean:.0%}", "start")
     return str(drawing)
 

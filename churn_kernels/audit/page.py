@@ -76,7 +76,7 @@ def page(found: Examination, target: str) -> str:
     """
     same = found.verdict == "none"
     body = [
-        f'<h1 class="{"same" if same else "differ"}">{escape(text.verdict(found))}</h1>',
+        f'<h1 class="{"same" if same else "differ"}">{escape(_sentence(text.verdict(found)))}</h1>',
         f'<p class="lead"><code>{escape(target)}</code> on {escape(found.device)}. '
         f"{escape(text.of_pairs(found))}.</p>",
         _where(found),
@@ -151,7 +151,7 @@ def _why(found: Attribution | None) -> str:
 
 def _growth(found: Examination) -> str:
     amplified = found.amplification
-    drawn = figures.amplification(amplified.pairs, found.pairs, amplified.inject_at)
+    drawn = figures.amplification(amplified.pairs, found.pairs)
     key = _key("accent", "one flip each") + _key("after", "pairs as they are, where they part")
     return _section(
         "What becomes of it: one unit in the last place",
@@ -183,10 +183,14 @@ def _ran_on(found: Examination) -> str:
 
 
 def _section(title: str, note: str, *parts: str) -> str:
-    inside = "".join(parts)
+    note, inside = _sentence(note), "".join(parts)
     return (
         f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{inside}</section>\n'
     )
+
+
+def _sentence(clause: str) -> str:
+    return clause[:1].upper() + clause[1:]
 
 
 def _figure(drawing: str, caption: str) -> str:

@@ -15,7 +15,7 @@ from churn_kernels.audit.state import random_states
 Around = Callable[[int, nn.Module], AbstractContextManager[Any]]
 """The block that side 0 or 1 of a pair takes a step in, by the side and its model."""
 
-_TRIES = 10_000
+_TRIES = 1000
 
 
 @dataclass(frozen=True)

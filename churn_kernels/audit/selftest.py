@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.operators import Finding, find_operator
+from churn_kernels.audit.replay import Training
 from churn_kernels.audit.state import snapshot
 from churn_kernels.exact import exact_sum
 
@@ -75,6 +76,26 @@ class _Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layers(x)
         return y
+
+
+def planted(device: str) -> Training:
+    """A target to try `churn-audit run` on: a small training with a racy sum in its forward pass.
+
+    Args:
+        device: "cpu", where the sum is.
+    """
+    torch.manual_seed(0)
+    x, y = torch.randn(256, 8), torch.randint(3, (256,))
+    model = _Model(_Layer(racy_sum, backward=False)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+
+    def step(n: int) -> None:
+        rows = torch.randperm(256, generator=torch.Generator().manual_seed(n))[:32]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+
+    return Training(model, optimizer, step, lambda: model(x))
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ def of_examination(found: Examination, target: str) -> str:
         lines.append(f"operators that race: {', '.join(found.operators)}")
     lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
     if found.attribution:
-        lines += [of_attribution(found.attribution)]
-        lines += [f"  {of_share(share)}" for share in found.attribution.shares]
+        lines += [f"why: {of_attribution(found.attribution)}"]
+        lines += [f"  {share.suspect}: {of_share(share)}" for share in found.attribution.shares]
         lines += [f"  {name}: skipped: {why}" for name, why in found.attribution.skipped.items()]
     lines.append(of_amplification(found.amplification))
     lines.append(f"{target} on {found.device}; ran on: {manifest_hash(found.manifest)}")
@@ -124,8 +124,8 @@ def of_differences(found: Differences) -> str:
     if found.ulps:
         counts = ", ".join(f"{bucket(least)}: {n}" for least, n in found.ulps.items())
         parts.append(f"by up to {found.largest_ulps} units in the last place ({counts})")
-    places = ", ".join(f"({', '.join(map(str, place))})" for place in found.positions)
-    return "; ".join([*parts, f"first at {places}"])
+    places = ", ".join(f"({', '.join(map(str, place))})" for place in found.positions if place)
+    return "; ".join([*parts, f"first at {places}"] if places else parts)
 
 
 def bucket(least: int) -> str:
@@ -166,14 +166,14 @@ def of_attribution(found: Attribution) -> str:
     """What was attributed."""
     sides = f"sides that differ in {', '.join(found.apart)}" if found.apart else "replays"
     what = f"{len(found.pairs)} pairs of {sides}, {found.steps} steps"
-    return f"why: distance of {what}: {of_estimate(found.distance, '.2e')}; a twin removes of it"
+    return f"distance of {what}: {of_estimate(found.distance, '.2e')}; of it a twin removes"
 
 
 def of_share(share: Share) -> str:
     """What a twin removes."""
     rest = f"{share.differing} of {len(share.pairs)} pairs still part"
     bound = "" if share.differing else f" (p < {share.bound:.0%} at 95 %)"
-    return f"{share.suspect}: {of_estimate(_cut(share.share), '.0%')}; {rest}{bound}"
+    return f"{of_estimate(_cut(share.share), '.0%')}; {rest}{bound}"
 
 
 def _cut(share: Estimate) -> Estimate:
@@ -184,7 +184,7 @@ def _cut(share: Estimate) -> Estimate:
 def of_amplification(found: Amplification) -> str:
     """What becomes of a flip."""
     growth = found.growth
-    rate = f"grows by {of_estimate(growth, '.3f')} a step in ln"
+    rate = f"grows at a rate of {of_estimate(growth, '.3f')} per step"
     if growth.mean > 0:
         rate += f", twice as large every {math.log(2) / growth.mean:.1f} steps"
     if math.isnan(growth.mean):

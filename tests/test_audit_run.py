@@ -1,0 +1,266 @@
+"""`churn-audit run`: verdict, evidence, JSON and the page, for every way in which replays part."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import audit_targets
+import pytest
+import torch
+
+import churn_kernels as ck
+from churn_kernels import _ops
+from churn_kernels.audit import data, figures, text
+from churn_kernels.audit.__main__ import main
+from churn_kernels.audit.page import page
+from churn_kernels.intervals import Estimate
+
+pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
+
+FILE = audit_targets.__file__
+SMALL = ["--replays", "5", "--pairs", "3", "--steps", "2", "--amplify-steps", "6"]
+VOID = {"meta", "!doctype"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page whose elements must all be closed."""
+
+    def __init__(self, content):
+        super().__init__()
+        self.open, self.found, self.text = [], [], ""
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def run(name, *options, small=SMALL):
+    return main(["run", f"{FILE}:{name}", *small, *options])
+
+
+def checked(content):
+    """A page that runs nothing and fetches nothing."""
+    page = Page(content)
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {
+        tag for tag, _ in page.found
+    }
+    for _, attributes in page.found:
+        assert not {"src", "href", "style"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"https?:|url\(|@import", content)
+    return page
+
+
+def test_a_planted_race(tmp_path, threads, capsys):
+    threads(1)
+    assert run("racy", "--out", str(tmp_path)) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    race = "churn_audit.racy_sum.default"
+    assert lines[0] == f"step 1: {race} makes other outputs of the same inputs"
+    assert "forward, module middle" in lines[1]
+    assert any(
+        line.startswith(f"  {race}: 100% [100%, 100%]; 0 of 3 pairs still part") for line in lines
+    )
+    assert "churn-audit: 5 replays of step 1, operator by operator" in err
+
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert list(found) == [
+        *("kind", "format", "verdict", "exit_status", "target", "device", "pairs", "step"),
+        *("replays", "operators", "stress", "attribution", "amplification"),
+        *("manifest_hash", "manifest"),
+    ]
+    assert (found["kind"], found["format"]) == ("churn-audit run", 1)
+    assert (found["verdict"], found["exit_status"], found["operators"]) == ("operator", 1, [race])
+    assert found["pairs"]["differing"] == 3
+    first = found["attribution"]["shares"][0]
+    assert (first["suspect"], first["share"]["mean"], first["differing"]) == (race, 1.0, 0)
+    assert first["bound"] == 1.0
+    assert len(found["amplification"]["distances"]) == 3
+    assert found["amplification"]["distances"][0][0] > 0
+    assert found["manifest_hash"] == ck.audit.manifest_hash(found["manifest"])
+    assert [axis["axis"] for axis in found["stress"]][-2:] == ["batch", "device"]
+
+    page = checked((tmp_path / "audit.html").read_text())
+    assert sum(tag == "svg" for tag, _ in page.found) == 4
+    for said in (race, found["manifest_hash"], "audit_targets.py:", "Why", "one flip each"):
+        assert said in page.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.html", "audit.json"]
+
+
+def test_replays_that_do_not_differ(threads, capsys):
+    threads(1)
+    assert run("steady", "--json") == 0
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert (found["verdict"], found["exit_status"]) == ("none", 0)
+    assert found["replays"]["bound"] == 0.75
+    assert (found["pairs"]["differing"], found["pairs"]["bound"]) == (0, 1.0)
+    assert found["operators"] == []
+    if not torch.cuda.is_available():
+        assert found["stress"][-1]["skipped"] == "there is no CUDA device"
+
+
+def test_what_only_stress_shows_is_attributed_to_it(threads):
+    threads(1)
+    found = ck.audit.examine(audit_targets.by_threads, replays=3, pairs=2, steps=2, amplify_steps=2)
+    assert text.verdict(found) == "step 2: no difference in 3 replays: fewer than 100% of steps"
+    assert text.of_pairs(found) == "0 of 2 pairs of 2 steps part (p < 100% at 95 %)"
+    shown = {axis.name for axis in found.axes if axis.shows}
+    assert "threads" in shown
+    assert set(found.attribution.apart) == shown
+    shares = {share.suspect: share for share in found.attribution.shares}
+    assert "churn_test.sum_by_threads.default" in shares
+    assert shares["threads"].share.mean > 0.9
+    assert shares["everything"].share.mean == 1.0
+
+
+def test_replays_that_part_when_nobody_looks(threads, capsys):
+    threads(1)
+    assert run("shy") == 3
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "inconclusive: replays part in step 1, but with every operator logged no difference in 5 "
+        "replays: fewer than 75% of steps\n"
+    )
+    assert "3 of 3 pairs of 2 steps part, the first in step 1: parameters" in out
+
+
+def test_several_races_are_all_named(threads):
+    """The second shows only where the first is pinned."""
+    threads(1)
+
+    @torch.library.custom_op("churn_test::random_sum", mutates_args=())
+    def random_sum(x: torch.Tensor) -> torch.Tensor:
+        return x.sum() + torch.rand((), generator=generator)
+
+    generator = torch.Generator()
+
+    def build(device):
+        racy = audit_targets.racy_sum
+        return audit_targets.training(lambda x: racy(x) + random_sum(x))
+
+    found = ck.audit.examine(build, replays=5, pairs=2, steps=2, amplify_steps=2)
+    assert found.operators == ["churn_audit.racy_sum.default", "churn_test.random_sum.default"]
+    assert not any(axis.shows for axis in found.axes if axis.name in ("contention", "allocator"))
+    assert {share.suspect for share in found.attribution.shares} > set(found.operators)
+
+
+# Strings from outside ----------------------------------------------------------------------------
+
+
+def test_hostile_names_are_text(tmp_path, threads, monkeypatch):
+    threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", audit_targets.HOSTILE)
+    found = ck.audit.examine(audit_targets.hostile, replays=5, pairs=2, steps=1, amplify_steps=2)
+    content = page(found, audit_targets.HOSTILE)
+    assert audit_targets.HOSTILE not in content
+    parsed = checked(content)
+    assert parsed.text.count("<script>") >= 3  # the target, the module, the environment
+    assert json.loads(data.as_json(data.of_examination(found, audit_targets.HOSTILE, 1)))
+
+
+def test_figures_take_any_numbers():
+    """Distances of nothing, infinities, one step; wide histograms; shares without intervals."""
+    pairs = [
+        ck.audit.Pair([0.0, 0.0], [], None, ""),
+        ck.audit.Pair([1e-9, float("inf")], [], 1, ""),
+    ]
+    for drawn in (
+        figures.amplification(pairs[:1], []),
+        figures.amplification(pairs, pairs),
+        figures.ulps(ck.audit.Differences(1.0, [()], {1: 3, 1 << 30: 1}, 1 << 30)),
+        figures.shares([ck.audit.Share("x" * 99, Estimate(-9.0, *[float("nan")] * 3), pairs)]),
+        figures.timeline(ck.audit.Finding("none", -1, [], [], [], 2)),
+    ):
+        assert Page(drawn).found
+        assert "nan" not in drawn
+        assert "inf" not in drawn.replace("infinit", "")
+
+
+def test_json_has_no_numbers_that_are_none():
+    assert json.loads(data.as_json({"a": [float("nan"), (float("inf"), 1.0)]})) == {
+        "a": [None, [None, 1.0]]
+    }
+
+
+# What goes wrong ---------------------------------------------------------------------------------
+
+
+def test_a_target_that_draws_without_a_seed(capsys):
+    assert run("unseeded") == 2
+    message = (
+        "churn-audit: target must build the same training each time, got another parameters before "
+        "the first step; seed the random states in it"
+    )
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none", "churn-audit: target must name a function of"),
+        ("nothing", "churn-audit: target must return a churn_kernels.audit.Training, got NoneType"),
+        ("broken", 'KeyError: "the target\'s own"'),
+    ],
+)
+def test_targets_that_do_not_work(name, message, capsys):
+    assert run(name) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pairs", "1", "argument --pairs: must be a number of at least 2, got '1'"),
+        ("--steps", "-1", "argument --steps: must be a number of at least 1, got '-1'"),
+        ("--replays", "x", "argument --replays: must be a number of at least 2, got 'x'"),
+    ],
+)
+def test_numbers_out_of_range(option, value, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("steady", f"{option}={value}")
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_step_to_flip_that_is_not_run(capsys):
+    assert run("steady", "--inject-at", "7") == 2
+    assert "inject_at must be a step from 1 to 6, got 7; run more steps" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run("broken", "--out", str(tmp_path / "file")) == 2  # the target was not even built
+    assert "File exists" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_loses_nothing(tmp_path, threads, monkeypatch, capsys):
+    threads(1)
+    for name in ("audit.json", "audit.html"):
+        (tmp_path / name).write_text("earlier")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("churn_kernels.files.os.fsync", full)
+    small = ["--replays", "2", "--pairs", "2", "--steps", "1", "--amplify-steps", "1"]
+    assert run("steady", "--out", str(tmp_path), small=small) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("step 1: no difference in 2 replays")
+    assert "No space left on device" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["audit.html", "audit.json"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"earlier"}
