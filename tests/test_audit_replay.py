@@ -86,7 +86,9 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     record(b, audit_targets.unseeded)
     assert main(["diff", str(a), str(b), "--replay", f"{FILE}:steady"]) == 2
     message = "comparison must have a difference in or after step 1 to replay, got one before it;"
-    assert message in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out.startswith("the runs part ways before the first step: parameters\n")
     c = tmp_path / "c"
     record(c, audit_targets.steady, before=flipped)
     found = ck.audit.compare(ck.audit.Trace.load(a), ck.audit.Trace.load(c))

@@ -105,16 +105,20 @@ def _add_count(
 
 def _diff(options: argparse.Namespace) -> int:
     found = compare(Trace.load(options.a), Trace.load(options.b))
-    content, lines = data.of_comparison(found), [text.of_comparison(found)]
+    content = data.of_comparison(found)
     status = SAME if found.difference is None else DIFFERENT
+    if not options.json:
+        print(text.of_comparison(found), flush=True)
     if options.replay and found.difference is not None:
         build = load_target(options.replay)
         replayed = replay(found, build, devices=options.device, replays=options.replays)
         content["replay"] = data.of_replayed(replayed)
-        lines.append(text.of_replayed(replayed))
         if replayed.finding.verdict == "none":
             status = INCONCLUSIVE
-    print(data.as_json(content) if options.json else "\n".join(lines))
+        if not options.json:
+            print(text.of_replayed(replayed))
+    if options.json:
+        print(data.as_json(content))
     return status
 
 

@@ -56,10 +56,10 @@ def amplification(flipped: list[Pair], plain: list[Pair]) -> str:
 
 def ulps(found: Differences) -> str:
     """How many elements differ by how many units in the last place."""
-    drawing = Drawing(WIDTH, 240, "Elements by the units in the last place that they differ by")
+    drawing = Drawing(WIDTH, 200, "Elements by the units in the last place that they differ by")
     first, last = (bound.bit_length() - 1 for bound in (min(found.ulps), max(found.ulps)))
     buckets = [1 << power for power in range(first, last + 1)]
-    most, bottom = max(found.ulps.values()), 240 - BOTTOM
+    most, bottom = max(found.ulps.values()), 200 - BOTTOM
     width = min(90.0, (WIDTH - LEFT - RIGHT) / len(buckets))
     for place, least in enumerate(buckets):
         count = found.ulps.get(least, 0)
@@ -123,7 +123,7 @@ def shares(found: list[Share]) -> str:
             drawing.line([(x(one.share.low), y), (x(one.share.high), y)], "interval")
         if one.share.mean >= low:
             drawing.dot(x(one.share.mean), y, "accent")
-        drawing.text(right + 14, y + 4, f"{one.share.mean:.0%}", "start")
+        drawing.text(right + 14, y + 4, f"{one.share.mean:z.0%}", "start")
     return str(drawing)
 
 

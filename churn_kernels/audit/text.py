@@ -62,7 +62,7 @@ def of_examination(found: Examination, target: str) -> str:
         lines.append(f"operators that race: {', '.join(found.operators)}")
     lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
     if found.attribution:
-        lines += [f"why: {of_attribution(found.attribution)}"]
+        lines += [f"why: {of_attribution(found.attribution)}; of that a twin removes"]
         lines += [f"  {share.suspect}: {of_share(share)}" for share in found.attribution.shares]
         lines += [f"  {name}: skipped: {why}" for name, why in found.attribution.skipped.items()]
     lines.append(of_amplification(found.amplification))
@@ -165,15 +165,15 @@ def of_axis(axis: Axis) -> str:
 def of_attribution(found: Attribution) -> str:
     """What was attributed."""
     sides = f"sides that differ in {', '.join(found.apart)}" if found.apart else "replays"
-    what = f"{len(found.pairs)} pairs of {sides}, {found.steps} steps"
-    return f"distance of {what}: {of_estimate(found.distance, '.2e')}; of it a twin removes"
+    what = f"{len(found.pairs)} pairs of {sides}, of {found.steps} steps,"
+    return f"{what} end {of_estimate(found.distance, '.2e')} apart"
 
 
 def of_share(share: Share) -> str:
     """What a twin removes."""
     rest = f"{share.differing} of {len(share.pairs)} pairs still part"
     bound = "" if share.differing else f" (p < {share.bound:.0%} at 95 %)"
-    return f"{of_estimate(_cut(share.share), '.0%')}; {rest}{bound}"
+    return f"{of_estimate(_cut(share.share), 'z.0%')}; {rest}{bound}"
 
 
 def _cut(share: Estimate) -> Estimate:
