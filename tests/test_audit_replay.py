@@ -94,9 +94,10 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     found = ck.audit.compare(ck.audit.Trace.load(a), ck.audit.Trace.load(c))
     with pytest.raises(ck.audit.ReplayError, match="target must build the model that was recorded"):
         ck.audit.replay(found, audit_targets.two_by_two)
-    found.a.header["manifest"]["threads"] = "all"
-    with pytest.raises(ck.audit.ReplayError, match="a must hold settings that can be set, got"):
-        ck.audit.replay(found, audit_targets.steady)
+    for threads in ("all", 0, 10**9):
+        found.a.header["manifest"]["threads"] = threads
+        with pytest.raises(ck.audit.ReplayError, match="a must hold settings that can be set, got"):
+            ck.audit.replay(found, audit_targets.steady)
 
 
 def test_settings_come_back(threads):
@@ -135,8 +136,11 @@ def test_a_replay_begins_at_the_nearest_checkpoint():
             built(lambda _, done=done: audit_targets.training(resume=lambda n: done), "cpu", 5)
 
 
-def test_targets(monkeypatch, tmp_path):
+def test_targets(tmp_path):
     assert ck.audit.load_target("audit_targets:steady") is audit_targets.steady
+    planted = ck.audit.load_target("churn_kernels.audit.selftest:planted")("cpu")
+    planted.step(1)
+    assert planted.predict().shape == (256, 3)
     (tmp_path / "mine.py").write_text("import beside\nbuild = beside.build\n")
     (tmp_path / "beside.py").write_text("def build(device):\n    return device\n")
     assert ck.audit.load_target(f"{tmp_path}/mine.py:build")("cpu") == "cpu"

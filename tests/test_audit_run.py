@@ -116,7 +116,9 @@ def test_replays_that_do_not_differ(threads, capsys):
 def test_what_only_stress_shows_is_attributed_to_it(threads):
     threads(1)
     found = ck.audit.examine(audit_targets.by_threads, replays=3, pairs=2, steps=2, amplify_steps=2)
-    assert text.verdict(found) == "step 2: no difference in 3 replays: fewer than 100% of steps"
+    assert (
+        text.verdict(found) == "step 2: no difference in 3 replays: fewer than 100% of steps differ"
+    )
     assert text.of_pairs(found) == "0 of 2 pairs of 2 steps part (p < 100% at 95 %)"
     shown = {axis.name for axis in found.axes if axis.shows}
     assert "threads" in shown
@@ -133,7 +135,7 @@ def test_replays_that_part_when_nobody_looks(threads, capsys):
     out = capsys.readouterr().out
     assert out.startswith(
         "inconclusive: replays part in step 1, but with every operator logged no difference in 5 "
-        "replays: fewer than 75% of steps\n"
+        "replays: fewer than 75% of steps differ\n"
     )
     assert "3 of 3 pairs of 2 steps part, the first in step 1: parameters" in out
 
@@ -188,6 +190,20 @@ def test_figures_take_any_numbers():
         assert Page(drawn).found
         assert "nan" not in drawn
         assert "inf" not in drawn.replace("infinit", "")
+
+
+def test_a_long_step_is_drawn_in_columns():
+    def log(differs):
+        return [
+            ck.audit.Operation(f"op{i}", ("a",), (differs(i),), "", "", "backward", "")
+            for i in range(50_000)
+        ]
+
+    one, other = log(lambda i: "b"), log(lambda i: "c" if i >= 40_001 and i % 2 else "b")
+    drawn = figures.timeline(ck.audit.Finding("operator", 40_001, one, other, [], 2))
+    boxes = [attributes for tag, attributes in Page(drawn).found if tag == "rect"]
+    assert [box["class"] for box in boxes] == ["same", "first", "after"]
+    assert "operations 1 to 39984, from op0" in drawn
 
 
 def test_json_has_no_numbers_that_are_none():

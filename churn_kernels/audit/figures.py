@@ -50,7 +50,7 @@ def amplification(flipped: list[Pair], plain: list[Pair]) -> str:
         drawing.line([(x(first), TOP), (x(first), bottom)], "mark")
         side = "end" if first > last / 2 else "start"
         space = -6 if side == "end" else 6
-        drawing.text(x(first) + space, TOP + 12, f"first prediction flips: step {first}", side)
+        drawing.text(x(first) + space, bottom - 10, f"first prediction flips: step {first}", side)
     return str(drawing)
 
 
@@ -80,17 +80,19 @@ def ulps(found: Differences) -> str:
 def timeline(found: Finding) -> str:
     """The operations of a step in their order, by phase: the same, the first, those after it."""
     drawing = Drawing(WIDTH, 196, "Operations of the step in the order of execution")
+    every = max(1, math.ceil(len(found.log) / MOST_POINTS))  # operations in a column
     width = (WIDTH - LEFT - RIGHT) / max(1, len(found.log))
-    rows = {phase: TOP + 14 + 42 * row for row, phase in enumerate(LANES)}
-    for phase, name in LANES.items():
-        drawing.text(LEFT - 8, rows[phase] + 20, name, "end", "muted")
-    states = [(one.phase, _state(found, i), i) for i, one in enumerate(found.log)]
-    for (phase, state), several in groupby(states, lambda one: one[:2]):
-        places = [place for *_, place in several]
-        named = found.log[places[0]].name
-        title = named if len(places) == 1 else f"{len(places)} operations from {named}"
-        size = max(1.2, width * len(places) - (0.6 if width > 2 else 0))
-        drawing.box(LEFT + width * places[0], rows[phase], size, 30, state, title)
+    for row, (phase, name) in enumerate(LANES.items()):
+        y = TOP + 14 + 42 * row
+        drawing.text(LEFT - 8, y + 20, name, "end", "muted")
+        columns = enumerate(_columns(found, phase, every))
+        for state, several in groupby(columns, lambda column: column[1]):
+            first, *rest = (column * every for column, _ in several)
+            end = min((rest or [first])[-1] + every, len(found.log))
+            if state:
+                title = f"operations {first + 1} to {end}, from {found.log[first].name}"
+                gap = 0.6 if width > 2 else 0
+                drawing.box(LEFT + width * first, y, width * (end - first) - gap, 30, state, title)
     if found.operation:
         x = LEFT + width * (found.index + 0.5)
         drawing.line([(x, TOP), (x, 160)], "mark")
@@ -144,6 +146,16 @@ def _round_step(least: float) -> int:
     """1, 2 or 5 times a power of ten, from `least` on."""
     power = 10 ** max(0, math.floor(math.log10(max(1.0, least))))
     return next(power * n for n in (1, 2, 5, 10) if power * n >= least)
+
+
+def _columns(found: Finding, phase: str, every: int) -> list[str]:
+    """The gravest state among every so many operations; "" where none is of the phase."""
+    columns = []
+    for start in range(0, len(found.log), every):
+        places = range(start, min(start + every, len(found.log)))
+        states = {_state(found, place) for place in places if found.log[place].phase == phase}
+        columns.append(next((state for state in ("first", "after", "same") if state in states), ""))
+    return columns
 
 
 def _state(found: Finding, place: int) -> str:

@@ -9,6 +9,9 @@ import torch
 
 from churn_kernels.modes import reduction_mode
 
+MOST_THREADS = 1024
+"""More than a file may ask a process to start."""
+
 
 @contextmanager
 def thread_count(count: int) -> Iterator[None]:
@@ -85,8 +88,14 @@ def cublas_workspace(size: str = ":4096:8") -> Iterator[None]:
         clear()
 
 
+def _recorded_threads(count: int) -> AbstractContextManager[None]:
+    if not 1 <= count <= MOST_THREADS:
+        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {count}")
+    return thread_count(count)
+
+
 _RECORDED: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
-    "threads": thread_count,
+    "threads": _recorded_threads,
     "mkldnn": onednn,
     "deterministic_algorithms": deterministic_algorithms,
     "matmul_precision": matmul_precision,
@@ -101,6 +110,7 @@ def as_recorded(manifest: Mapping[str, Any]) -> Iterator[None]:
     Args:
         manifest: as `audit.manifest` gives it: threads, oneDNN, deterministic algorithms, the
             precision of matrix products and the reduction mode are set.
+    Raises: TypeError, ValueError or RuntimeError for values that are none.
     """
     with ExitStack() as stack:
         for name, setting in _RECORDED.items():

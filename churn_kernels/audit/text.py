@@ -98,7 +98,7 @@ def of_finding(found: Finding) -> str:
 
 def no_difference(found: Finding) -> str:
     """What can be said when replays do not differ."""
-    return f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps"
+    return f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps differ"
 
 
 def evidence(found: Finding) -> list[str]:
