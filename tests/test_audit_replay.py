@@ -138,6 +138,7 @@ def test_a_replay_begins_at_the_nearest_checkpoint():
 
 def test_targets(tmp_path):
     assert ck.audit.load_target("audit_targets:steady") is audit_targets.steady
+    assert ck.audit.load_target(f"{FILE}:steady") is audit_targets.steady
     planted = ck.audit.load_target("churn_kernels.audit.selftest:planted")("cpu")
     planted.step(1)
     assert planted.predict().shape == (256, 3)

@@ -65,16 +65,16 @@ def checked(content):
 
 def test_a_planted_race(tmp_path, threads, capsys):
     threads(1)
-    assert run("racy", "--out", str(tmp_path)) == 1
+    assert run("racy", "--out", str(tmp_path), "--replays", "20") == 1
     out, err = capsys.readouterr()
     lines = out.splitlines()
     race = "churn_audit.racy_sum.default"
-    assert lines[0] == f"step 1: {race} makes other outputs of the same inputs"
+    assert re.fullmatch(rf"step [12]: {race} makes other outputs of the same inputs", lines[0])
     assert "forward, module middle" in lines[1]
     assert any(
         line.startswith(f"  {race}: 100% [100%, 100%]; 0 of 3 pairs still part") for line in lines
     )
-    assert "churn-audit: 5 replays of step 1, operator by operator" in err
+    assert re.search(r"^churn-audit: 20 replays of step [12], operator by operator$", err, re.M)
 
     found = json.loads((tmp_path / "audit.json").read_text())
     assert list(found) == [
@@ -84,7 +84,7 @@ def test_a_planted_race(tmp_path, threads, capsys):
     ]
     assert (found["kind"], found["format"]) == ("churn-audit run", 1)
     assert (found["verdict"], found["exit_status"], found["operators"]) == ("operator", 1, [race])
-    assert found["pairs"]["differing"] == 3
+    assert found["pairs"]["differing"] >= 1
     first = found["attribution"]["shares"][0]
     assert (first["suspect"], first["share"]["mean"], first["differing"]) == (race, 1.0, 0)
     assert first["bound"] == 1.0
@@ -144,18 +144,21 @@ def test_several_races_are_all_named(threads):
     """The second shows only where the first is pinned."""
     threads(1)
 
-    @torch.library.custom_op("churn_test::random_sum", mutates_args=())
-    def random_sum(x: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator()  # replays do not restore it
+
+    def noisy_sum(x: torch.Tensor) -> torch.Tensor:
         return x.sum() + torch.rand((), generator=generator)
 
-    generator = torch.Generator()
+    first, second = (
+        torch.library.custom_op(f"churn_test::{name}", noisy_sum, mutates_args=())
+        for name in ("first_sum", "second_sum")
+    )
 
     def build(device):
-        racy = audit_targets.racy_sum
-        return audit_targets.training(lambda x: racy(x) + random_sum(x))
+        return audit_targets.training(lambda x: first(x) + second(x))
 
     found = ck.audit.examine(build, replays=5, pairs=2, steps=2, amplify_steps=2)
-    assert found.operators == ["churn_audit.racy_sum.default", "churn_test.random_sum.default"]
+    assert found.operators == ["churn_test.first_sum.default", "churn_test.second_sum.default"]
     assert not any(axis.shows for axis in found.axes if axis.name in ("contention", "allocator"))
     assert {share.suspect for share in found.attribution.shares} > set(found.operators)
 

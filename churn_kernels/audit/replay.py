@@ -96,6 +96,9 @@ def _module_of_name(name: str) -> Any:
 def _module_of_file(path: Path) -> Any:
     if not path.is_file():
         raise ReplayError(f"target must name a file that exists, got {path}; check the path")
+    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
+    if loaded and path.samefile(loaded):
+        return sys.modules[path.stem]  # what it registers, such as operators, comes once
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
