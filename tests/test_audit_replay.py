@@ -44,14 +44,14 @@ def test_diff_names_the_operator(tmp_path, threads, capsys):
     assert "churn_audit.racy_sum.default makes other outputs of the same inputs" in out
     assert "forward, module middle" in out
     assert "audit_targets.py:" in out
-    assert "before the step, parameters and optimizer had the recorded bits" in out
     assert main(["diff", a, b, "--replay", f"{FILE}:racy", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)["replay"]
     assert found["operation"]["name"] == "churn_audit.racy_sum.default"
     assert found["operation"]["tensors"] == "(float32[32, 32]) -> (float32[])"
     assert found["outputs"][0]["share"] == 1.0
     assert sum(found["outputs"][0]["ulps"].values()) == 1
-    assert (found["as_recorded"], found["devices"], found["bound"]) == (True, ["cpu"], None)
+    assert found["as_recorded"] or found["step"] > 1  # on the way there, replays race too
+    assert (found["devices"], found["bound"]) == (["cpu"], None)
 
 
 def test_replays_take_on_the_settings_of_both_runs(tmp_path, threads):
@@ -75,6 +75,7 @@ def test_runs_that_differ_where_no_replay_does(tmp_path, threads, capsys):
     assert main(command) == 3
     out = capsys.readouterr().out
     assert "replays of step 3 on cpu: no difference in 7 replays: fewer than 50% of steps" in out
+    assert "before the step, parameters and optimizer had the recorded bits" in out
     assert main([*command, "--device", "cpu", "cpu"]) == 3  # two builds that take turns
     assert "replays of step 3 on cpu and cpu: no difference" in capsys.readouterr().out
     assert main(["diff", a, a, "--replay", f"{FILE}:steady"]) == 0
