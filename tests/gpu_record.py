@@ -83,6 +83,28 @@ def synthetic(ours=0.5):
             ],
             "left_out": [],
         },
+        "churn": {
+            "entries": [
+                {
+                    "group": "churn",
+                    "mode": "fast",
+                    "deterministic": False,
+                    "accuracy": [0.9, 0.88, 0.92],
+                    "churn": [0.037, 0.03, 0.044],
+                    "identical": 1,
+                    "pairs": 28,
+                },
+                {
+                    "group": "why",
+                    "verdict": "operator",
+                    "operators": ["aten.mm.default"],
+                    "parted": 3,
+                    "pairs": 4,
+                    "shares": [{"suspect": "exact mode", "share": [0.25, None, None]}],
+                },
+            ],
+            "left_out": [],
+        },
         "benchmarks": {"entries": entries, "left_out": ["variants l1", "variants ce"]},
     }
 
@@ -90,7 +112,7 @@ def synthetic(ours=0.5):
 def saved(record, folder):
     folder.mkdir(parents=True)
     parts = {"report": {key: record[key] for key in ("host", "stages")}}
-    parts |= {key: record[key] for key in ("parity", "benchmarks")}
+    parts |= {key: record[key] for key in ("parity", "churn", "benchmarks")}
     for name, content in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gpu_record import EMPTY, HOST
 
 from benchmarks.cases import PAIR, Variant, expectation, relative_error
-from benchmarks.gpu import bench, journal, parity, published, table, timing
+from benchmarks.gpu import bench, churn, journal, parity, published, table, timing
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.stages import Deadline
 from benchmarks.peers import TINY, batch, eager
@@ -161,7 +161,7 @@ class TestBenchmarks:
         assert {entry["group"] for entry in entries} == {*table.SECTIONS, "churn_report"}
         assert {entry["peer"] for entry in entries} >= {"Liger", "QuACK", "Liger JSD", "eager"}
         assert all(entry["ms"] > 0 for entry in entries)
-        record = {"host": HOST, "stages": [], "parity": EMPTY}
+        record = {"host": HOST, "stages": [], **dict.fromkeys(table.PARTS, EMPTY)}
         page = table.page({**record, "benchmarks": {"entries": entries, "left_out": []}})
         assert "a gradient to one side only" in page
 
@@ -238,3 +238,23 @@ def test_the_expectation_in_blocks_is_that_of_the_whole(monkeypatch):
         value.backward(torch.tensor(variant.upstream or 1.0, dtype=torch.float64))
         want = [value.detach(), *(z.grad for z in wide)]
         assert max(map(relative_error, whole, want)) < 1e-12
+
+
+class TestChurn:
+    def test_runs_that_share_every_seed_are_compared_and_audited(self, tmp_path):
+        size = {"repetitions": 3, "epochs": 1, "network": "mlp", "pairs": 2, "steps": 2}
+        every = churn.cases("cpu", replays=2, **size)
+        chosen = [every[0], every[1], every[-1]]
+        written = Journal(tmp_path / "churn.json", chosen)
+        assert journal.work(chosen, written, Deadline(600.0), "cpu") == 0
+        plain, why, exact = written.entries
+        for entry in (plain, exact):
+            assert entry["churn"][0] == 0
+            assert (entry["identical"], entry["pairs"]) == (3, 3)
+        assert (exact["mode"], exact["deterministic"]) == ("exact", True)
+        assert (why["verdict"], why["parted"], why["shares"]) == ("none", 0, [])
+        nothing = dict.fromkeys(table.PARTS, EMPTY)
+        record = {"entries": written.entries, "left_out": []}
+        page = table.page({"host": HOST, "stages": [], **nothing, "churn": record})
+        assert "| exact | on | " in page
+        assert "0 of 2 pairs part; operators that race: none." in page

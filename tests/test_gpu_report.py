@@ -253,9 +253,10 @@ class TestReport:
         assert "1 passed" in (folder / "log.txt").read_text()
 
     def test_the_commands_of_the_stages(self, tree, tmp_path):
-        tests, parities, ahead = report.check_stages(tmp_path, 100.0)
+        tests, parities, churned, ahead = report.check_stages(tmp_path, 100.0)
         assert "gpu and not nightly" in tests.command
         assert parities.command[-2:] == ["92.0", str(tmp_path / "parity.json")]
+        assert churned.command[-2:] == ["92.0", str(tmp_path / "churn.json")]
         assert "--warm" in ahead.command
         assert (tests.required, parities.required, ahead.required) == (True, True, False)
         timings = report.timing_stage(tmp_path, 100.0)

@@ -91,6 +91,13 @@ class TestPage:
         assert "- check replay, mode invariant, dtype float32" in parities
         assert "- benchmarks: 2 cases, the first variants l1" in section(text, "Left out")
 
+    def test_churn_and_why(self):
+        text = table.page(synthetic())
+        assert "| fast | off | 90.00 ± 2.00 | 3.70 ± 0.70 | 1 of 28 |" in section(text, "Churn")
+        why = section(text, "Why")
+        assert "| exact mode | 25.00 |" in why
+        assert "operator; 3 of 4 pairs part; operators that race: aten.mm.default." in why
+
     def test_why_a_case_has_no_number(self):
         notes = section(table.page(synthetic()), "Notes")
         assert "- Liger: waits for the GPU" in notes
@@ -98,7 +105,8 @@ class TestPage:
         assert "- pair 1000000 bfloat16 1000x1000000 eager: out of memory" in notes
 
     def test_a_run_that_got_nowhere_has_a_page(self):
-        text = table.page({"host": HOST, "stages": [], "parity": EMPTY, "benchmarks": EMPTY})
+        nothing = dict.fromkeys(table.PARTS, EMPTY)
+        text = table.page({"host": HOST, "stages": [], **nothing})
         assert text.startswith("# GPU report\n\nNVIDIA H200")
         assert "## Targets" not in text
 
@@ -111,6 +119,7 @@ class TestPage:
         kept = tmp_path / "results" / "nvidia-h200"
         assert sorted(path.name for path in kept.iterdir()) == [
             "benchmarks.json",
+            "churn.json",
             "parity.json",
             "report.json",
             "report.md",

@@ -22,7 +22,7 @@ from benchmarks.gpu.stages import Deadline, Stage
 # All of it, in seconds: nine minutes, less what starting and ending take.
 TOTAL = 510.0
 BUILD = 180.0
-CHECKS = 170.0  # tests and parity, side by side
+CHECKS = 170.0  # tests, parity and churn, side by side
 TIMINGS = 200.0  # what the checks leave for the timings at least
 # A stage that watches its own deadline gets this much less, and ends by itself.
 MARGIN = 8.0
@@ -78,17 +78,19 @@ def build_stage() -> Stage:
 
 
 def check_stages(folder: Path, seconds: float) -> list[Stage]:
-    """The GPU tests, parity, and what compiles beforehand the kernels that are timed later."""
+    """Tests, parity and churn, and what compiles beforehand the kernels that are timed later."""
     options = ["-q", "--color=no", "-m", "gpu and not nightly", "-p", "no:cacheprovider"]
     options += ["--basetemp", BUILD_TREE / "pytest"]
     if find_spec("xdist"):  # most of the time is the compiler's, and that runs on the CPU
         options += ["-n", min(TEST_PROCESSES, os.cpu_count() or 1)]
     tests = module("pytest", *options, *(gpu_tests() or ["tests"]))
     limit = ["--seconds", max(0.0, seconds - MARGIN)]
-    parity, warm = folder / table.PARITY, BUILD_TREE / WARM
+    parity, churn = folder / table.PARITY, folder / table.CHURN
+    warm = BUILD_TREE / WARM
     return [
         Stage("tests", tests),
         Stage("parity", module("benchmarks.gpu.parity", *limit, parity), parity),
+        Stage("churn", module("benchmarks.gpu.churn", *limit, churn), churn),
         Stage(
             "compilation ahead",
             module("benchmarks.gpu.bench", "--warm", *limit, warm),
@@ -110,7 +112,7 @@ class Report:
         self.folder, self._facts = folder, facts
         self.outcomes: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (table.REPORT, table.PARITY, table.BENCHMARKS, table.PAGE, LOG):
+        for name in (*table.RECORDS, table.PAGE, LOG):
             (folder / name).unlink(missing_ok=True)  # a journal of another run would be continued
 
     def run(self, group: list[Stage], seconds: float, place: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ benchmarks/results/<gpu>/.
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -27,7 +28,10 @@ from benchmarks.table import (
 )
 
 RESULTS = Path(__file__).parents[1] / "results"
-REPORT, PARITY, BENCHMARKS, PAGE = "report.json", "parity.json", "benchmarks.json", "report.md"
+REPORT, PARITY, CHURN = "report.json", "parity.json", "churn.json"
+BENCHMARKS, PAGE = "benchmarks.json", "report.md"
+PARTS = {"parity": PARITY, "churn": CHURN, "benchmarks": BENCHMARKS}
+RECORDS = (REPORT, *PARTS.values())
 
 AUTOTUNED = "torch.compile max-autotune"
 LIGER, QUACK, LIGER_JSD = "Liger", "QuACK", "Liger JSD"
@@ -55,7 +59,7 @@ def load(folder: Path) -> dict[str, Any]:
     """What a folder holds; a part that was not reached is empty."""
     empty = {"entries": [], "left_out": []}
     record = json.loads((folder / REPORT).read_text())
-    for name, file in (("parity", PARITY), ("benchmarks", BENCHMARKS)):
+    for name, file in PARTS.items():
         path = folder / file
         record[name] = json.loads(path.read_text()) if path.exists() else empty
     return record
@@ -280,7 +284,7 @@ SECTIONS = {
 def notes(entries: list[Entry]) -> str:
     """What each peer said about itself, and why a case has no number."""
     said = {f"{e['peer']}: {e['note']}" for e in entries if "note" in e}
-    absent = {f"{e['peer']}: {e['absent']}" for e in entries if "absent" in e}
+    absent = {f"{e.get('peer', e['group'])}: {e['absent']}" for e in entries if "absent" in e}
     failed = [
         f"{' '.join(str(value) for key, value in e.items() if key != 'failed')}: {e['failed']}"
         for e in entries
@@ -323,6 +327,40 @@ def parity_section(parity: dict[str, Any]) -> str:
     return "\n".join([text, *(["Failed:", "", *failed, ""] if failed else [])])
 
 
+def churn_section(entries: list[Entry]) -> list[str]:
+    """Churn of runs that share every seed, by mode, and what an audit says of it."""
+
+    def shown(estimate: list[float | None]) -> str:
+        mean, low, high = (math.nan if x is None else 100 * x for x in estimate)
+        half = (high - low) / 2
+        return f"{mean:.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+
+    lines = [
+        [
+            entry["mode"],
+            "on" if entry["deterministic"] else "off",
+            shown(entry["accuracy"]),
+            shown(entry["churn"]),
+            f"{entry['identical']} of {entry['pairs']}",
+        ]
+        for entry in entries
+        if "churn" in entry
+    ]
+    header = ["losses", "deterministic algorithms", "accuracy", "churn", "identical pairs"]
+    sections = [markdown("Churn with every seed the same, %", header, lines)] if lines else []
+    for entry in entries:
+        if "verdict" in entry:
+            rows = [[one["suspect"], shown(one["share"])] for one in entry["shares"]]
+            said = (
+                f"An audit of the fast mode: {entry['verdict']}; {entry['parted']} of "
+                f"{entry['pairs']} pairs part; operators that race: "
+                f"{', '.join(entry['operators']) or 'none'}.\n"
+            )
+            table = markdown("Why", ["twin of", "removes, %"], rows) if rows else "## Why\n"
+            sections += [table, said]
+    return sections
+
+
 def stages_section(stages: list[dict[str, Any]]) -> str:
     lines = [[stage["name"], stage["status"], f"{stage['seconds']:.0f}"] for stage in stages]
     text = markdown("Stages", ["stage", "status", "seconds"], lines)
@@ -337,7 +375,7 @@ def stages_section(stages: list[dict[str, Any]]) -> str:
 def left_out_section(record: dict[str, Any]) -> str:
     lines = [
         f"- {part}: {len(record[part]['left_out'])} cases, the first {record[part]['left_out'][0]}"
-        for part in ("parity", "benchmarks")
+        for part in PARTS
         if record[part]["left_out"]
     ]
     return "\n".join(["## Left out at the deadline", "", *lines, ""]) if lines else ""
@@ -366,8 +404,10 @@ def page(record: dict[str, Any]) -> str:
     if targets:
         sections.insert(0, markdown("Targets", ["target", "wanted", "measured", ""], targets))
     parity = [parity_section(record["parity"])] if record["parity"]["entries"] else []
-    parts = [stages_section(record["stages"]), *sections, *parity]
-    parts += filter(None, [notes(entries), left_out_section(record)])
+    churn = churn_section(record["churn"]["entries"]) if record["churn"]["entries"] else []
+    parts = [stages_section(record["stages"]), *sections, *parity, *churn]
+    everything = [*entries, *record["churn"]["entries"]]
+    parts += filter(None, [notes(everything), left_out_section(record)])
     return "\n".join(["# GPU report", "", machine_line(record["host"]), "", *parts])
 
 
@@ -382,7 +422,7 @@ def main() -> None:
     if arguments.keep:
         folder = RESULTS / slug(record["host"]["gpu"])
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (REPORT, PARITY, BENCHMARKS):
+        for name in RECORDS:
             if (arguments.folder / name).exists():
                 shutil.copyfile(arguments.folder / name, folder / name)
         (folder / PAGE).write_text(text)

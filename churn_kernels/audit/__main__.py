@@ -9,14 +9,18 @@ from pathlib import Path
 from churn_kernels.audit import data, text
 from churn_kernels.audit.compare import compare
 from churn_kernels.audit.examine import examine
-from churn_kernels.audit.page import page
 from churn_kernels.audit.replay import ReplayError, load_target, replay
+from churn_kernels.audit.report import (
+    DIFFERENT,
+    INCONCLUSIVE,
+    SAME,
+    UNUSABLE,
+    json_of,
+    status_of,
+    write_report,
+)
 from churn_kernels.audit.selftest import selftest
 from churn_kernels.audit.trace import Trace, TraceError
-from churn_kernels.files import write_atomically
-
-SAME, DIFFERENT, UNUSABLE, INCONCLUSIVE = 0, 1, 2, 3
-_STATUS = {"none": SAME, "unexplained": INCONCLUSIVE}  # of a verdict; all others: DIFFERENT
 
 _TARGET = """TARGET is package.module:function or path/to/file.py:function: a function that takes a
 device's name and returns a churn_kernels.audit.Training. Its module is run, so name none that you
@@ -135,13 +139,11 @@ def _run(options: argparse.Namespace) -> int:
         inject_at=options.inject_at,
         tell=lambda what: print(f"churn-audit: {what}", file=sys.stderr),
     )
-    status = _STATUS.get(found.verdict, DIFFERENT)
-    as_json = data.as_json(data.of_examination(found, options.target, status))
-    print(as_json if options.json else text.of_examination(found, options.target), flush=True)
+    said = json_of if options.json else text.of_examination
+    print(said(found, options.target), flush=True)
     if options.out:
-        write_atomically(options.out / "audit.json", as_json.encode() + b"\n")
-        write_atomically(options.out / "audit.html", page(found, options.target).encode())
-    return status
+        write_report(found, options.target, options.out)
+    return status_of(found)
 
 
 def _selftest(options: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from churn_trainer.audit_command import audit_run
 from churn_trainer.config import Run
 from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS
@@ -64,6 +65,9 @@ def train_runs(
         float, typer.Option(help="Time between checkpoints; 0: one after every step.")
     ] = 60.0,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard's files.")] = False,
+    trace: Annotated[
+        bool, typer.Option(help="Record every step, for `churn-audit diff` of two trainings.")
+    ] = False,
     trust: Annotated[
         list[str] | None, typer.Option(help="Package that --model may import from.")
     ] = None,
@@ -97,6 +101,7 @@ def train_runs(
             curve_points=curve_points,
             checkpoint_seconds=checkpoint_seconds,
             tensorboard=tensorboard,
+            trace=trace,
             trust=trust or (),
         )
         with _telling(wanted) as tell:
@@ -112,6 +117,7 @@ def train_runs(
 
 
 app.command("report")(report_runs)
+app.command("audit")(audit_run)
 
 
 @app.command("methods")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import churn_kernels as ck
+from churn_kernels import audit
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run
 from churn_trainer.data.batches import Batches
@@ -107,6 +110,7 @@ def fit(
     on_epoch: Callable[[Epoch], Any] = lambda epoch: None,
     checkpoint: Checkpoint | None = None,
     trust: Sequence[str] = (),
+    trace: Path | None = None,
 ) -> Trained:
     """Trains R runs, from the checkpoint where there is one.
 
@@ -125,6 +129,7 @@ def fit(
         on_epoch: called after each epoch; what it returns is kept, what it raises ends it all.
         checkpoint: where the state is saved.
         trust: see `build_model`.
+        trace: a file for `audit.record`, one line a step; one that is there already goes on.
     Raises:
         ValueError: runs that cannot be trained together, a model that does not fit the data, a
             checkpoint of something else.
@@ -135,15 +140,16 @@ def fit(
             f"runs must share all settings but the seeds, got {len(kinds)} kinds; train each alone"
         )
     fabric = fabric or make_fabric(runs[0].optimisation.precision)
-    training = _Training(runs, dataset, fabric, teachers, trust)
+    training = Loop(runs, dataset, fabric, teachers, trust)
     if checkpoint is not None and (state := checkpoint.load()) is not None:
         training.load_state(state)
-    while training.step < training.total_steps and len(training.diverged) < len(runs):
-        training.one_step()
-        if training.step % training.batches.steps == 0:
-            training.end_epoch(measured, on_epoch)
-        if checkpoint is not None and training.fabric.is_global_zero and checkpoint.due():
-            checkpoint.save(training.state())
+    with training.recorded(trace):
+        while training.step < training.total_steps and len(training.diverged) < len(runs):
+            training.one_step()
+            if training.step % training.batches.steps == 0:
+                training.end_epoch(measured, on_epoch)
+            if checkpoint is not None and training.fabric.is_global_zero and checkpoint.due():
+                checkpoint.save(training.state())
     if checkpoint is not None and training.fabric.is_global_zero:
         checkpoint.save(training.state())  # so that writing the results can be killed too
     return Trained(
@@ -156,8 +162,8 @@ def fit(
 
 
 @dataclass
-class _Training:
-    """The state of a training, and one step of it."""
+class Loop:
+    """The state of a training, and one step of it; arguments are those of `fit`."""
 
     runs: Sequence[Run]
     dataset: Dataset
@@ -177,7 +183,7 @@ class _Training:
         self.members = build_members(self.runs, shape, classes, trust=self.trust, rank=rank)
         self.total_steps = self.optimisation.epochs * self.batches.steps
         self.ramp_steps = self.method.ramp_share * self.total_steps
-        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+        self.sgd = torch.optim.SGD(
             self.members.parameters(),
             lr=self.optimisation.learning_rate,
             momentum=self.optimisation.momentum,
@@ -185,13 +191,18 @@ class _Training:
             weight_decay=self.optimisation.weight_decay,
         )
         self.stale = copy.deepcopy(self.members) if self.method.stale_steps else None
-        self.model, self.optimizer = fabric.setup(self.members, self.optimizer)
+        self.model, self.optimizer = fabric.setup(self.members, self.sgd)
+        self.recorder: audit.Recorder | None = None
         for fixed in (self.stale, self.teachers):
             if fixed is not None:
                 fixed.to(fabric.device).eval().requires_grad_(False)
-        # Of every row of the epoch, in its order; each process fills in its own rows.
-        self.losses = torch.zeros(self.batches.train_rows.shape, device=fabric.device)  # (R, n)
+        self.begin_epoch()
         self.finite = torch.ones(len(self.runs), dtype=torch.bool, device=fabric.device)
+
+    def begin_epoch(self) -> None:
+        """Room for the loss of every row of an epoch, in its order; a process fills in its own."""
+        rows = self.batches.train_rows.shape
+        self.losses = torch.zeros(rows, device=self.fabric.device)  # (R, n)
 
     def one_step(self) -> None:
         """One minibatch: forward, loss with all gradients, clipping, SGD."""
@@ -203,6 +214,8 @@ class _Training:
             self.stale.load_state_dict(self.members.state_dict())
 
         inputs, labels, rows = self.batches.train(self.step)
+        if self.recorder is not None:
+            self.recorder.observe(inputs=inputs, labels=labels)
         logits = self.model(inputs)  # (K, R, B, C)
         fixed = self.stale if self.teachers is None else self.teachers
         with torch.no_grad():
@@ -216,6 +229,8 @@ class _Training:
             others,
             self.runs[0].mode,
         )
+        if self.recorder is not None:
+            self.recorder.observe(loss=total)
         # Processes average their gradients; each loss is over the whole minibatch's rows.
         self.fabric.backward(total * (self.ranks / rows))
         norms = self.members.clip_gradients(self.optimisation.clip_norm)
@@ -230,6 +245,19 @@ class _Training:
         self.step += 1
         self.finite &= norms.isfinite().all(dim=0)
 
+    @contextmanager
+    def recorded(self, trace: Path | None) -> Iterator[None]:
+        """Each step of the block is recorded, by the first process; a trace goes on from here."""
+        if trace is None or not self.fabric.is_global_zero:
+            yield
+            return
+        if not self.step:
+            trace.unlink(missing_ok=True)
+        at = self.step if trace.exists() else None
+        with audit.record(trace, self.members, self.sgd, resume_at=at) as self.recorder:
+            yield
+        self.recorder = None
+
     def end_epoch(self, measured: Sequence[int], on_epoch: Callable[[Epoch], Any]) -> None:
         """Sums up the epoch, finds runs that diverged, and tells the callback."""
         number = self.step // self.batches.steps
@@ -238,7 +266,7 @@ class _Training:
         loss = torch.tensor([exact_mean(one) for one in rows], dtype=torch.float64)
         logits = self.evaluate() if number in measured else None
         self._find_diverged(number, loss, logits)
-        self.losses.zero_()
+        self.begin_epoch()
         self.history.append(
             on_epoch(
                 Epoch(

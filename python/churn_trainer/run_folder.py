@@ -22,7 +22,7 @@ from churn_trainer.config import Run
 from churn_trainer.output import csv_text
 
 CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "curves.csv"
-WEIGHTS, CHECKPOINT, LOCK = "weights.pt", "checkpoint.pt", ".lock"
+WEIGHTS, CHECKPOINT, TRACE, LOCK = "weights.pt", "checkpoint.pt", "steps.trace", ".lock"
 
 FINISHED, DIVERGED = "finished", "diverged"
 

@@ -23,7 +23,7 @@ from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, seeded, stackable
 from churn_trainer.models import build_model, check_logits
-from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, RunFolder
+from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, TRACE, RunFolder
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
@@ -62,6 +62,8 @@ class Options:
         curve_points: how many times a training is measured on the test rows.
         checkpoint_seconds: time between two checkpoints; 0: after every step.
         tensorboard: also write TensorBoard's event files.
+        trace: record a hash of every step (`churn_kernels.audit.record`); a stack's is in the
+            folder of its first run.
         trust: packages whose code a model may be.
     """
 
@@ -70,6 +72,7 @@ class Options:
     curve_points: int = 20
     checkpoint_seconds: float = 60.0
     tensorboard: bool = False
+    trace: bool = False
     trust: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -231,6 +234,7 @@ class _Group:
             on_epoch=self._on_epoch,
             checkpoint=checkpoint,
             trust=self.options.trust,
+            trace=folders[0].path / TRACE if self.options.trace else None,
         )
         for board in self.boards:
             board.close()

@@ -151,7 +151,7 @@ def test_repetitions_of_a_run_are_trained_anew_and_agree_on_a_cpu(tmp_path):
 
 
 def test_teachers_are_trained_first_and_once(tmp_path):
-    runs = [small_run(name) for name in ("self-distillation", "2-distillation", "2-ensemble")]
+    runs = [small_run(name) for name in ("self-distillation", "2-ensemble", "2-distillation")]
     events = []
     train(runs, tmp_path, tell=events.append)
     assert [
@@ -160,10 +160,9 @@ def test_teachers_are_trained_first_and_once(tmp_path):
         if kind == "finished"
     ] == [
         "baseline",
-        "ensemble",
+        "2-ensemble",
         "self-distillation",
         "2-distillation",
-        "2-ensemble",
     ]
     teachers = training.load_teachers([runs[0].teacher()], tmp_path, (1, 8, 8), 10)
     wanted = fit(runs[:1], digits(), teachers=teachers)
