@@ -13,7 +13,7 @@ from churn_kernels.audit.text import of_examination
 from churn_trainer.audited import training_of
 from churn_trainer.config import Run
 from churn_trainer.options import all_seeds, settings_command
-from churn_trainer.settings import merged, read_settings
+from churn_trainer.settings import merged, one_of, read_settings
 from churn_trainer.terminal import FAILED, INTERRUPTED, WRONG, fail, stdout_console
 
 
@@ -54,6 +54,7 @@ def audit_run(
       churn-train audit --config run.toml --device cuda --out out/audit-cuda
     """
     try:
+        one_of("device", device, ("cpu", "cuda"))
         tables = merged(read_settings(config) if config else {}, given)
         run = Run.from_mapping(merged({"seeds": all_seeds(seed)}, tables))
         out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
