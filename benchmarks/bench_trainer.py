@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from churn_trainer.config import Data, Model, Optimisation, Run
 from churn_trainer.data.batches import augment
 from churn_trainer.data.dataset import Dataset
-from churn_trainer.loop import _Training, make_fabric
+from churn_trainer.loop import Loop, make_fabric
 from churn_trainer.members import build_members
 from churn_trainer.methods import find_method
 from churn_trainer.objectives import measured_logits, objective
@@ -115,7 +115,7 @@ def test_step(benchmark, request, models):
     run, dataset = wanted_run(models, 4 if tiny else 128), images()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    training = _Training([run], dataset, make_fabric(), None, ())
+    training = Loop([run], dataset, make_fabric(), None, ())
     others = {"bare": bare_loop(run, dataset), "loss": loss_alone(run)}
     for step in (training.one_step, *others.values()):
         step()  # what only the first one costs
