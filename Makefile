@@ -37,7 +37,7 @@ test: build  ## the test suite
 nightly: build  ## the tests that take too long for every change
 	@$(BIN)/python -m pytest -q -n 2 -m nightly
 
-bench: build  ## time the losses against eager, torch.compile and a copy; the trainer's step
+bench: build  ## time losses, hashes, recording and the trainer against their peers
 	@mkdir -p out
 	@$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-columns=median \
 	  --benchmark-json=out/benchmarks.json

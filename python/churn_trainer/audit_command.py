@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from churn_kernels.audit import ReplayError, examine
+from churn_kernels.audit import examine
 from churn_kernels.audit.report import write_report
 from churn_kernels.audit.text import of_examination
 from churn_trainer.audited import training_of
 from churn_trainer.config import Run
 from churn_trainer.options import all_seeds, settings_command
-from churn_trainer.settings import merged, one_of, read_settings
+from churn_trainer.settings import merged, read_settings
 from churn_trainer.terminal import FAILED, INTERRUPTED, WRONG, fail, stdout_console
 
 
@@ -54,12 +54,13 @@ def audit_run(
       churn-train audit --config run.toml --device cuda --out out/audit-cuda
     """
     try:
-        one_of("device", device, ("cpu", "cuda"))
         tables = merged(read_settings(config) if config else {}, given)
         run = Run.from_mapping(merged({"seeds": all_seeds(seed)}, tables))
+        build = training_of(run, trust or ())
+        build(device)  # what is wrong with it shows now
         out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
         found = examine(
-            training_of(run, trust or ()),
+            build,
             device=device,
             replays=replays,
             pairs=pairs,
@@ -67,13 +68,13 @@ def audit_run(
             amplify_steps=amplify_steps,
             tell=lambda what: typer.echo(what, err=True),
         )
+        console = stdout_console()
+        console.print(of_examination(found, run.id), highlight=False, markup=False, soft_wrap=True)
         page = write_report(found, run.id, out)
-    except (ValueError, ReplayError) as error:
+    except ValueError as error:
         fail(str(error), WRONG)
     except KeyboardInterrupt:
-        fail("interrupted; nothing was written", INTERRUPTED)
+        fail("interrupted; an earlier report is as it was", INTERRUPTED)
     except OSError as error:
         fail(f"{error}; an earlier report is as it was", FAILED)
-    console = stdout_console()
-    console.print(of_examination(found, run.id), highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)

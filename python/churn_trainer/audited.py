@@ -7,26 +7,29 @@ from collections.abc import Callable, Sequence
 from churn_kernels.audit import Training
 from churn_trainer.config import Run
 from churn_trainer.data import load_dataset
-from churn_trainer.loop import Loop, make_fabric
+from churn_trainer.loop import TEST_BLOCK, Loop, make_fabric
+from churn_trainer.settings import one_of
 
 
 def training_of(run: Run, trust: Sequence[str] = ()) -> Callable[[str], Training]:
     """What `churn_kernels.audit.examine` and `churn-audit run` take: it builds a run's training.
 
     Args:
-        run: its settings, of a method without teachers.
+        run: its settings, of a method without teachers or stale partners: the state of a step is
+            that of the model and the optimizer. At most `TEST_BLOCK` test rows are predicted.
         trust: see `models.build_model`.
-    Raises: ValueError for a method that learns from teachers.
+    Raises: ValueError for another method.
     """
-    if run.method.teachers:
+    if run.method.teachers or run.method.stale_steps:
         raise ValueError(
-            f"method must be one without teachers, got {run.method.name}; audit what teaches it"
+            f"method must be one without teachers or stale partners, got {run.method.name}; audit "
+            "what it is made from"
         )
-    dataset = load_dataset(run.data)
+    dataset, rows = load_dataset(run.data), slice(TEST_BLOCK)
 
     def build(device: str) -> Training:
-        accelerator = device.partition(":")[0]
-        fabric = make_fabric(run.optimisation.precision, accelerator)
+        one_of("device", device, ("cpu", "cuda"))
+        fabric = make_fabric(run.optimisation.precision, device)
         loop = Loop([run], dataset, fabric, None, trust)
 
         def step(number: int) -> None:
@@ -34,6 +37,6 @@ def training_of(run: Run, trust: Sequence[str] = ()) -> Callable[[str], Training
             loop.begin_epoch()  # what other steps noted is no part of this one
             loop.one_step()
 
-        return Training(loop.members, loop.sgd, step, predict=lambda: loop.evaluate()[0])
+        return Training(loop.members, loop.sgd, step, predict=lambda: loop.predict(rows)[0])
 
     return build

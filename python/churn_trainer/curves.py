@@ -61,6 +61,8 @@ def _read(outcome: Outcome) -> Curves:
     ]
     tables = [_table(folder) for _, folders in splits for folder in folders]
     epochs = sorted(set.intersection(*(set(table) for table in tables)))
+    if not epochs:
+        raise ValueError("its runs have no measured epoch in common; train them with the same ones")
     values = torch.tensor(
         [[table[epoch] for epoch in epochs] for table in tables], dtype=torch.float64
     )  # (runs, P, columns)

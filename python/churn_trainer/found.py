@@ -47,6 +47,12 @@ class Found:
     damaged: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        """All runs, finished or not."""
+        lost = (*self.diverged, *self.damaged, *self.unfinished)
+        return len(self.finished) + len(lost)
+
 
 def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
     """Reads settings and status of every run; a folder that cannot be read stops no other.

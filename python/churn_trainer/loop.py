@@ -148,10 +148,10 @@ def fit(
             training.one_step()
             if training.step % training.batches.steps == 0:
                 training.end_epoch(measured, on_epoch)
-            if checkpoint is not None and training.fabric.is_global_zero and checkpoint.due():
-                checkpoint.save(training.state())
-    if checkpoint is not None and training.fabric.is_global_zero:
-        checkpoint.save(training.state())  # so that writing the results can be killed too
+            if checkpoint is not None and training.agreed(checkpoint.due()):
+                training.save(checkpoint)
+    if checkpoint is not None:
+        training.save(checkpoint)  # so that writing the results can be killed too
     return Trained(
         training.members,
         training.evaluate(),
@@ -253,10 +253,17 @@ class Loop:
             return
         if not self.step:
             trace.unlink(missing_ok=True)
-        at = self.step if trace.exists() else None
-        with audit.record(trace, self.members, self.sgd, resume_at=at) as self.recorder:
-            yield
-        self.recorder = None
+        try:
+            block = audit.record(trace, self.members, self.sgd, resume_at=self.step or None)
+            with block as self.recorder:
+                yield
+        except (audit.TraceError, FileNotFoundError) as error:
+            raise ValueError(
+                f"trace must hold every step up to {self.step}, where the training goes on, got: "
+                f"{error}; delete the run's folder, or go on without a trace"
+            ) from None
+        finally:
+            self.recorder = None
 
     def end_epoch(self, measured: Sequence[int], on_epoch: Callable[[Epoch], Any]) -> None:
         """Sums up the epoch, finds runs that diverged, and tells the callback."""
@@ -285,24 +292,38 @@ class Loop:
     def evaluate(self) -> Tensor:
         """(R, N, C) float32 logits of the test rows, on the CPU; the processes share the work."""
         rows, block = self.batches.test_rows.shape[1], TEST_BLOCK
-        count = measured_members(self.method)
         logits = torch.zeros(len(self.runs), rows, self.dataset.classes, device=self.fabric.device)
-        self.model.eval()
         for start in range(self.fabric.global_rank * block, rows, self.ranks * block):
             part = slice(start, start + block)
-            values = self.model(self.batches.test(part), count)
-            logits[:, part] = measured_logits(self.method, values.float())
-        self.model.train()
+            logits[:, part] = self.predict(part)
         return self._summed(logits).cpu()
 
+    @torch.no_grad()
+    def predict(self, rows: slice) -> Tensor:
+        """(R, b, C) float32 logits of some test rows, of what is measured."""
+        self.model.eval()
+        values = self.model(self.batches.test(rows), measured_members(self.method))
+        self.model.train()
+        return measured_logits(self.method, values.float())
+
+    def agreed(self, said: bool) -> bool:
+        """What the first process says."""
+        return said if self.ranks == 1 else bool(self.fabric.broadcast(said))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Saves the state; all processes take part, the first writes. Raises: OSError."""
+        state = self.state()
+        if self.fabric.is_global_zero:
+            checkpoint.save(state)
+
     def state(self) -> dict[str, Any]:
-        """All that the steps to come depend on, as tensors and plain values."""
+        """All that the steps to come depend on, of all processes, as tensors and plain values."""
         return {
             "step": self.step,
             "members": self.members.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "stale": None if self.stale is None else self.stale.state_dict(),
-            "losses": self.losses,
+            "losses": self._summed(self.losses),
             "finite": self.finite,
             "history": self.history,
             "diverged": self.diverged,
@@ -316,7 +337,8 @@ class Loop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.stale is not None:
             self.stale.load_state_dict(state["stale"])
-        self.losses.copy_(state["losses"])
+        if self.fabric.is_global_zero:  # the others' zeros add nothing
+            self.losses.copy_(state["losses"])
         self.finite.copy_(state["finite"])
 
     def _find_diverged(self, number: int, loss: Tensor, logits: Tensor | None) -> None:

@@ -17,6 +17,7 @@ from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
 from churn_trainer.config import Data, Model, Optimisation, Run, Seeds
+from churn_trainer.data.hub import HUB
 from churn_trainer.found import Finished, printable
 from churn_trainer.methods import BASELINE, METHODS, Method
 
@@ -35,10 +36,7 @@ METRICS = {
 PAIRWISE = ("churn", "schurn", "churn_correct", "churn_incorrect")
 """Those of a pair of runs; the others are of one run."""
 
-_OWN_TEST_ROWS = (
-    *("cifar10", "cifar100", "svhn", "imagenet", "inaturalist2018"),
-    *("multi-view", "gaussian", "prototypes"),
-)
+_OWN_TEST_ROWS = (*HUB, "multi-view", "gaussian", "prototypes")
 """Data sets whose test rows no seed draws."""
 
 
@@ -130,6 +128,11 @@ class Outcome:
     def runs(self) -> int:
         """How many independent runs are measured, over all splits."""
         return sum(len(split.clusters()[0]) for split in self.splits.values())
+
+    @property
+    def all_runs(self) -> int:
+        """How many runs there are, over all splits."""
+        return sum(len(split.found) for split in self.splits.values())
 
     def estimate(self, metric: str, level: float, fixed: Sequence[str] = ()) -> Estimate:
         """The metric's mean over runs or pairs, with an interval; NaN where there is no pair.

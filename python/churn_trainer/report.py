@@ -105,12 +105,11 @@ def make_report(
         curves=curves,
         tables=tables,
         figures=figures,
-        missing=[*uncompared, *missing_tables, *missing_figures],
+        missing=[*uncompared, *without_curves, *missing_tables, *missing_figures],
         left_out=[
             *_some(found.diverged),
             *_some([*found.damaged, *unusable]),
             *_some([f"{name} has not ended; train it to its end" for name in found.unfinished]),
-            *without_curves,
         ],
         level=level,
         title=printable(title),
@@ -225,7 +224,15 @@ def _verdict(one: Comparison, where: str, level: float) -> str:
 
 def _same_seeds(one: Outcome, where: str, level: float) -> str:
     churn, identical = one.estimate("churn", level, one.sources), one.identical(one.sources)
-    threads = sorted({found.threads or 0 for split in one.splits.values() for found in split.found})
+    threads = sorted(
+        {
+            split.found[place].threads or 0
+            for split in one.splits.values()
+            for cluster in split.clusters(one.sources)
+            for place in cluster
+            if len(cluster) > 1
+        }
+    )
     trained = f"; trained with {' or '.join(map(str, threads))} threads" if all(threads) else ""
     return (
         f"{where}{one.label} with every seed the same, on {one.setting.device}: churn "
@@ -245,7 +252,7 @@ def _facts(report: Report, command: str) -> dict[str, Any]:
     return {
         "command": printable(command),
         "runs": len(report.found.finished),
-        "left_out": len(report.left_out),
+        "left_out": report.found.count - sum(one.all_runs for one in report.outcomes),
         "level": report.level,
         **{
             f"{where}{name}": text

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "
 WEIGHTS, CHECKPOINT, TRACE, LOCK = "weights.pt", "checkpoint.pt", "steps.trace", ".lock"
 
 FINISHED, DIVERGED = "finished", "diverged"
+
+_BROKEN = (zipfile.BadZipFile, zlib.error)
 
 
 class Busy(RuntimeError):
@@ -96,7 +99,7 @@ class RunFolder:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return [torch.from_numpy(arrays[name]) for name in names]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, KeyError, EOFError, *_BROKEN) as error:
             raise ValueError(
                 f"{path} must hold the arrays {' and '.join(names)}, got: {error}; delete "
                 f"{self.path} and train again"

@@ -97,7 +97,7 @@ def study(
 
       churn-train study cifar10-resnet56 --ray auto --accelerator cuda
     """
-    try:
+    with _ending():
         if name is None:
             titles = {key: Study.load(path).title for key, path in study_files().items()}
             print_table(("name", "study"), list(titles.items()))
@@ -118,14 +118,6 @@ def study(
                 tell=tell,
             )
         _conclude(wanted, out, [out / RUNS])
-    except NothingFinished as error:
-        fail(str(error), FAILED)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from what is there", INTERRUPTED)
-    except OSError as error:
-        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
 
 
 def sources(
@@ -166,7 +158,7 @@ def sources(
 
       churn-train sources --config run.toml --splits 1 --accelerator cpu --accelerator cuda
     """
-    try:
+    with _ending():
         recipe = Run.load(config) if config else DEFAULT
         given = {"optimisation": {"epochs": epochs}} if epochs is not None else {}
         recipe = Run.from_mapping(merged(recipe.to_mapping(), given))
@@ -193,14 +185,6 @@ def sources(
                     tell=tell,
                 )
         _conclude(wanted, out, list(roots.values()))
-    except NothingFinished as error:
-        fail(str(error), FAILED)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from what is there", INTERRUPTED)
-    except OSError as error:
-        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
 
 
 def recipes(
@@ -288,6 +272,21 @@ def _telling() -> Iterator[Any]:
                 console.print(escape(line), highlight=False, soft_wrap=True)
 
         yield tell
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """What goes wrong in the block ends the command with a message and a status."""
+    try:
+        yield
+    except NothingFinished as error:
+        fail(str(error), FAILED)
+    except ValueError as error:
+        fail(str(error), WRONG)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from what is there", INTERRUPTED)
+    except OSError as error:
+        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
 
 
 def _conclude(wanted: Study, out: Path, roots: list[Path]) -> None:

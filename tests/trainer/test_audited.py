@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from churn_trainer import cli
+from churn_trainer import cli, loop
 from churn_trainer import train as training
 from churn_trainer.audited import training_of
 from churn_trainer.config import Seeds
@@ -16,6 +16,10 @@ from test_loop import Killed
 from typer.testing import CliRunner
 
 from churn_kernels import audit
+
+
+def kill(*_):
+    raise Killed
 
 
 def trace_of(run, root, **changes):
@@ -69,12 +73,22 @@ def test_steps_are_those_of_the_training():
         training.model.state_dict().values(), trained.members.state_dict().values(), strict=True
     ):
         assert one.equal(other)
-    assert training.predict().equal(trained.logits[0])
+    assert training.predict().equal(trained.logits[0][: loop.TEST_BLOCK])
 
 
-def test_a_method_with_teachers_is_refused():
-    with pytest.raises(ValueError, match=r"method must be one without teachers, got distillation"):
-        training_of(small_run("distillation"))
+@pytest.mark.parametrize("method", ["distillation", "ce-stale"])
+def test_a_method_whose_steps_depend_on_more_is_refused(method):
+    with pytest.raises(ValueError, match=rf"without teachers or stale partners, got {method}; "):
+        training_of(small_run(method))
+
+
+def test_a_trace_begins_with_its_training(tmp_path, monkeypatch):
+    run = independent("baseline", 0)
+    monkeypatch.setattr(training._Group, "_write", kill)
+    with pytest.raises(Killed):
+        train([run], tmp_path, Options(checkpoint_seconds=0))
+    with pytest.raises(ValueError, match=r"trace must hold every step up to 6, .* without a trace"):
+        trace_of(run, tmp_path)
 
 
 SMALLEST = ("--replays", "2", "--pairs", "2", "--steps", "2", "--amplify-steps", "2")

@@ -19,26 +19,37 @@ from test_train import environment, rows_of
 
 # Logits of which each is one product: the same bits whatever else is in the minibatch.
 MODULE = """
+import os
+
 import torch
 
 class Diagonal(torch.nn.Module):
     def __init__(self, shape, classes):
         super().__init__()
+        self.calls = 0
         self.scale = torch.nn.Parameter(torch.linspace(0.5, 2, classes))
 
     def forward(self, inputs):
+        self.calls += 1
+        if self.calls == int(os.environ.get("DIES_AT", "0")):
+            os._exit(1)
         return inputs.flatten(1)[:, 20 : 20 + len(self.scale)] * self.scale
 """
 
 
-def train_on_two_ranks(run, tmp_path, *options):
+def start_two_ranks(run, tmp_path, *options, **variables):
     config = tmp_path / "run.toml"
     config.write_text(to_toml(run))
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     line += ["--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     line += ["-m", "churn_trainer", "train", "--config", str(config), "--devices", "2"]
     line += ["--accelerator", "cpu", "--out", str(tmp_path / "two"), *options]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
+    place = environment() | variables
+    return subprocess.run(line, capture_output=True, text=True, env=place, check=False)
+
+
+def train_on_two_ranks(run, tmp_path, *options):
+    done = start_two_ranks(run, tmp_path, *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"finished {run.id}") == 1
     two = RunFolder(tmp_path / "two" / run.id)
@@ -82,6 +93,12 @@ def test_the_same_logits_have_the_same_loss_on_two_ranks(tmp_path, monkeypatch):
     assert torch.equal(two.logits()[0], alone.logits()[0])
     assert losses_of(two) == losses_of(alone)
     assert 1 < float(losses_of(alone)[0]) < 10
+    # Killed in the middle of an epoch, the ranks go on with the losses of all of them.
+    options = ("--trust", "diagonal_net", "--checkpoint-seconds", "0")
+    (tmp_path / "two").rename(tmp_path / "whole")
+    assert start_two_ranks(run, tmp_path, *options, DIES_AT="6").returncode != 0
+    assert (tmp_path / "two" / run.id / "checkpoint.pt").exists()
+    assert losses_of(train_on_two_ranks(run, tmp_path, *options)) == losses_of(alone)
     monkeypatch.undo()
     sys.modules.pop("diagonal_net")
 

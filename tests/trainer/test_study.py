@@ -143,6 +143,17 @@ def test_a_study_that_was_not_trained_has_nothing_to_report(tmp_path):
         report_study(small_study(), tmp_path)
 
 
+def test_runs_that_measured_no_epoch_in_common_have_no_curves(tmp_path):
+    study = small_study(methods=("baseline",))
+    local_study(study, tmp_path)
+    path = tmp_path / study.all_runs()[0].id / "curves.csv"
+    head, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([head, "7" + rows[-1][1:]]))
+    report = report_study(study, tmp_path)
+    assert report.curves == []
+    assert any("have no measured epoch in common; train them" in one for one in report.missing)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -164,6 +175,6 @@ def test_broken_curves_are_named_and_the_rest_is_reported(content, message, tmp_
     (tmp_path / study.all_runs()[0].id / "curves.csv").write_text(content)
     report = report_study(study, tmp_path)
     assert report.curves == []
-    (sentence,) = report.left_out
-    assert re.search(message, sentence)
+    assert not report.left_out
+    assert re.search(message, report.missing[0])
     assert table(report, 2).rows
