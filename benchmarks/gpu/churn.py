@@ -8,8 +8,6 @@ PyTorch's deterministic algorithms. Then an audit of the plainest of them.
 import argparse
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
@@ -21,6 +19,7 @@ import torch
 from benchmarks.gpu.journal import Case, Journal, work
 from benchmarks.gpu.stages import Deadline
 from churn_kernels import audit
+from churn_kernels.audit.settings import deterministic_algorithms
 from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import churn_report
 from churn_kernels.modes import MODES
@@ -29,16 +28,6 @@ REPETITIONS = 8
 EPOCHS = 20
 CONVOLUTIONS = "cnn"
 PAIRS, STEPS, REPLAYS = 4, 10, 20
-
-
-@contextmanager
-def deterministic_algorithms(on: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(on)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def finite(estimate: Estimate) -> list[float | None]:
@@ -133,7 +122,7 @@ def main() -> int:
     parser.add_argument("json", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0, help="begin no case after so long")
     arguments = parser.parse_args()
-    # Without it PyTorch's deterministic algorithms refuse matrix products on a GPU.
+    # PyTorch's deterministic algorithms want it, and cuBLAS reads it once a process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     every = cases()
     return work(every, Journal(arguments.json, every), Deadline(arguments.seconds), "cuda")
