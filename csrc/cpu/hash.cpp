@@ -45,7 +45,11 @@ void hash(const std::vector<HashPiece>& pieces, uint64_t* words, const Parallel&
     }
   };
   const int64_t tasks = (bytes + kTask - 1) / kTask;
-  tasks < 2 || parallel.threads < 2 ? body(0, tasks) : parallel.run(tasks, 1, body);
+  if (tasks < 2 || parallel.threads < 2) {
+    body(0, tasks);
+  } else {
+    parallel.run(tasks, 1, body);
+  }
 }
 
 }  // namespace ck

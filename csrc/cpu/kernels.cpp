@@ -2,6 +2,7 @@
 // fma: the sweeps of every dtype, as a table.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "../rows/hash.h"
