@@ -3,24 +3,25 @@
     word[k] = sum over the bytes, four at a time as one number, of number * key_k(place) mod 2^64
 
 for k = 0, 1 (csrc/rows/hash.h). A sum has no order, so threads, devices and strides do not show in
-it, and what pieces of a tensor have adds up. Keys differ from place to place, so that every change
-of one element shows in both words, and so does every swap of two within a block of 4096 bytes:
-signed zeros, NaN payloads, one unit in the last place. That other differences cancel has a
-probability of about 2^-63 a word, and of 2^-32 a word at worst, where they are in the highest bits
-of the numbers alone. It is no protection against someone who wants two tensors to collide.
+it, and what pieces of a tensor have adds up. Keys are odd and differ from place to place, so that
+every change within one of these 32-bit numbers shows in both words, and so does every swap of two
+of them within a block of 4096 bytes. Elements of at most four bytes lie within one: no change and
+no such swap of theirs is lost, be it a signed zero, a NaN payload or one unit in the last place.
+Wider elements are several numbers. That differences in several cancel has a probability of about
+2^-63 a word, and of 2^-32 a word at worst, where they are in the highest bits of the numbers alone.
+It is no protection against someone who wants two tensors to collide.
 """
 
 import hashlib
 import struct
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from churn_kernels import _backend, _placements
-from churn_kernels._ops import BUILD_COMMAND, CONSTANTS
+from churn_kernels._ops import BUILD_COMMAND, CONSTANTS, hash_keys
 
 HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
 """Numbers the hashes: where it is the same, so are they, on every machine and device.
@@ -39,8 +40,8 @@ def tensor_hash(x: Tensor) -> str:
             of a sparse tensor the coalesced indices and values count, of a quantised one its
             integers, scales and zero points. Of a DTensor the whole tensor counts: every process
             of its mesh has to call, and 16 bytes are added up over those that share it.
-    Returns: the same for the same bits, dtype and shape, on every machine and for every sharding.
-        Waits for a GPU.
+    Returns: the same for the same bits, dtype and shape, on every machine and however `Shard` and
+        `Replicate` place them. Waits for a GPU.
     Raises: TypeError for anything but a tensor; ValueError for a tensor without data (meta, fake,
         nested), and for a DTensor that is neither sharded nor replicated; RuntimeError where the
         compiled library is missing.
@@ -179,7 +180,7 @@ def words_without_a_kernel(piece: Piece) -> Tensor:
     if bits.is_complex():
         bits = torch.view_as_real(bits)
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
-    keys, size = _keys(bits.device), CONSTANTS.kHashBlock
+    keys, size = hash_keys(bits.device), CONSTANTS.kHashBlock
     total = torch.zeros(CONSTANTS.kHashWords, dtype=torch.int64, device=bits.device)
     begin = 0
     for numbers in bits.reshape(-1).view(kind).split(_SLICE) if bits.numel() else ():
@@ -235,9 +236,3 @@ def _block_keys(word: int, blocks: Tensor) -> Tensor:
 def _shifted(x: Tensor, by: int) -> Tensor:
     """The bits shifted right, filled with zeros as those of unsigned numbers are."""
     return (x >> by) & ((1 << (64 - by)) - 1)
-
-
-@cache
-def _keys(device: torch.device) -> Tensor:
-    """(2, 1024) keys of the places in a block."""
-    return torch.tensor(CONSTANTS.hash_keys, device=device)

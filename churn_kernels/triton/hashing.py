@@ -1,11 +1,11 @@
 """The op `triton_hash_words`; see csrc/ops.cpp and csrc/rows/hash.h. No call waits for the GPU.
 
 A program sums up some blocks of places of one run of bytes, of whichever tensor: many tensors are
-one launch. What programs find is added up by integer atomics, which have no order.
+one launch for each width of the loads, four at most. What programs find is added up by integer
+atomics, which have no order.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from math import gcd
 
 import numpy as np
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from churn_kernels._C import constants
+from churn_kernels._ops import hash_keys
 from churn_kernels.triton.launch import on_device, start
 
 WORDS = tl.constexpr(constants.kHashWords)
@@ -141,12 +142,6 @@ def table_of(
     return table[: -len(run_of)], table[-len(run_of) :]
 
 
-@cache
-def keys_on(device: torch.device) -> Tensor:
-    """(WORDS, PARTS) int64."""
-    return torch.tensor(constants.hash_keys, device=device)
-
-
 def hash_words(
     pieces: Sequence[Tensor], first: Sequence[int], run: Sequence[int], step: Sequence[int]
 ) -> Tensor:
@@ -160,6 +155,6 @@ def hash_words(
     with on_device(device):
         for width, found in by_width.items():
             table, run_of = table_of(found, device)
-            arguments = (table, run_of, keys_on(device), words, BLOCKS, width)
+            arguments = (table, run_of, hash_keys(device), words, BLOCKS, width)
             start(hash_words_kernel, (len(run_of),), WARPS, *arguments)
     return words
