@@ -275,7 +275,7 @@ def test_a_full_disk_loses_nothing(tmp_path, threads, monkeypatch, capsys):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("churn_kernels.files.os.fsync", full)
+    monkeypatch.setattr("churn_kernels._files.os.fsync", full)
     small = ["--replays", "2", "--pairs", "2", "--steps", "1", "--amplify-steps", "1"]
     assert run("steady", "--out", str(tmp_path), small=small) == 2
     out, err = capsys.readouterr()

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from churn_kernels._files import write_atomically
 from churn_kernels.audit import data
 from churn_kernels.audit.examine import Examination
 from churn_kernels.audit.page import page
-from churn_kernels.files import write_atomically
 
 SAME, DIFFERENT, UNUSABLE, INCONCLUSIVE = 0, 1, 2, 3
 """Exit statuses: no difference; one; no answer; runs differ, and no replay of the step does."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from churn_kernels.files import write_atomically
+from churn_kernels._files import write_atomically
 
 FORMAT = 2
 

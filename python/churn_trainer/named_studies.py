@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from churn_kernels.files import write_atomically
+from churn_kernels._files import write_atomically
 from churn_trainer.config import Study
 from churn_trainer.settings import nearest
 

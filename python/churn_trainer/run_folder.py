@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from churn_kernels.files import write_atomically
+from churn_kernels._files import write_atomically
 from churn_trainer.checkpoint import load_tensors, save_tensors
 from churn_trainer.config import Run
 from churn_trainer.output import csv_text

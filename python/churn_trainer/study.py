@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from churn_kernels.files import write_atomically
+from churn_kernels._files import write_atomically
 from churn_trainer.config import Study
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder

@@ -24,7 +24,7 @@ from churn_trainer.settings import to_toml
 from churn_trainer.train import Options, train
 from small_study import small_run
 
-from churn_kernels.files import write_atomically
+from churn_kernels._files import write_atomically
 from churn_kernels.metrics import churn_report
 
 FILES = {"config.json", "metrics.json", "logits.npz", "curves.csv", "weights.pt", ".lock"}
@@ -343,7 +343,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("churn_kernels.files.os.fsync", full)
+    monkeypatch.setattr("churn_kernels._files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomically(target, b"new")
     assert target.read_bytes() == b"old"
