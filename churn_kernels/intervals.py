@@ -72,6 +72,14 @@ def t_interval(values: Tensor, level: float = 0.95) -> Estimate:
     return _estimate(float(values.mean()), float(values.std() / math.sqrt(count)), count - 1, level)
 
 
+def rule_of_three(count: int) -> float:
+    """Below it is, at 95 %, the probability of what none of `count` independent trials showed.
+
+    (1 - p)^n = 0.05 for p of about 3/n; at most 1.
+    """
+    return min(1.0, 3.0 / count)
+
+
 def _off_diagonal(values: Tensor) -> Tensor:
     """A pairwise (R, R) tensor with NaN on its diagonal; an (R,) tensor as it is."""
     if values.ndim == 1:

@@ -319,6 +319,29 @@ def test_a_run_that_was_killed_keeps_its_steps(tmp_path):
     assert len(trace.steps) > 20
 
 
+def test_devices_of_the_tensors_do_not_show(monkeypatch):
+    """Adam's step counts stay on the CPU while its moments go with the parameters."""
+    recording = sys.modules["churn_kernels.audit.record"]
+    torch.manual_seed(0)
+    tensors = [(f"{i}", torch.randn(2 + i) if i % 2 else torch.tensor(float(i))) for i in range(6)]
+    tensors.insert(2, ("none", None))
+    want = recording.tensors_hash(tensors)()
+    monkeypatch.setattr(recording, "_device_of", lambda x: "cuda" if x.ndim else "cpu")
+    assert recording.tensors_hash(tensors)() == want
+    assert recording.tensors_hash(tensors[::-1])() != want
+
+
+def test_only_generators_that_a_model_draws_from_count(monkeypatch):
+    recording = sys.modules["churn_kernels.audit.record"]
+    model = nn.Linear(2, 2)
+    want = recording.random_state_hash(model)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.ones(3, dtype=torch.uint8)])
+    assert recording.random_state_hash(model) == want
+    torch.rand(())
+    assert recording.random_state_hash(model) != want
+
+
 def test_kinds_of_tensors(tmp_path):
     """Not finite, sparse gradients, none at all, complex numbers, channels last."""
 
@@ -427,6 +450,7 @@ def test_diff(tmp_path, capsys):
     assert "still the same: batch, loss, random state, buffers" in out
     assert main(["diff", "--json", a, c]) == 1
     data = json.loads(capsys.readouterr().out)
+    assert (data["kind"], data["format"]) == ("churn-audit diff", 1)
     assert (data["step"], data["first"]) == (3, "gradients")
     assert [trace["steps"] for trace in data["traces"]] == [STEPS, STEPS]
     assert main(["diff", a, str(tmp_path / "none")]) == 2

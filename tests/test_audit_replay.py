@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import audit_targets
 import pytest
@@ -90,6 +91,10 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert message in err
     assert out.startswith("the runs part ways before the first step: parameters\n")
+    assert main(["diff", "--json", str(a), str(b), "--replay", f"{FILE}:steady"]) == 2
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["first"], json.loads(out)["replay"]) == ("parameters", None)
+    assert message in err
     c = tmp_path / "c"
     record(c, audit_targets.steady, before=flipped)
     found = ck.audit.compare(ck.audit.Trace.load(a), ck.audit.Trace.load(c))
@@ -178,5 +183,17 @@ def test_what_a_target_has_to_return():
 
 def test_a_module_that_a_target_misses_is_its_own_error(tmp_path):
     (tmp_path / "needs.py").write_text("import surely_not_there\n")
-    with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
-        ck.audit.load_target(f"{tmp_path}/needs.py:build")
+    for _ in range(2):  # no half of it is left to be taken for all
+        with pytest.raises(ModuleNotFoundError, match="surely_not_there"):
+            ck.audit.load_target(f"{tmp_path}/needs.py:build")
+    assert "needs" not in sys.modules
+    assert sys.path.count(str(tmp_path)) == 1
+
+
+def test_a_file_that_takes_the_name_of_one_that_is_gone(tmp_path):
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        file = tmp_path / folder / "churn_renamed.py"
+        file.write_text(f"def build(device):\n    return {folder!r}\n")
+        assert ck.audit.load_target(f"{file}:build")("cpu") == folder
+        file.unlink()

@@ -113,16 +113,19 @@ def _diff(options: argparse.Namespace) -> int:
     status = SAME if found.difference is None else DIFFERENT
     if not options.json:
         print(text.of_comparison(found), flush=True)
-    if options.replay and found.difference is not None:
-        build = load_target(options.replay)
-        replayed = replay(found, build, devices=options.device, replays=options.replays)
-        content["replay"] = data.of_replayed(replayed)
-        if replayed.finding.verdict == "none":
-            status = INCONCLUSIVE
-        if not options.json:
-            print(text.of_replayed(replayed))
-    if options.json:
-        print(data.as_json(content))
+    try:
+        if options.replay and found.difference is not None:
+            content["replay"] = None
+            build = load_target(options.replay)
+            replayed = replay(found, build, devices=options.device, replays=options.replays)
+            content["replay"] = data.of_replayed(replayed)
+            if replayed.finding.verdict == "none":
+                status = INCONCLUSIVE
+            if not options.json:
+                print(text.of_replayed(replayed))
+    finally:  # what the traces say stands, whatever becomes of the replay
+        if options.json:
+            print(data.as_json(content), flush=True)
     return status
 
 

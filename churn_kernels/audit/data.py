@@ -12,7 +12,7 @@ from churn_kernels.audit.manifest import manifest_hash
 from churn_kernels.audit.operators import Finding, Operation
 from churn_kernels.audit.pairs import Pair
 from churn_kernels.audit.replay import Replayed
-from churn_kernels.intervals import Estimate
+from churn_kernels.intervals import Estimate, rule_of_three
 
 FORMAT = 1
 
@@ -26,6 +26,8 @@ def of_comparison(found: Comparison) -> dict[str, Any]:
     """What `churn-audit diff` found."""
     difference = found.difference
     return {
+        "kind": "churn-audit diff",
+        "format": FORMAT,
         "same": difference is None,
         "steps_compared": found.steps,
         "step": difference and difference.step,
@@ -123,7 +125,7 @@ def _pairs(pairs: list[Pair]) -> dict[str, Any]:
         "steps": len(pairs[0].distances) - 1,
         "differing": len(steps),
         "first_step": min(steps, default=None),
-        "bound": None if steps else min(1.0, 3 / len(pairs)),
+        "bound": None if steps else rule_of_three(len(pairs)),
         "distances": [pair.distances for pair in pairs],
         "churn": [pair.churn for pair in pairs],
     }

@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from churn_kernels.hashing import tensor_hash
+from churn_kernels.intervals import rule_of_three
+
+AroundReplay = Callable[[int], AbstractContextManager[Any]]
+"""The block that a replay of a number from 0 runs in."""
 
 _LIBRARIES = ("torch.", "churn_kernels.audit.operators", "churn_kernels._", "contextlib")
 # Devices are left out: what is computed on two can be compared.
@@ -283,7 +287,7 @@ class Finding:
     @property
     def bound(self) -> float:
         """With "none": below it is the share of steps that differ, at 95 % (rule of three)."""
-        return min(1.0, 3.0 / (self.replays - 1))
+        return rule_of_three(self.replays - 1)
 
 
 def find_operator(
@@ -292,7 +296,7 @@ def find_operator(
     restore: Callable[[], Any],
     *,
     replays: int = 5,
-    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    around: AroundReplay = nullcontext,
 ) -> Finding:
     """Replay a step until two replays differ, and name the first operator that makes them.
 

@@ -85,7 +85,7 @@ class Recorder:
         self._finish_step()
 
     def _hash_surroundings(self) -> None:
-        self._hashes["random state"] = partial(str, random_state_hash())
+        self._hashes["random state"] = partial(str, random_state_hash(self._model))
         self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
 
     def _finish_step(self) -> None:
@@ -162,7 +162,7 @@ def recorded_tensors(model: torch.nn.Module) -> list[list[Any]]:
 def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
     """128 bits of named tensors in their order; None where one is not there."""
     kinds = []
-    by_device: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for name, x in tensors:
         if x is None:
             kinds.append(f"{name}\0none\0")
@@ -171,15 +171,30 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
         if not is_dense(x):
             kinds.append(f"{name}\0{tensor_hash(x)}\0")
             continue
+        by_device.setdefault(_device_of(x), []).append((len(kinds), x))
         kinds.append(f"{name}\0{x.dtype}{tuple(x.shape)}\0")
-        by_device.setdefault(x.device, []).append(x)
     digest = hashlib.blake2b("".join(kinds).encode(), digest_size=16)
-    return partial(_finished, digest, [words_of(dense) for dense in by_device.values()])
+    words = []
+    for several in by_device.values():
+        places, dense = zip(*several, strict=True)
+        words.append((places, words_of(dense)))
+    return partial(_finished, digest, words)
 
 
-def _finished(digest: "hashlib.blake2b", words: list[Tensor]) -> str:
-    for of_device in words:
-        digest.update(of_device.cpu().numpy().tobytes())
+def _device_of(x: Tensor) -> torch.device:
+    """Tensors of one device are hashed at once."""
+    return x.device
+
+
+def _finished(digest: "hashlib.blake2b", words: list[tuple[tuple[int, ...], Tensor]]) -> str:
+    """The words in the order of their tensors, whatever devices these lie on."""
+    by_place = {
+        place: row
+        for places, of_device in words
+        for place, row in zip(places, of_device.cpu().numpy(), strict=True)
+    }
+    for place in sorted(by_place):
+        digest.update(by_place[place].tobytes())
     return digest.hexdigest()
 
 
@@ -205,16 +220,20 @@ def _hash_of_both(tensors: list[tuple[str, Tensor | None]], rest: list[Any]) -> 
     return lambda: hashlib.blake2b(head + later().encode(), digest_size=16).hexdigest()
 
 
-def random_state_hash() -> str:
-    """128 bits of the states of Python's, NumPy's and PyTorch's generators, of all devices."""
+def random_state_hash(model: torch.nn.Module) -> str:
+    """128 bits of the states of Python's and NumPy's generators, and of PyTorch's.
+
+    Of the latter those of the CPU and of the GPUs that the model lies on: what other GPUs a machine
+    has does not show.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr(random.getstate()).encode())
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others draw from
     digest.update(f"{kind}{rest}".encode())
     digest.update(np.asarray(keys).tobytes())
+    gpus = {x.device for x in (*model.parameters(), *model.buffers()) if x.is_cuda}
     states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states += torch.cuda.get_rng_state_all()
+    states += [torch.cuda.get_rng_state(gpu) for gpu in sorted(gpus, key=lambda gpu: gpu.index)]
     for state in states:
         digest.update(state.numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.compare import Comparison
-from churn_kernels.audit.operators import Finding, OperatorLog, first_difference
+from churn_kernels.audit.operators import AroundReplay, Finding, OperatorLog, first_difference
 from churn_kernels.audit.record import (
     optimizer_hash,
     random_state_hash,
@@ -69,8 +69,7 @@ def load_target(target: str) -> Build:
             f"target must be package.module:function or path/to/file.py:function, got {target!r}; "
             f"name the function that builds the training"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    _import_from(os.getcwd())
     module = _module_of_file(Path(place)) if place.endswith(".py") else _module_of_name(place)
     build = getattr(module, name, None)
     if not callable(build):
@@ -79,6 +78,11 @@ def load_target(target: str) -> Build:
             f"{'not there' if build is None else type(build).__name__}; define {name}(device)"
         )
     return build
+
+
+def _import_from(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
 
 
 def _module_of_name(name: str) -> Any:
@@ -97,15 +101,20 @@ def _module_of_file(path: Path) -> Any:
     if not path.is_file():
         raise ReplayError(f"target must name a file that exists, got {path}; check the path")
     loaded = getattr(sys.modules.get(path.stem), "__file__", None)
-    if loaded and path.samefile(loaded):
+    if loaded and os.path.exists(loaded) and path.samefile(loaded):
         return sys.modules[path.stem]  # what it registers, such as operators, comes once
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # where dataclasses and pickle look for it
-    sys.path.insert(0, str(path.parent.absolute()))
-    spec.loader.exec_module(module)
+    known = sys.modules.setdefault(path.stem, module)  # where dataclasses and pickle look for it
+    _import_from(str(path.parent.absolute()))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        if known is module:  # half of it; the next attempt starts anew
+            sys.modules.pop(path.stem, None)
+        raise
     return module
 
 
@@ -134,7 +143,7 @@ def built(build: Build, device: str, before: int = 1) -> Training:
 def state_hashes(training: Training) -> dict[str, str]:
     """128 bits of each part of the state, in the order in which a difference spreads."""
     return {
-        "random state": random_state_hash(),
+        "random state": random_state_hash(training.model),
         "buffers": tensors_hash(training.model.named_buffers())(),
         "parameters": tensors_hash(training.model.named_parameters())(),
         "optimizer": optimizer_hash(training.optimizer)(),
@@ -146,7 +155,7 @@ def find_in_step(
     step: int,
     *,
     replays: int,
-    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    around: AroundReplay = nullcontext,
 ) -> Finding:
     """`find_operator` for a step of one training, or of two that take turns on two devices.
 

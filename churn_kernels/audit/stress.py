@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from churn_kernels.audit.operators import Differences, Finding, differences, find_operator
+from churn_kernels.audit.operators import (
+    AroundReplay,
+    Differences,
+    Finding,
+    differences,
+    find_operator,
+)
 from churn_kernels.audit.settings import onednn, thread_count
-
-Around = Callable[[int], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _contention(replay: int) -> Iterator[None]:
             thread.join()
 
 
-AXES: dict[str, Around] = {
+AXES: dict[str, AroundReplay] = {
     "nothing": nullcontext,
     "contention": _contention,
     "allocator": _allocator,
