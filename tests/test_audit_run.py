@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import audit_targets
@@ -12,6 +13,7 @@ import churn_kernels as ck
 from churn_kernels import _ops
 from churn_kernels.audit import data, figures, text
 from churn_kernels.audit.__main__ import main
+from churn_kernels.audit.examine import _try_axis
 from churn_kernels.audit.page import page
 from churn_kernels.intervals import Estimate
 
@@ -71,9 +73,7 @@ def test_a_planted_race(tmp_path, threads, capsys):
     race = "churn_audit.racy_sum.default"
     assert re.fullmatch(rf"step [12]: {race} makes other outputs of the same inputs", lines[0])
     assert "forward, module middle" in lines[1]
-    assert any(
-        line.startswith(f"  {race}: 100% [100%, 100%]; 0 of 3 pairs still part") for line in lines
-    )
+    assert any(line.startswith(f"  {race}: 100%; 0 of 3 pairs still part") for line in lines)
     assert re.search(r"^churn-audit: 20 replays of step [12], operator by operator$", err, re.M)
 
     found = json.loads((tmp_path / "audit.json").read_text())
@@ -117,7 +117,8 @@ def test_what_only_stress_shows_is_attributed_to_it(threads):
     threads(1)
     found = ck.audit.examine(audit_targets.by_threads, replays=3, pairs=2, steps=2, amplify_steps=2)
     assert (
-        text.verdict(found) == "step 2: no difference in 3 replays: fewer than 100% of steps differ"
+        text.verdict(found)
+        == "step 2: no difference in 3 replays: fewer than 100% of steps differ, at 95 %"
     )
     assert text.of_pairs(found) == "0 of 2 pairs of 2 steps part (p < 100% at 95 %)"
     shown = {axis.name for axis in found.axes if axis.shows}
@@ -135,7 +136,7 @@ def test_replays_that_part_when_nobody_looks(threads, capsys):
     out = capsys.readouterr().out
     assert out.startswith(
         "inconclusive: replays part in step 1, but with every operator logged no difference in 5 "
-        "replays: fewer than 75% of steps differ\n"
+        "replays: fewer than 75% of steps differ, at 95 %\n"
     )
     assert "3 of 3 pairs of 2 steps part, the first in step 1: parameters" in out
 
@@ -163,6 +164,50 @@ def test_several_races_are_all_named(threads):
     assert {share.suspect for share in found.attribution.shares} > set(found.operators)
 
 
+def test_a_search_that_was_given_up_is_said(threads, monkeypatch):
+    threads(1)
+    monkeypatch.setattr(sys.modules["churn_kernels.audit.examine"], "MOST_OPERATORS", 1)
+    found = ck.audit.examine(audit_targets.racy, replays=20, pairs=2, steps=1, amplify_steps=1)
+    assert found.cut
+    assert text.of_operators(found) == f"{found.operators[0]} (no more were looked for)"
+
+
+def test_a_training_that_runs_on_one_device_only(threads, monkeypatch):
+    """The audit says so, and what else it found."""
+    threads(1)
+
+    def build(device):
+        if device != "cpu":
+            raise RuntimeError("x is on cpu")
+        return audit_targets.training()
+
+    training = build("cpu")
+    finding = ck.audit.Finding("none", -1, [], [], [], 2)
+    rest = (build, training, "cpu", 1, [], finding, lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    axis = _try_axis("device", *rest)
+    assert text.of_axis(axis) == "skipped: the training does not run on cuda: x is on cpu"
+    assert not axis.shows
+
+
+def test_a_model_whose_batch_cannot_be_split(threads):
+    training = ck.audit.Training(audit_targets.Doubling(), None, lambda n: None)
+    finding = ck.audit.Finding("none", -1, [], [], [], 2)
+    axis = _try_axis("batch", None, training, "cpu", 1, [], finding, lambda _: None)
+    assert axis.skipped == "no module of the model is known to take a batch in parts"
+
+
+def test_numbers_in_words():
+    pairs = [ck.audit.Pair([1.0, 0.5], [], 1, "parameters")]
+    share = ck.audit.Share("x", Estimate(-1.66, -9.0, -0.37, 1.0), pairs)
+    said = "below -100% [below -100%, -37%]; 1 of 1 pairs still part"
+    assert text.of_share(share) == said
+    assert text.of_differences(ck.audit.Differences(1e-6, [])).startswith("0.0001% of the elements")
+    nowhere = Estimate(-0.01, -0.03, 0.01, 0.01)
+    shrinking = ck.audit.Amplification(1, 1, pairs, nowhere, None)
+    assert "shrinks at a rate of 0.010 [-0.010, 0.030] per step" in text.of_amplification(shrinking)
+
+
 # Strings from outside ----------------------------------------------------------------------------
 
 
@@ -182,6 +227,7 @@ def test_figures_take_any_numbers():
     pairs = [
         ck.audit.Pair([0.0, 0.0], [], None, ""),
         ck.audit.Pair([1e-9, float("inf")], [], 1, ""),
+        ck.audit.Pair([5e-324, 1.5e308], [], 1, ""),
     ]
     for drawn in (
         figures.amplification(pairs[:1], []),
@@ -258,6 +304,14 @@ def test_numbers_out_of_range(option, value, message, capsys):
 def test_a_step_to_flip_that_is_not_run(capsys):
     assert run("steady", "--inject-at", "7") == 2
     assert "inject_at must be a step from 1 to 6, got 7; run more steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numbers", [{"replays": 1}, {"pairs": 1}, {"steps": 0}])
+def test_numbers_are_refused_before_the_work(numbers):
+    ((name, count),) = numbers.items()
+    message = f"{name} must be at least {count + 1}, got {count}; run more of them"
+    with pytest.raises(ck.audit.ReplayError, match=message):
+        ck.audit.examine(audit_targets.broken, **numbers)
 
 
 def test_a_folder_that_cannot_be_is_refused_before_the_work(tmp_path, capsys):

@@ -24,8 +24,10 @@ from churn_kernels.audit.operators import (
 from churn_kernels.audit.pairs import Pair, run_pair
 from churn_kernels.audit.record import Recorder, record
 from churn_kernels.audit.replay import Replayed, ReplayError, Training, load_target, replay
+from churn_kernels.audit.report import write_report
 from churn_kernels.audit.state import snapshot
 from churn_kernels.audit.stress import AXES, Split, Stressed, split_batch, stress
+from churn_kernels.audit.text import of_examination as describe
 from churn_kernels.audit.trace import Step, Trace, TraceError
 from churn_kernels.audit.twins import TWINS, Pins
 from churn_kernels.hashing import HASH_SPEC, hash_of_words, hash_words, tensor_hash
@@ -60,6 +62,7 @@ __all__ = [
     "amplify",
     "attribute",
     "compare",
+    "describe",
     "differences",
     "examine",
     "find_operator",
@@ -75,4 +78,5 @@ __all__ = [
     "split_batch",
     "stress",
     "tensor_hash",
+    "write_report",
 ]

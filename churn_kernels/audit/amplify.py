@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from churn_kernels.audit.pairs import Around, Pair, as_they_are, run_pair
-from churn_kernels.audit.replay import Build, ReplayError
+from churn_kernels.audit.pairs import Around, Pair, as_they_are, check_injection, run_pair
+from churn_kernels.audit.replay import Build
 from churn_kernels.intervals import Estimate, t_interval
 
 RANGE = 0.9
@@ -62,7 +62,8 @@ def amplify(
         inject_at: the step, from 1, before which the parameters of one of the two are flipped.
         pairs: flips of other numbers, each followed by itself; intervals are over them.
         around: the block that a side takes a step in, such as `Pins` of operators that race, whose
-            own differences would hide the flip's.
+            own differences would hide the flip's. What the flip changes does not pass through a
+            pinned operator either: growth and churn are then lower bounds.
         tell: is told of each pair.
     Raises: ReplayError if `inject_at` is none of the steps, and as `run_pair`.
     """
@@ -85,18 +86,7 @@ def amplify(
 
 
 def _absorbed(curve: list[float]) -> bool:
-    return max(curve) <= curve[0]
-
-
-def check_injection(steps: int, inject_at: int) -> None:
-    """Refuse a flip at a step that is not run.
-
-    Raises: ReplayError.
-    """
-    if not 1 <= inject_at <= steps:
-        raise ReplayError(
-            f"inject_at must be a step from 1 to {steps}, got {inject_at}; run more steps"
-        )
+    return all(distance <= curve[0] for distance in curve)  # NaN is none of these
 
 
 def growth_rate(distances: list[float]) -> float:

@@ -14,7 +14,7 @@ from churn_kernels.audit.pairs import Around, Pair, run_pair
 from churn_kernels.audit.replay import Build, ReplayError
 from churn_kernels.audit.stress import AXES
 from churn_kernels.audit.twins import TWINS, Pins, missing_twins, two_parts
-from churn_kernels.intervals import Estimate, jackknife_interval, t_interval
+from churn_kernels.intervals import Estimate, jackknife_interval, rule_of_three, t_interval
 
 
 def _enter(
@@ -40,7 +40,8 @@ class Share:
         suspect: its name; "everything" is all of them at once.
         share: of the mean squared distance that goes away with its twin:
             1 - mean(d_twin^2) / mean(d^2), with a jackknife interval over pairs; below 0 where the
-            twin's pairs happened to end further apart.
+            twin's pairs happened to end further apart. Without bounds where no distance is left,
+            which `bound` says more of.
         pairs: that were run with its twin.
     """
 
@@ -56,7 +57,7 @@ class Share:
     @property
     def bound(self) -> float:
         """If none does: below it is the share of pairs that do, at 95 % (rule of three)."""
-        return min(1.0, 3.0 / len(self.pairs))
+        return rule_of_three(len(self.pairs))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def attribute(
 
     While differences are small they add up: squared distances of independent causes do, so that
     their shares sum to 1. Take few enough steps that a divergence is not saturated; `amplify` shows
-    when it is. A cause that only shows when another one has happened has a share in both.
+    when it is. A cause that only shows when another one has happened has a share in both. Through a
+    pinned operator no difference passes, so its share is that of its race and of what other causes
+    send through it.
 
     Args:
         build: builds the training.
@@ -104,7 +107,7 @@ def attribute(
         apart: names in `STRESS`, of settings in which the two sides differ; empty for replays of
             one thing, which part only where something races.
         operators: names of suspected operators, such as `find_operator` finds. Their twin on one
-            side are the outputs that they had on the other.
+            side are the outputs that they had on the other (`Pins`).
         suspects: twins by name; None for those of `TWINS` that can be swapped here ("batch" only
             if the sides differ in it).
         device: of the training.
@@ -136,6 +139,8 @@ def attribute(
             try:
                 found[name].append(run_pair(build, steps, device=device, around=around))
             except NotImplementedError as error:  # a loss that has no exact mode, for one
+                if not name:
+                    raise  # the training's own: no twin is in its way
                 skipped[name] = str(error)
                 twins[EVERYTHING] = tuple(
                     one for one in twins[EVERYTHING] if one not in twins[name]
@@ -170,7 +175,7 @@ def _share(name: str, pairs: list[Pair], base: Tensor) -> Share:
     squares = torch.tensor([pair.distances[-1] for pair in pairs], dtype=base.dtype).square()
     of_base = base.square()
     if not squares.any():
-        return Share(name, Estimate(1.0, 1.0, 1.0, 0.0), pairs)
+        return Share(name, Estimate(1.0, *[math.nan] * 3), pairs)
     rest = squares.mean() / of_base.mean()
     left = (squares.sum() - squares) / (of_base.sum() - of_base)
     log = jackknife_interval(math.log(rest), left.log())

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from churn_kernels.audit.amplify import Amplification, amplify, check_injection
+from churn_kernels.audit.amplify import Amplification, amplify
 from churn_kernels.audit.attribute import STRESS, Attribution, attribute, together
 from churn_kernels.audit.manifest import manifest
 from churn_kernels.audit.operators import Finding
-from churn_kernels.audit.pairs import Pair, run_pair
+from churn_kernels.audit.pairs import Pair, check_injection, run_pair
 from churn_kernels.audit.replay import Build, ReplayError, Training, built, find_in_step
 from churn_kernels.audit.stress import AXES
-from churn_kernels.audit.twins import Pins
+from churn_kernels.audit.twins import Pins, splittable
 
 MOST_OPERATORS = 8
 """Operators that race, after which no more are looked for."""
@@ -28,7 +28,7 @@ class Axis:
     Attributes:
         name: in `AXES`; or "batch", computed in two parts; or "device", a CPU against a GPU.
         finding: of replays with and without it; None for "batch" and where it was skipped.
-        pair: of "batch": a step with and without it, after which parameters may differ.
+        pair: of "batch": the first step with and without it, after which parameters may differ.
         skipped: why it was; "" if it was not.
     """
 
@@ -54,8 +54,8 @@ class Examination:
         pairs: replays of the first steps, two at a time, as they are.
         step: the step that was replayed: the first in which a pair parted, or the last of these.
         finding: of its replays.
-        operators: names of all operators that race in it: with those before it pinned, each is the
-            first that makes other outputs of equal inputs.
+        operators: names of the operators that race in it, at most `MOST_OPERATORS`: with those
+            before it pinned, each is the first that makes other outputs of equal inputs.
         axes: what stress showed, with these operators pinned.
         attribution: shares of the divergence of the replays; or, where they do not part, of the
             divergence between the axes that showed; None where nothing did.
@@ -72,6 +72,11 @@ class Examination:
     attribution: Attribution | None
     amplification: Amplification
     manifest: dict[str, Any]
+
+    @property
+    def cut(self) -> bool:
+        """Whether the search for operators ended at `MOST_OPERATORS`: there may be more."""
+        return len(self.operators) >= MOST_OPERATORS
 
     @property
     def verdict(self) -> str:
@@ -95,23 +100,27 @@ def examine(
     """Find out whether replays of a training part, where, why, and what becomes of a difference.
 
     1. Pairs of replays, as they are, run side by side; the first step in which one parts is
-       replayed with every operator logged, until those that race are known (`find_operator`).
+       replayed with every operator logged, until those that race are known, or `MOST_OPERATORS`
+       of them (`find_operator`).
     2. The same step under each axis of stress (`stress`), and on a CPU against a GPU if there is
-       one.
+       one; of batches in two parts, the first step.
     3. Suspects are swapped for deterministic twins, one at a time (`attribute`).
     4. One unit in the last place is flipped, and followed (`amplify`).
 
     Args:
         build: builds the training.
         device: where it is examined.
-        replays: of the one step.
-        pairs: for each measurement.
-        steps: of each pair, in 1. and 3.
+        replays: of the one step, at least 2.
+        pairs: for each measurement, at least 2.
+        steps: of each pair, in 1. and 3., at least 1.
         amplify_steps, inject_at: of 4.
         tell: is told what comes next.
-    Raises: ReplayError if two builds differ before the first step, and as `attribute` and
-        `amplify`; ValueError as `find_operator`.
+    Raises: ReplayError for numbers out of range, if two builds differ before the first step, and as
+        `attribute` and `amplify`.
     """
+    for name, count, least in (("replays", replays, 2), ("pairs", pairs, 2), ("steps", steps, 1)):
+        if count < least:
+            raise ReplayError(f"{name} must be at least {least}, got {count}; run more of them")
     check_injection(amplify_steps, inject_at)
     tell(f"{pairs} pairs of {steps} steps, as they are")
     plain = [run_pair(build, steps, device=device) for _ in range(pairs)]
@@ -160,7 +169,7 @@ def examine(
 
 
 def _all_operators(training: Training, step: int, finding: Finding, replays: int) -> list[str]:
-    """Names of operators that race: each found with those before it pinned."""
+    """Names of operators that race, `MOST_OPERATORS` at most: each with those before it pinned."""
     names: list[str] = []
     while finding.verdict == "operator" and len(names) < MOST_OPERATORS:
         assert finding.operation is not None
@@ -185,11 +194,17 @@ def _try_axis(
         return Axis(name, skipped="replays part without it, and no operator to pin makes them")
     if name == "device" and not torch.cuda.is_available():
         return Axis(name, skipped="there is no CUDA device")
-    tell(f"step {step} under stress: {name}")
+    if name == "batch" and not splittable(training.model):
+        return Axis(name, skipped="no module of the model is known to take a batch in parts")
+    tell(f"{'the first step' if name == 'batch' else f'step {step}'} under stress: {name}")
     pins = Pins(operators)
     if name == "device":
-        other = built(build, "cpu" if device != "cpu" else "cuda", step)
-        return Axis(name, find_in_step([training, other], step, replays=2, around=pins))
+        other = "cpu" if device != "cpu" else "cuda"
+        try:
+            trainings = [training, built(build, other, step)]
+            return Axis(name, find_in_step(trainings, step, replays=2, around=pins))
+        except Exception as error:  # the target's own: it need not run anywhere else
+            return Axis(name, skipped=f"the training does not run on {other}: {error}")
 
     around = together([STRESS[name], pins])
     if name == "batch":

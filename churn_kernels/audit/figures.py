@@ -7,7 +7,7 @@ from churn_kernels.audit.attribute import Share
 from churn_kernels.audit.operators import Differences, Finding
 from churn_kernels.audit.pairs import Pair
 from churn_kernels.audit.svg import Drawing
-from churn_kernels.audit.text import bucket
+from churn_kernels.audit.text import bucket, percent
 
 WIDTH = 900
 LEFT, RIGHT, TOP, BOTTOM = 78, 20, 26, 40
@@ -28,12 +28,12 @@ def amplification(flipped: list[Pair], plain: list[Pair]) -> str:
     def x(step: float) -> float:
         return LEFT + step / last * (right - LEFT)
 
-    def y(distance: float) -> float:
-        return bottom - (math.log10(distance) - low) / (high - low) * (bottom - TOP)
+    def y(power: float) -> float:
+        return bottom - (power - low) / (high - low) * (bottom - TOP)
 
     for power in range(low, high + 1, max(1, (high - low) // 6)):
-        drawing.line([(LEFT, y(10.0**power)), (right, y(10.0**power))], "grid")
-        drawing.text(LEFT - 8, y(10.0**power) + 4, f"1e{power}", "end", "muted")
+        drawing.line([(LEFT, y(power)), (right, y(power))], "grid")
+        drawing.text(LEFT - 8, y(power) + 4, f"1e{power}", "end", "muted")
     between = _round_step(last / 8)
     for step in range(0, last + 1, between):
         drawing.text(x(step), bottom + 18, str(step), "middle", "muted")
@@ -41,9 +41,10 @@ def amplification(flipped: list[Pair], plain: list[Pair]) -> str:
     drawing.text(LEFT, TOP - 12, "distance of the parameters, L2", "start", "muted")
     for pairs, kind in ((plain, "plain"), (flipped, "accent")):
         for pair in pairs:
-            _curve(
-                drawing, [(x(n), y(d)) if 0 < d < math.inf else None for n, d in _thin(pair)], kind
-            )
+            points = [
+                (x(n), y(math.log10(d))) if 0 < d < math.inf else None for n, d in _thin(pair)
+            ]
+            _curve(drawing, points, kind)
     flips = [pair.first_flip for pair in flipped if pair.first_flip is not None]
     if flips:
         first = min(flips)
@@ -125,7 +126,7 @@ def shares(found: list[Share]) -> str:
             drawing.line([(x(one.share.low), y), (x(one.share.high), y)], "interval")
         if one.share.mean >= low:
             drawing.dot(x(one.share.mean), y, "accent")
-        drawing.text(right + 14, y + 4, f"{one.share.mean:z.0%}", "start")
+        drawing.text(right + 14, y + 4, percent(one.share.mean), "start")
     return str(drawing)
 
 

@@ -101,7 +101,7 @@ def _where(found: Examination) -> str:
         f"{finding.replays} replays of step {found.step} from one state, with a hash of every "
         f"tensor that goes into an operator or comes out of it.",
         *(_operation(finding) if finding.operation else ()),
-        _named_all({"all that race": escape(", ".join(found.operators))} if several else {}),
+        _named_all({"operators that race": escape(text.of_operators(found))} if several else {}),
         _figure(
             figures.timeline(finding),
             _key("same", "same bits")
@@ -164,7 +164,8 @@ def _stress(found: Examination) -> str:
     axes = {axis.name: escape(text.of_axis(axis)) for axis in found.axes}
     return _section(
         "Under stress",
-        f"Step {found.step} with and without each, the operators that race pinned.",
+        f"Step {found.step} with and without each, and the first step with its batch in parts; the "
+        f"operators that race are pinned.",
         _named_all(axes),
     )
 

@@ -64,8 +64,10 @@ def run_pair(
         around: the block that a side takes a step in.
         flip: (n, seed): before step n one number among the parameters of side 1, drawn by the seed,
             loses one unit in the last place.
-    Raises: ReplayError as `built`, and if no parameter can be flipped.
+    Raises: ReplayError as `built`, if n is no step that is run, and if no parameter can be flipped.
     """
+    if flip is not None:
+        check_injection(steps, flip[0], "flip[0]")
     sides: list[tuple[Training, Callable[[], None]]] = []
     for _ in range(2):
         training = built(build, device)
@@ -93,6 +95,17 @@ def run_pair(
             one, other = (_predictions(training) for training, _ in sides)
             churn.append((one != other).double().mean().item())
     return Pair(distances, churn, parted, what)
+
+
+def check_injection(steps: int, inject_at: int, name: str = "inject_at") -> None:
+    """Refuse a flip at a step that is not run.
+
+    Raises: ReplayError.
+    """
+    if not 1 <= inject_at <= steps:
+        raise ReplayError(
+            f"{name} must be a step from 1 to {steps}, got {inject_at}; run more steps"
+        )
 
 
 def flip_ulp(model: nn.Module, seed: int) -> None:

@@ -28,7 +28,7 @@ LAYER = "layers.2"
 @torch.library.custom_op("churn_audit::racy_sum", mutates_args=())
 def racy_sum(x: Tensor) -> Tensor:
     """Sum of x in float32, its parts added in the order in which threads come to them."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=x.device)
     lock, ready = threading.Lock(), threading.Barrier(PARTS)
 
     def add(i: int, part: Tensor) -> None:
@@ -82,10 +82,10 @@ def planted(device: str) -> Training:
     """A target to try `churn-audit run` on: a small training with a racy sum in its forward pass.
 
     Args:
-        device: "cpu", where the sum is.
+        device: where it trains; the threads that race are the host's.
     """
     torch.manual_seed(0)
-    x, y = torch.randn(256, 8), torch.randint(3, (256,))
+    x, y = torch.randn(256, 8).to(device), torch.randint(3, (256,)).to(device)
     model = _Model(_Layer(racy_sum, backward=False)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
 

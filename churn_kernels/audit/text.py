@@ -10,7 +10,7 @@ from churn_kernels.audit.manifest import manifest_hash
 from churn_kernels.audit.operators import Differences, Finding
 from churn_kernels.audit.replay import Replayed
 from churn_kernels.audit.selftest import Trial
-from churn_kernels.intervals import Estimate
+from churn_kernels.intervals import Estimate, rule_of_three
 
 
 def of_trial(trial: Trial) -> str:
@@ -59,7 +59,7 @@ def of_examination(found: Examination, target: str) -> str:
     """What `churn-audit run` found."""
     lines = [verdict(found), *evidence(found.finding), of_pairs(found)]
     if len(found.operators) > 1:
-        lines.append(f"operators that race: {', '.join(found.operators)}")
+        lines.append(f"operators that race: {of_operators(found)}")
     lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
     if found.attribution:
         lines += [f"why: {of_attribution(found.attribution)}; of that a twin removes"]
@@ -68,6 +68,11 @@ def of_examination(found: Examination, target: str) -> str:
     lines.append(of_amplification(found.amplification))
     lines.append(f"{target} on {found.device}; ran on: {manifest_hash(found.manifest)}")
     return "\n".join(lines)
+
+
+def of_operators(found: Examination) -> str:
+    """The operators that race, and whether the search for more was given up."""
+    return ", ".join(found.operators) + (" (no more were looked for)" if found.cut else "")
 
 
 def verdict(found: Examination) -> str:
@@ -98,7 +103,10 @@ def of_finding(found: Finding) -> str:
 
 def no_difference(found: Finding) -> str:
     """What can be said when replays do not differ."""
-    return f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps differ"
+    return (
+        f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps differ, "
+        f"at 95 %"
+    )
 
 
 def evidence(found: Finding) -> list[str]:
@@ -120,12 +128,17 @@ def evidence(found: Finding) -> list[str]:
 
 def of_differences(found: Differences) -> str:
     """Share, sizes and places of the elements that differ."""
-    parts = [f"{found.share:.1%} of the elements differ"]
+    parts = [f"{_small_share(found.share)} of the elements differ"]
     if found.ulps:
         counts = ", ".join(f"{bucket(least)}: {n}" for least, n in found.ulps.items())
         parts.append(f"by up to {found.largest_ulps} units in the last place ({counts})")
     places = ", ".join(f"({', '.join(map(str, place))})" for place in found.positions if place)
     return "; ".join([*parts, f"first at {places}"] if places else parts)
+
+
+def _small_share(share: float) -> str:
+    """In per cent, with as many digits as show that it is not 0."""
+    return f"{share:.1%}" if share >= 0.0005 else f"{100 * share:.1g}%"
 
 
 def bucket(least: int) -> str:
@@ -138,7 +151,7 @@ def of_pairs(found: Examination) -> str:
     count, steps = len(found.pairs), len(found.pairs[0].distances) - 1
     parted = [pair for pair in found.pairs if pair.step is not None]
     if not parted:
-        bound = f"p < {min(1.0, 3 / count):.0%} at 95 %"
+        bound = f"p < {rule_of_three(count):.0%} at 95 %"
         return f"0 of {count} pairs of {steps} steps part ({bound})"
     first = min(parted, key=lambda pair: pair.step or 0)
     return (
@@ -158,8 +171,8 @@ def of_axis(axis: Axis) -> str:
         return of_finding(axis.finding) + (f" (module {module})" if module else "")
     assert axis.pair is not None
     if not axis.shows:
-        return "a step in two parts has the bits of one"
-    return f"a step in two parts ends {axis.pair.distances[-1]:.1e} away"
+        return "the first step in two parts has the bits of one"
+    return f"the first step in two parts ends {axis.pair.distances[-1]:.1e} away"
 
 
 def of_attribution(found: Attribution) -> str:
@@ -173,18 +186,23 @@ def of_share(share: Share) -> str:
     """What a twin removes."""
     rest = f"{share.differing} of {len(share.pairs)} pairs still part"
     bound = "" if share.differing else f" (p < {share.bound:.0%} at 95 %)"
-    return f"{of_estimate(_cut(share.share), 'z.0%')}; {rest}{bound}"
+    mean, low, high = map(percent, share.share[:3])
+    interval = "" if math.isnan(share.share.low) else f" [{low}, {high}]"
+    return f"{mean}{interval}; {rest}{bound}"
 
 
-def _cut(share: Estimate) -> Estimate:
-    """A share whose interval ends at -100 %: below, it says nothing more."""
-    return share._replace(low=max(share.low, -1.0))
+def percent(share: float) -> str:
+    """A share in per cent; how far below -100 % it is says nothing more."""
+    return "below -100%" if share < -1 else format(share, "z.0%")
 
 
 def of_amplification(found: Amplification) -> str:
     """What becomes of a flip."""
     growth = found.growth
     rate = f"grows at a rate of {of_estimate(growth, '.3f')} per step"
+    if growth.mean < 0:
+        shrinking = Estimate(-growth.mean, -growth.high, -growth.low, growth.standard_error)
+        rate = f"shrinks at a rate of {of_estimate(shrinking, '.3f')} per step"
     if growth.mean > 0:
         rate += f", twice as large every {math.log(2) / growth.mean:.1f} steps"
     if math.isnan(growth.mean):

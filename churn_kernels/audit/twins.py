@@ -31,6 +31,10 @@ class Pins:
     records anew, every other number gets what was recorded, the n-th call with inputs of a shape
     what the n-th had. A call that side 0 did not make keeps its own outputs.
 
+    What a pinned operator returns follows from nothing on side 1: neither its own race nor any
+    other difference in its inputs passes through it. A divergence with pins in place is thus a
+    lower bound of one whose operators repeat their bits and still depend on their inputs.
+
     Args:
         names: of operators, as `Operation` has them.
     """
@@ -91,11 +95,19 @@ class _InParts:
         return torch.cat([self.whole(part) for part in x.tensor_split(parts)])
 
 
+def splittable(model: nn.Module) -> list[nn.Module]:
+    """The modules that `in_parts` gives a batch in parts."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
 @contextmanager
 def in_parts(model: nn.Module, parts: int = 2) -> Iterator[None]:
-    """A block in which linear layers and convolutions compute a batch in parts."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    patched = [module for module in model.modules() if isinstance(module, kinds)]
+    """A block in which linear layers and convolutions compute a batch in parts.
+
+    PyTorch's own modules of these: a model that calls `torch.nn.functional` computes as ever.
+    """
+    patched = splittable(model)
     for module in patched:
         module.__dict__["forward"] = _InParts(module, parts)
     try:
