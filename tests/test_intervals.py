@@ -6,7 +6,13 @@ import pytest
 import scipy.stats
 import torch
 
-from churn_kernels.intervals import jackknife_interval, leave_one_run_out, run_mean, t_interval
+from churn_kernels.intervals import (
+    jackknife_interval,
+    leave_one_run_out,
+    rule_of_three,
+    run_mean,
+    t_interval,
+)
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 30, 101])
@@ -67,3 +73,10 @@ def test_single_values_have_no_interval():
 def test_a_level_is_a_share():
     with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 95; 0.95 is"):
         t_interval(torch.ones(3), 95)
+
+
+def test_the_rule_of_three():
+    """p = 3/n would show in none of n trials with at most 5 %."""
+    assert [rule_of_three(n) for n in (1, 3, 4, 300)] == [1.0, 1.0, 0.75, 0.01]
+    for n in (4, 8, 100, 10_000):
+        assert 0 < (1 - rule_of_three(n)) ** n < 0.05
