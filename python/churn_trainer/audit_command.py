@@ -7,9 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from churn_kernels.audit import examine
-from churn_kernels.audit.report import write_report
-from churn_kernels.audit.text import of_examination
+from churn_kernels.audit import describe, examine, write_report
 from churn_trainer.audited import training_of
 from churn_trainer.config import Run
 from churn_trainer.options import all_seeds, settings_command
@@ -69,7 +67,7 @@ def audit_run(
             tell=lambda what: typer.echo(what, err=True),
         )
         console = stdout_console()
-        console.print(of_examination(found, run.id), highlight=False, markup=False, soft_wrap=True)
+        console.print(describe(found, run.id), highlight=False, markup=False, soft_wrap=True)
         page = write_report(found, run.id, out)
     except ValueError as error:
         fail(str(error), WRONG)
