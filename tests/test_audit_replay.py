@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import audit_targets
@@ -53,6 +54,37 @@ def test_diff_names_the_operator(tmp_path, threads, capsys):
     assert sum(found["outputs"][0]["ulps"].values()) == 1
     assert found["as_recorded"] or found["step"] > 1  # on the way there, replays race too
     assert (found["devices"], found["bound"]) == (["cpu"], None)
+
+
+RECORDING = """
+import random
+import sys
+
+import numpy as np
+import torch
+from churn_kernels import audit
+
+random.seed(0)
+np.random.seed(0)
+torch.set_num_threads(int(sys.argv[3]))
+training = audit.load_target(sys.argv[1])("cpu")
+with audit.record(sys.argv[2], training.model, training.optimizer):
+    for n in range(1, 5):
+        training.step(n)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "counts", "operator"),
+    [("racy", (1, 1), "churn_audit.racy_sum"), ("by_threads", (1, 2), "churn_test.sum_by_threads")],
+)
+def test_two_processes_are_told_apart(tmp_path, capsys, target, counts, operator):
+    paths = [str(tmp_path / name) for name in "ab"]
+    for path, count in zip(paths, counts, strict=True):
+        line = [sys.executable, "-c", RECORDING, f"{FILE}:{target}", path, str(count)]
+        subprocess.run(line, check=True)
+    assert main(["diff", *paths, "--replay", f"{FILE}:{target}"]) == 1
+    assert f"{operator}.default makes other outputs of the same inputs" in capsys.readouterr().out
 
 
 def test_replays_take_on_the_settings_of_both_runs(tmp_path, threads):
