@@ -301,6 +301,13 @@ def test_numbers_out_of_range(option, value, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["cpuu", "meta"])
+def test_a_device_that_is_none(device, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "nowhere:build", "--device", device])
+    assert "--device: must be cpu" in capsys.readouterr().err
+
+
 def test_a_step_to_flip_that_is_not_run(capsys):
     assert run("steady", "--inject-at", "7") == 2
     assert "inject_at must be a step from 1 to 6, got 7; run more steps" in capsys.readouterr().err

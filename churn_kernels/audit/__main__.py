@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from churn_kernels.audit import data, text
 from churn_kernels.audit.compare import compare
 from churn_kernels.audit.examine import examine
@@ -63,7 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("b", help="another one, of the same model")
     diff.add_argument("--replay", metavar="TARGET", help=f"run the step again: {_TARGET}")
     diff.add_argument(
-        "--device", nargs="+", default=["cpu"], help="where; two take turns (cpu cuda)"
+        "--device",
+        nargs="+",
+        type=_device,
+        default=["cpu"],
+        help="where; two take turns (cpu cuda)",
     )
     run = commands.add_parser(
         "run",
@@ -73,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "last place.",
     )
     run.add_argument("target", help=_TARGET)
-    run.add_argument("--device", default="cpu", help="where it runs (default: cpu)")
+    run.add_argument("--device", type=_device, default="cpu", help="where it runs (default: cpu)")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="for audit.html and audit.json")
     for command in (diff, run):
         _add_count(command, "--replays", 20, "of the one step", least=2)
@@ -105,6 +111,17 @@ def _add_count(
     command.add_argument(
         name, type=count, default=default, metavar="N", help=f"{what} (default: {default})"
     )
+
+
+def _device(name: str) -> str:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind != "cpu" and not (kind == "cuda" and torch.cuda.is_available()):
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu, for there is no CUDA device"
+        raise argparse.ArgumentTypeError(f"must be {there}, got {name!r}")
+    return name
 
 
 def _diff(options: argparse.Namespace) -> int:

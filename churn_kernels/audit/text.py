@@ -103,6 +103,8 @@ def of_finding(found: Finding) -> str:
 
 def no_difference(found: Finding) -> str:
     """What can be said when replays do not differ."""
+    if found.bound >= 1:
+        return f"no difference in {found.replays} replays, too few to bound how often there is one"
     return (
         f"no difference in {found.replays} replays: fewer than {found.bound:.0%} of steps differ, "
         f"at 95 %"

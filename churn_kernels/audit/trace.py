@@ -60,6 +60,11 @@ class Trace:
             damaged, or if it was written in another format.
         """
         path = Path(path)
+        if path.is_dir():
+            raise TraceError(
+                f"a trace must be a file that audit.record wrote, got the folder {path}; name the "
+                "file in it"
+            )
         lines = path.read_bytes().split(b"\n")
         header = _header(path, lines[0])
         steps: list[Step] = []

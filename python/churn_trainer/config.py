@@ -234,7 +234,7 @@ class Variant:
     """One row of a study's table: a method, and what else is different for it."""
 
     method: Method = field(default_factory=Method)
-    name: str = setting("", "What files call it, once in a study; the method's name if left out.")
+    name: str = setting("", "What `study --method` calls it; the method's name if left out.")
     changes: dict[str, Any] = setting(
         {}, "Tables of data, model or optimisation: what differs from the study's."
     )
@@ -322,7 +322,8 @@ class Study:
         return dataclasses.replace(
             changed,
             seeds=Seeds(self.seed_for(Draw.SPLIT, split), **seeds),
-            repeat=run if set(SOURCES) == set(variant.fixed) else 0,
+            # From 1: a repetition is in no stack with the run that it repeats.
+            repeat=run + 1 if set(SOURCES) == set(variant.fixed) else 0,
         )
 
     def runs_of(self, variant: Variant) -> list[list[Run]]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import churn_kernels as ck
 from churn_kernels import audit
+from churn_kernels.audit.state import random_states
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run
 from churn_trainer.data.batches import Batches
@@ -253,6 +256,11 @@ class Loop:
             return
         if not self.step:
             trace.unlink(missing_ok=True)
+        # No step draws from these, which each process seeds anew: that is no other run.
+        restore = random_states()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
         try:
             block = audit.record(trace, self.members, self.sgd, resume_at=self.step or None)
             with block as self.recorder:
@@ -264,6 +272,7 @@ class Loop:
             ) from None
         finally:
             self.recorder = None
+            restore()
 
     def end_epoch(self, measured: Sequence[int], on_epoch: Callable[[Epoch], Any]) -> None:
         """Sums up the epoch, finds runs that diverged, and tells the callback."""

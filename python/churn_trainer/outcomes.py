@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,13 @@ class Split:
         names = self.runs[0].sources
         free = [name for name in names if name not in fixed]
         found: dict[tuple[int, ...], list[int]] = {}
-        for place, run in enumerate(self.runs):
+        # Those that share least with others first, so that no other study's runs take their place.
+        common = Counter((name, getattr(run.seeds, name)) for run in self.runs for name in names)
+        shared = [
+            sum(common[name, getattr(run.seeds, name)] for name in names) for run in self.runs
+        ]
+        for place in sorted(range(len(shared)), key=shared.__getitem__):
+            run = self.runs[place]
             key = tuple(getattr(run.seeds, name) for name in names if name in fixed)
             cluster = found.setdefault(key, [])
             others = [self.runs[other].seeds for other in cluster]
@@ -98,7 +105,7 @@ class Split:
                 for name in free
             ):
                 cluster.append(place)
-        return list(found.values())
+        return [sorted(cluster) for cluster in found.values()]
 
 
 @dataclass(frozen=True)

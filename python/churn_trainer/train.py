@@ -162,7 +162,9 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
     tell = tell if fabric.is_global_zero else lambda event: None
     ended = [run for run in kind if RunFolder(root / run.id).done]
     if ended:
-        tell(Event("skipped", ended))
+        untraced = options.trace and not any((root / run.id / TRACE).exists() for run in ended)
+        said = "ended before, without a trace; name another folder" if untraced else ""
+        tell(Event("skipped", ended, detail=said))
     pending = [run for run in kind if run not in ended]
     if not pending:
         return

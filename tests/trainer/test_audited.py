@@ -1,6 +1,8 @@
 """Audits of the trainer's runs: traces of trainings, and steps that are run again."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from churn_trainer import cli, loop
@@ -13,6 +15,7 @@ from churn_trainer.run_folder import TRACE
 from churn_trainer.train import Options, train
 from small_study import independent, small_run
 from test_loop import Killed
+from test_train import environment
 from typer.testing import CliRunner
 
 from churn_kernels import audit
@@ -34,6 +37,15 @@ def test_traces_of_equal_runs_agree_and_name_what_differs(tmp_path):
     reordered = trace_of(small_run("skl", seeds=Seeds(0, 0, 1, 0, 0)), tmp_path / "c")
     difference = audit.compare(one, reordered).difference
     assert (difference.step, difference.first) == (1, "inputs")
+
+
+def test_two_processes_leave_the_same_trace(tmp_path):
+    settings = ["--data-train-rows", "60", "--epochs", "1", "--model-hidden", "8"]
+    for name in "ab":
+        line = [sys.executable, "-m", "churn_trainer", "train", *settings, "--trace"]
+        subprocess.run([*line, "--out", str(tmp_path / name)], env=environment(), check=True)
+    traces = [audit.Trace.load(next(tmp_path.glob(f"{name}/*/{TRACE}"))) for name in "ab"]
+    assert audit.compare(*traces).difference is None
 
 
 def test_a_stack_has_one_trace(tmp_path):

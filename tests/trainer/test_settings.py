@@ -265,7 +265,7 @@ def test_a_study_s_file_expands_to_its_runs(tmp_path):
     assert {seeds.order for seeds in rest} == {first.order}
     assert len({seeds.initialisation for seeds in (first, *rest)}) == 3
     assert study.runs_of(same_order)[1][0].seeds.order != first.order
-    assert [run.repeat for run in study.runs_of(same)[0]] == [0, 1, 2]
+    assert [run.repeat for run in study.runs_of(same)[0]] == [1, 2, 3]
     assert len({run.seeds for run in study.runs_of(same)[0]}) == 1
 
 
