@@ -116,10 +116,8 @@ def test_replays_that_do_not_differ(threads, capsys):
 def test_what_only_stress_shows_is_attributed_to_it(threads):
     threads(1)
     found = ck.audit.examine(audit_targets.by_threads, replays=3, pairs=2, steps=2, amplify_steps=2)
-    assert (
-        text.verdict(found)
-        == "step 2: no difference in 3 replays: fewer than 100% of steps differ, at 95 %"
-    )
+    said = "step 2: no difference in 3 replays, too few to bound how often there is one"
+    assert text.verdict(found) == said
     assert text.of_pairs(found) == "0 of 2 pairs of 2 steps part (p < 100% at 95 %)"
     shown = {axis.name for axis in found.axes if axis.shows}
     assert "threads" in shown
