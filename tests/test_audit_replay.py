@@ -180,9 +180,9 @@ def test_targets(tmp_path):
     planted = ck.audit.load_target("churn_kernels.audit.selftest:planted")("cpu")
     planted.step(1)
     assert planted.predict().shape == (256, 3)
-    (tmp_path / "mine.py").write_text("import beside\nbuild = beside.build\n")
+    (tmp_path / "own_target.py").write_text("import beside\nbuild = beside.build\n")
     (tmp_path / "beside.py").write_text("def build(device):\n    return device\n")
-    assert ck.audit.load_target(f"{tmp_path}/mine.py:build")("cpu") == "cpu"
+    assert ck.audit.load_target(f"{tmp_path}/own_target.py:build")("cpu") == "cpu"
 
 
 @pytest.mark.parametrize(

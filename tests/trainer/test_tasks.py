@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -289,6 +290,7 @@ def seen_by(workers, count, root, accelerator):
 def test_each_process_sees_a_gpu_of_its_own_in_turn(tmp_path, monkeypatch):
     monkeypatch.delenv(WAITING, raising=False)
     monkeypatch.setenv(VISIBLE, "7")
+    forkserver._forkserver._stop()  # what another test started has that test's environment
     seen, given = seen_by(LocalWorkers(3, ("7", "GPU-1b")), 3, tmp_path, "auto")
     assert given == ["7", "GPU-1b", "7"]
     # Nor does a thread without work keep a core that another process needs.
