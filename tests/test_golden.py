@@ -40,7 +40,7 @@ def test_the_file_is_of_this_spec(vectors):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.gpu)])
 def test_losses(vectors, name, backend):
     if backend not in ck.available_backends():
         pytest.skip(f"backend {backend!r} is not here")

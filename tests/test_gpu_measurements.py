@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from gpu_record import EMPTY, HOST
 
+import churn_kernels as ck
 from benchmarks.cases import PAIR, Variant, expectation, relative_error
 from benchmarks.gpu import bench, churn, journal, parity, published, table, timing
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.stages import Deadline
 from benchmarks.peers import TINY, batch, eager
+from churn_kernels.triton import plan
 
 TINY_PLAN = bench.Plan("cpu", seconds=0.0, tiny=True, calls=2)
 
@@ -21,7 +23,7 @@ class TestParity:
     SHAPES = ((5, 10), (4, 33))
 
     def work(self, tmp_path, backend, wanted):
-        every = parity.cases("cpu", backend, self.SHAPES, bit_shapes=((6, 33),), replays=2)
+        every = parity.cases("cpu", backend, self.SHAPES, bit_shapes=((6, 33),), most_replays=2)
         chosen = [case for case in every if wanted(case.facts)]
         written = Journal(tmp_path / "parity.json", chosen)
         assert journal.work(chosen, written, Deadline(600.0), "cpu") == 0
@@ -46,6 +48,7 @@ class TestParity:
             "replay",
             "row alone",
             "bits of the cpu",
+            "launch settings",
             "churn_report",
             "hash",
         }
@@ -86,8 +89,22 @@ class TestParity:
             return results
 
         monkeypatch.setattr(parity, "evaluate", wavering)
-        found = parity.replay("invariant", torch.float32, (4, 5), "cpu", "cpu", replays=4)
-        assert found == {"replays": 4, "differing": 1, "passed": False}
+        for mode, passed in (("invariant", False), ("fast", True)):
+            calls.clear()
+            found = parity.replay(mode, torch.float32, (4, 5), "cpu", "cpu", replays=4)
+            assert found == {"replays": 4, "differing": 1, "passed": passed}
+
+    @pytest.mark.parametrize("settings", parity.SETTINGS)
+    def test_exact_bits_outlive_other_launch_settings(self, settings, monkeypatch):
+        if "triton" not in ck.available_backends():
+            pytest.skip("Triton is not here")
+        shape, kind = (2, 3000), (3000, 2, 4, 4, False, False, False)
+        own = plan.plan(*kind)
+        assert parity.other_settings(settings, torch.float32, shape, "cpu", "triton")["passed"]
+        assert plan.plan(*kind) == own
+        for name, value in settings.items():
+            monkeypatch.setattr(plan, name, value)
+        assert plan.plan(*kind) != own
 
 
 class TwoSided(torch.autograd.Function):

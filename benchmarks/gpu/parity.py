@@ -21,15 +21,17 @@ from benchmarks.cases import NORM_ERROR, relative_error
 from benchmarks.gpu.journal import Case, Journal, work
 from benchmarks.gpu.stages import Deadline
 from benchmarks.peers import ALPHA, shape_name
+from churn_kernels.audit.settings import thread_count
 from churn_kernels.hashing import words_of
+from churn_kernels.triton import plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = ((256, 10), (128, 1000), (32, 8142), (16, 21841), (8, 128256))
 BIT_SHAPES = ((2048, 1000), (256, 8142), (32, 128256), (4, 1_000_000))
 BIT_DTYPES = (torch.bfloat16, torch.float32)
 HASH_DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
-REPLAYED_MODES = ("run_to_run", "invariant", "exact")
-REPLAYS = 100
+REPLAYS = {"exact": 1000, "run_to_run": 100, "invariant": 100, "fast": 100}
+SETTINGS = ({"VALUES": 32}, {"VALUES": 16, "RESIDENT_WARPS": 4})  # in place of the plan's own
 IGNORED = -100
 
 
@@ -214,14 +216,33 @@ def replay(
     shape: tuple[int, int],
     device: str,
     backend: str,
-    replays: int = REPLAYS,
+    replays: int,
 ) -> dict[str, Any]:
-    """Whether the same call gives the same bytes every time."""
+    """How often the same call gives other bytes, with other work on the device; "fast" may."""
     option = Option({"alpha": ALPHA, "mode": mode})
     given = inputs(option, dtype, shape).to(device)
     first = evaluate(option, given, backend)
-    differing = sum(not _same(evaluate(option, given, backend), first) for _ in range(replays))
-    return {"replays": replays, "differing": differing, "passed": differing == 0}
+    with thread_count(1), ck.audit.AXES["contention"](1):
+        differing = sum(not _same(evaluate(option, given, backend), first) for _ in range(replays))
+    return {"replays": replays, "differing": differing, "passed": mode == "fast" or differing == 0}
+
+
+def other_settings(
+    settings: dict[str, int], dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str
+) -> dict[str, Any]:
+    """Whether exact mode gives the same bytes in other blocks, with other numbers of warps."""
+    option = Option({"alpha": ALPHA, "mode": "exact"})
+    given = inputs(option, dtype, shape).to(device)
+    want = evaluate(option, given, backend)
+    before = {name: getattr(plan, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            setattr(plan, name, value)
+        got = evaluate(option, given, backend)
+    finally:
+        for name, value in before.items():
+            setattr(plan, name, value)
+    return {"passed": _same(got, want)}
 
 
 def alone(
@@ -307,14 +328,15 @@ def cases(
     backend: str = "triton",
     shapes: Sequence[tuple[int, int]] = SHAPES,
     bit_shapes: Sequence[tuple[int, int]] = BIT_SHAPES,
-    replays: int = REPLAYS,
+    most_replays: int = max(REPLAYS.values()),
 ) -> list[Case]:
     """What is compared, in the order of its importance."""
     found = []
     for dtype, shape in product(BIT_DTYPES, bit_shapes):
         facts = {"dtype": str(dtype).removeprefix("torch."), "shape": shape_name(shape)}
-        for mode in REPLAYED_MODES:
-            run = partial(replay, mode, dtype, shape, device, backend, replays)
+        for mode, replays in REPLAYS.items():
+            number = min(replays, most_replays)
+            run = partial(replay, mode, dtype, shape, device, backend, number)
             found.append(Case({"check": "replay", "mode": mode, **facts}, run))
         for reduction in ("sum", "none"):
             run = partial(alone, reduction, dtype, shape, device, backend)
@@ -339,7 +361,19 @@ def cases(
         facts = {"check": "hash", "dtype": str(dtype).removeprefix("torch.")}
         found.append(Case(facts, partial(hashes, dtype, device, backend)))
     report = Case({"check": "churn_report"}, partial(churn, device))
-    return [*grid[:plain], *found, report, *grid[plain:]]
+    swept = [
+        Case(
+            {
+                "check": "launch settings",
+                "options": ", ".join(f"{name} {value}" for name, value in settings.items()),
+                "dtype": str(dtype).removeprefix("torch."),
+                "shape": shape_name(shape),
+            },
+            partial(other_settings, settings, dtype, shape, device, backend),
+        )
+        for settings, dtype, shape in product(SETTINGS, BIT_DTYPES, bit_shapes[:2])
+    ]
+    return [*grid[:plain], *found, report, *swept, *grid[plain:]]
 
 
 def failures(entries: list[dict[str, Any]]) -> list[str]:

@@ -302,6 +302,13 @@ def largest(entries: list[Entry], kind: str, error: str) -> str:
     return f"{max(values):.1e}" if values else ""
 
 
+def calls_that_differ(entries: list[Entry]) -> str:
+    """Of replays: how many gave other bytes than the first call; in the fast mode they may."""
+    replays = sum(entry.get("replays", 0) for entry in entries)
+    differing = sum(entry["differing"] for entry in entries if "replays" in entry)
+    return f"{differing} of {replays}" if replays else ""
+
+
 def parity_section(parity: dict[str, Any]) -> str:
     """Errors against the CPU by dtype, and the checks of bits."""
     entries, kinds = parity["entries"], ("loss", "terms", "gradient")
@@ -315,10 +322,11 @@ def parity_section(parity: dict[str, Any]) -> str:
         lines.append(
             [" ".join(filter(None, (check, mode))), dtype, str(len(found)), str(passed)]
             + [largest(found, kind, "relative") for kind in kinds]
-            + [largest(found, "gradient", "absolute")]
+            + [largest(found, "gradient", "absolute"), calls_that_differ(found)]
         )
     header = ["check", "logits", "cases", "passed", *(f"{kind}, relative" for kind in kinds)]
-    text = markdown("Parity with the CPU, and bits", [*header, "gradient, absolute"], lines)
+    header += ["gradient, absolute", "calls that differ"]
+    text = markdown("Parity with the CPU, and bits", header, lines)
     failed = [
         "- " + ", ".join(f"{key} {value}" for key, value in entry.items() if key != "passed")
         for entry in entries

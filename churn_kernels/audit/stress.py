@@ -64,7 +64,8 @@ def _contention(replay: int) -> Iterator[None]:
 
     def busy(device: str) -> None:
         # What this draws on must not be the generator or the autograd of the step.
-        x = torch.ones(256, 256, device=device)
+        size = 256 if device == "cpu" else 2048  # the one fills a core, the other a GPU
+        x = torch.ones(size, size, device=device)
         stream = torch.cuda.Stream(device) if device != "cpu" else None
         while not done.is_set():
             with torch.no_grad(), torch.cuda.stream(stream):
