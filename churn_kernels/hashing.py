@@ -22,6 +22,7 @@ from torch import Tensor
 
 from churn_kernels import _backend, _placements
 from churn_kernels._ops import BUILD_COMMAND, CONSTANTS, hash_keys
+from churn_kernels._splitmix import mixed, signed
 
 HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
 """Numbers the hashes: where it is the same, so are they, on every machine and device.
@@ -218,21 +219,6 @@ def _quantised(x: Tensor) -> list[Tensor]:
     return [x.int_repr(), x.q_per_channel_scales(), x.q_per_channel_zero_points(), axis]
 
 
-def _signed(x: int) -> int:
-    """Its lowest 64 bits as an int64."""
-    x &= (1 << 64) - 1
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
 def _block_keys(word: int, blocks: Tensor) -> Tensor:
-    """Of `block_key` in csrc/rows/hash.h: SplitMix64's output function, odd."""
-    mix_first, mix_second = map(_signed, CONSTANTS.hash_mix)
-    x = blocks + _signed(((word + 1) << 56) + CONSTANTS.kHashStep)
-    x = (x ^ _shifted(x, 30)) * mix_first
-    x = (x ^ _shifted(x, 27)) * mix_second
-    return (x ^ _shifted(x, 31)) | 1
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """The bits shifted right, filled with zeros as those of unsigned numbers are."""
-    return (x >> by) & ((1 << (64 - by)) - 1)
+    """Of `block_key` in csrc/rows/hash.h."""
+    return mixed(blocks + signed(((word + 1) << 56) + CONSTANTS.kHashStep)) | 1

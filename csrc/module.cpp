@@ -97,7 +97,6 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kHashWords") = ck::kHashWords;
   constants.attr("hash_keys") = hash_keys();
   constants.attr("kHashStep") = ck::kHashStep;
-  constants.attr("hash_mix") = std::vector(std::begin(ck::kHashMix), std::end(ck::kHashMix));
   constants.def(
       "hash_block_key", [](int word, int64_t block) { return ck::rows::block_key(word, block); },
       py::arg("word"), py::arg("block"), "What the keys of a block of places are times.");

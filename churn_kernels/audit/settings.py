@@ -14,25 +14,28 @@ MOST_THREADS = 1024
 
 
 @contextmanager
-def thread_count(count: int) -> Iterator[None]:
+def _put(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Iterator[None]:
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def thread_count(count: int) -> AbstractContextManager[None]:
     """PyTorch's threads within an operator."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _put(torch.get_num_threads, torch.set_num_threads, count)
 
 
-@contextmanager
-def onednn(on: bool) -> Iterator[None]:
+def onednn(on: bool) -> AbstractContextManager[None]:
     """With oneDNN, or with PyTorch's own kernels in its place."""
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(on)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
+    return _put(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, on)
+
+
+def matmul_precision(precision: str) -> AbstractContextManager[None]:
+    """Of float32 matrix products: "highest", "high" or "medium"."""
+    return _put(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision)
 
 
 @contextmanager
@@ -45,17 +48,6 @@ def deterministic_algorithms(on: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Of float32 matrix products: "highest", "high" or "medium"."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from churn_kernels._C import constants
 from churn_kernels._ops import hash_keys
+from churn_kernels._splitmix import FACTORS
 from churn_kernels.triton.launch import on_device, start
 
 WORDS = tl.constexpr(constants.kHashWords)
@@ -23,7 +24,7 @@ PART = tl.constexpr(constants.kHashPart)
 PARTS = tl.constexpr(constants.kHashBlock)
 BLOCK_BYTES = tl.constexpr(constants.kHashPart * constants.kHashBlock)
 STEP = tl.constexpr(constants.kHashStep)
-MIX_FIRST, MIX_SECOND = map(tl.constexpr, constants.hash_mix)
+MIX_FIRST, MIX_SECOND = map(tl.constexpr, FACTORS)
 
 WARPS = 4
 BLOCKS = 16  # of a program: 64 KiB

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from churn_kernels._splitmix import mixed, shifted, signed
 from churn_trainer.config import Data, Draw, Run
 from churn_trainer.data import split_rows
 from churn_trainer.data.dataset import Dataset
@@ -183,7 +184,7 @@ def augment(images: Tensor, draws: Tensor, data: Data) -> Tensor:
     height, width = (data.crop_size or side for side in images.shape[2:])
     # Three numbers below 2^32 an image; the bias of a remainder is below its limit / 2^32.
     which = torch.arange(3, device=images.device)[:, None]
-    first, second, third = _shifted(hash_integers(draws, which), 32)
+    first, second, third = shifted(hash_integers(draws, which), 32)
     top = first % (padded.shape[2] - height + 1)
     left = second % (padded.shape[3] - width + 1)
     across = torch.arange(width, device=images.device)
@@ -203,21 +204,8 @@ def hash_integers(*values: Tensor) -> Tensor:
     """
     state = torch.zeros((), dtype=torch.int64)
     for value in values:
-        state = _mix((state ^ value) + _GOLDEN)
+        state = mixed((state ^ value) + _GOLDEN)
     return state
 
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as int64
-_FACTORS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele et al. 2014); int64 products wrap as uint64's do."""
-    bits = (bits ^ _shifted(bits, 30)) * _FACTORS[0]
-    bits = (bits ^ _shifted(bits, 27)) * _FACTORS[1]
-    return bits ^ _shifted(bits, 31)
-
-
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """A logical shift to the right."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+_GOLDEN = signed(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
