@@ -9,19 +9,21 @@ import typer
 
 from churn_kernels.audit import describe, examine, write_report
 from churn_trainer.audited import training_of
-from churn_trainer.config import Run
-from churn_trainer.options import all_seeds, settings_command
-from churn_trainer.settings import merged, read_settings
-from churn_trainer.terminal import FAILED, INTERRUPTED, WRONG, fail, stdout_console
+from churn_trainer.options import (
+    ConfigOption,
+    SeedOption,
+    TrustOption,
+    runs_of,
+    settings_command,
+)
+from churn_trainer.terminal import ending, stdout_console
 
 
 @settings_command
 def audit_run(
     given: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Every seed that has no option of its own.")] = 0,
+    config: ConfigOption = None,
+    seed: SeedOption = 0,
     out: Annotated[Path, typer.Option(help="Folder of audit.html and audit.json.")] = Path(
         "out/audit"
     ),
@@ -32,9 +34,7 @@ def audit_run(
     amplify_steps: Annotated[
         int, typer.Option(min=1, help="Steps over which a flipped last bit is followed.")
     ] = 100,
-    trust: Annotated[
-        list[str] | None, typer.Option(help="Package that --model may import from.")
-    ] = None,
+    trust: TrustOption = None,
 ) -> None:
     """Find out where, why and how fast two trainings of one run part ways.
 
@@ -51,9 +51,9 @@ def audit_run(
 
       churn-train audit --config run.toml --device cuda --out out/audit-cuda
     """
-    try:
-        tables = merged(read_settings(config) if config else {}, given)
-        run = Run.from_mapping(merged({"seeds": all_seeds(seed)}, tables))
+    unchanged = "an earlier report is as it was"
+    with ending(unchanged, unchanged):
+        (run,) = runs_of(given, config, seed)
         build = training_of(run, trust or ())
         build(device)  # what is wrong with it shows now
         out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
@@ -69,10 +69,4 @@ def audit_run(
         console = stdout_console()
         console.print(describe(found, run.id), highlight=False, markup=False, soft_wrap=True)
         page = write_report(found, run.id, out)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail("interrupted; an earlier report is as it was", INTERRUPTED)
-    except OSError as error:
-        fail(f"{error}; an earlier report is as it was", FAILED)
-    console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)

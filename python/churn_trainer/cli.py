@@ -17,19 +17,20 @@ from churn_trainer.config import Run
 from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
-from churn_trainer.options import all_seeds, settings_command
-from churn_trainer.report_command import report_runs
-from churn_trainer.run_folder import FINISHED, Busy
-from churn_trainer.settings import merged, read_settings, to_toml
-from churn_trainer.study_cli import recipes, sources, study
-from churn_trainer.terminal import (
-    FAILED,
-    INTERRUPTED,
-    WRONG,
-    fail,
-    print_table,
-    progress_columns,
+from churn_trainer.options import (
+    AcceleratorOption,
+    ConfigOption,
+    SecondsOption,
+    SeedOption,
+    TrustOption,
+    runs_of,
+    settings_command,
 )
+from churn_trainer.report_command import report_runs
+from churn_trainer.run_folder import FINISHED
+from churn_trainer.settings import to_toml
+from churn_trainer.study_cli import recipes, sources, study
+from churn_trainer.terminal import FAILED, ending, print_table, progress_columns
 from churn_trainer.train import Event, Options, train
 
 app = typer.Typer(
@@ -49,28 +50,22 @@ app.command("recipes")(recipes)
 @settings_command
 def train_runs(
     given: dict[str, Any],
-    config: Annotated[
-        Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
-    ] = None,
+    config: ConfigOption = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs' folders.")] = Path("out/runs"),
-    seed: Annotated[int, typer.Option(help="Every seed that has no option of its own.")] = 0,
+    seed: SeedOption = 0,
     runs: Annotated[
         int, typer.Option(help="Runs on one split, with all other seeds one higher each.")
     ] = 1,
     show: Annotated[bool, typer.Option(help="Print the settings as TOML and stop.")] = False,
-    accelerator: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    accelerator: AcceleratorOption = "auto",
     devices: Annotated[int, typer.Option(help="Devices on this machine, one process each.")] = 1,
     curve_points: Annotated[int, typer.Option(help="Measurements along the training.")] = 20,
-    checkpoint_seconds: Annotated[
-        float, typer.Option(help="Time between checkpoints; 0: one after every step.")
-    ] = 60.0,
+    checkpoint_seconds: SecondsOption = 60.0,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard's files.")] = False,
     trace: Annotated[
         bool, typer.Option(help="Record every step, for `churn-audit diff` of two trainings.")
     ] = False,
-    trust: Annotated[
-        list[str] | None, typer.Option(help="Package that --model may import from.")
-    ] = None,
+    trust: TrustOption = None,
 ) -> None:
     """Train runs, each into a folder of its own with its settings, metrics and test logits.
 
@@ -90,8 +85,8 @@ def train_runs(
 
       torchrun --nproc-per-node 8 -m churn_trainer train --devices 8 --data imagenet
     """
-    try:
-        wanted = _wanted(given, config, seed, runs)
+    with ending():
+        wanted = runs_of(given, config, seed, runs)
         if show:
             print(to_toml(wanted[0]), end="")
             return
@@ -106,12 +101,6 @@ def train_runs(
         )
         with _telling(wanted) as tell:
             folders = train(wanted, out, options, tell)
-    except (ValueError, Busy) as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from the last checkpoint", INTERRUPTED)
-    except OSError as error:
-        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
     if any(folder.status != FINISHED for folder in folders):
         raise typer.Exit(FAILED)
 
@@ -145,15 +134,6 @@ def list_models() -> None:
     rows.append(("timm:NAME", "any network of timm, where it is installed"))
     rows.append(("package.module:Name", "yours, called with shape and classes; see --trust"))
     print_table(("name", "network"), rows)
-
-
-def _wanted(given: dict[str, Any], config: Path | None, seed: int, runs: int) -> list[Run]:
-    """The runs that a file and the command line describe, the command line before the file."""
-    if runs < 1:
-        raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")
-    tables = merged(read_settings(config) if config else {}, given)
-    seeds = [{"seeds": {**all_seeds(seed + number), "split": seed}} for number in range(runs)]
-    return [Run.from_mapping(merged(below, tables)) for below in seeds]
 
 
 @contextmanager

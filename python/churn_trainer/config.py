@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path
 from typing import Any
 
 from churn_kernels.modes import MODES
 from churn_trainer.methods import METHODS, Method, find_method
 from churn_trainer.settings import (
+    Settings,
     at_least,
     derive_seed,
     fingerprint,
@@ -19,10 +18,8 @@ from churn_trainer.settings import (
     not_negative,
     one_of,
     positive,
-    read_settings,
     setting,
     share,
-    to_mapping,
 )
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
@@ -164,7 +161,7 @@ SOURCES = tuple(entry.name for entry in dataclasses.fields(Seeds))[1:]
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Settings):
     """One training: the unit that is named, stored and never done twice."""
 
     data: Data = field(default_factory=Data)
@@ -211,23 +208,6 @@ class Run:
         ensemble = self.method.teacher()
         return None if ensemble is None else dataclasses.replace(self, method=ensemble)
 
-    @classmethod
-    def load(cls, path: Path) -> Run:
-        """The run a .toml or .json file describes; what it leaves out has its default.
-
-        Raises: ValueError naming the file or setting, what is wanted, what it got, the remedy.
-        """
-        return cls.from_mapping(read_settings(path))
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Run:
-        """The run that nested tables describe. Raises: ValueError, as `load`."""
-        return from_mapping(cls, values)
-
-    def to_mapping(self) -> dict[str, Any]:
-        """The run as nested tables, which `from_mapping` reads."""
-        return to_mapping(self)
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -267,10 +247,10 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Settings):
     """Methods x splits x runs on one data set; the first method is the one to compare with."""
 
-    methods: tuple[Variant, ...]
+    methods: tuple[Variant, ...] = ()
     title: str = setting("", "What the study is for, in one sentence.")
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
@@ -340,23 +320,6 @@ class Study:
     def seed_for(self, draw: Draw, *where: int) -> int:
         """A 63-bit seed for one draw at a place (split, run), the same for every method."""
         return derive_seed(self.seed, int(draw), *where)
-
-    @classmethod
-    def load(cls, path: Path) -> Study:
-        """The study a .toml or .json file describes; what it leaves out has its default.
-
-        Raises: ValueError naming the file or setting, what is wanted, what it got, the remedy.
-        """
-        return cls.from_mapping(read_settings(path))
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> Study:
-        """The study that nested tables describe. Raises: ValueError, as `load`."""
-        return from_mapping(cls, {"methods": [], **values})
-
-    def to_mapping(self) -> dict[str, Any]:
-        """The study as nested tables, which `from_mapping` reads."""
-        return to_mapping(self)
 
 
 def measured_epochs(epochs: int, points: int) -> tuple[int, ...]:

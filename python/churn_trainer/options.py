@@ -6,11 +6,25 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from churn_trainer.config import Run, Seeds
+from churn_trainer.settings import merged, read_settings
+
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
+]
+SeedOption = Annotated[int, typer.Option(help="Every seed that has no option of its own.")]
+AcceleratorOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+SecondsOption = Annotated[
+    float, typer.Option(help="Time between checkpoints; 0: one after every step.")
+]
+TrustOption = Annotated[
+    list[str] | None, typer.Option(help="Package that the model may be imported from.")
+]
 
 _PREFIXES = {
     "": "",
@@ -104,6 +118,15 @@ def _annotation(option: _Option) -> Any:
     ]
 
 
-def all_seeds(seed: int) -> dict[str, int]:
-    """A table of seeds that are all one number; each source draws its own from it."""
-    return {field.name: seed for field in dataclasses.fields(Seeds)}
+def runs_of(given: dict[str, Any], config: Path | None, seed: int, runs: int = 1) -> list[Run]:
+    """The runs that a file and the command line describe, the command line before the file.
+
+    They share the split; all other seeds, each source drawing its own from one number, are one
+    higher in each. Raises: ValueError for wrong settings.
+    """
+    if runs < 1:
+        raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")
+    tables = merged(read_settings(config) if config else {}, given)
+    names = [field.name for field in dataclasses.fields(Seeds)]
+    seeds = [{**dict.fromkeys(names, seed + number), "split": seed} for number in range(runs)]
+    return [Run.from_mapping(merged({"seeds": below}, tables)) for below in seeds]

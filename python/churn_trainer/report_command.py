@@ -16,7 +16,7 @@ from churn_trainer.formats import half, percent, signed, value
 from churn_trainer.output import check_replaceable
 from churn_trainer.report import Report, make_report, save_report, verdicts
 from churn_trainer.tables import Cell, Table
-from churn_trainer.terminal import FAILED, INTERRUPTED, WIDE, WRONG, fail, stdout_console
+from churn_trainer.terminal import WIDE, ending, stdout_console
 
 
 def report_runs(
@@ -43,20 +43,14 @@ def report_runs(
       churn-train report out/runs --out out/report --level 0.9
     """
     target = out or folder / "report"
-    try:
+    with ending(
+        f"no report was written to {target}",
+        f"no report was written to {target}: make room or name another folder with --out, an "
+        "earlier report is as it was",
+    ):
         check_replaceable(target)
         report = make_report(folder, level)
         show_report(report, target)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail(f"interrupted; no report was written to {target}", INTERRUPTED)
-    except OSError as error:
-        fail(
-            f"no report was written to {target}: {error}; make room or name another folder with "
-            "--out, an earlier report is as it was",
-            FAILED,
-        )
     for sentence in report.missing:
         stdout_console().print(sentence, highlight=False, markup=False, style="dim", soft_wrap=True)
 

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,27 @@ def derive_seed(seed: int, *where: int) -> int:
     """
     sequence = np.random.SeedSequence(seed, spawn_key=where)
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Settings:
+    """A dataclass of settings that a file or nested tables describe."""
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """What a .toml or .json file describes; what it leaves out has its default.
+
+        Raises: ValueError naming the file or setting, what is wanted, what it got, the remedy.
+        """
+        return cls.from_mapping(read_settings(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """What nested tables describe. Raises: ValueError, as `load`."""
+        return from_mapping(cls, values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The settings as nested tables, which `from_mapping` reads."""
+        return to_mapping(self)
 
 
 # Checks -------------------------------------------------------------------------------------------

@@ -19,20 +19,14 @@ from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
 from churn_trainer.named_studies import find_study, study_files, write_recipes
 from churn_trainer.named_studies import recipes as named_recipes
+from churn_trainer.options import AcceleratorOption, SecondsOption, TrustOption
 from churn_trainer.output import check_replaceable
 from churn_trainer.report_command import show_report
 from churn_trainer.settings import merged, read_settings, to_mapping
 from churn_trainer.sources import DEFAULT, sources_study
 from churn_trainer.study import report_study, run_study
 from churn_trainer.tasks import Workers
-from churn_trainer.terminal import (
-    FAILED,
-    INTERRUPTED,
-    WRONG,
-    fail,
-    print_table,
-    progress_columns,
-)
+from churn_trainer.terminal import FAILED, ending, fail, print_table, progress_columns
 from churn_trainer.train import Event, Options
 from churn_trainer.workers import LocalWorkers, RayWorkers
 
@@ -52,10 +46,6 @@ _Ray = Annotated[
     typer.Option(help="Train on a Ray cluster: its address, auto, or local to start one here."),
 ]
 _Retries = Annotated[int, typer.Option(help="How often a stack that failed is tried again.")]
-_Seconds = Annotated[float, typer.Option(help="Time between checkpoints; 0: one after every step.")]
-_Trust = Annotated[
-    list[str] | None, typer.Option(help="Package that the model may be imported from.")
-]
 
 
 def study(
@@ -76,9 +66,9 @@ def study(
     workers: _WorkersOption = None,
     ray: _Ray = None,
     retries: _Retries = 2,
-    accelerator: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    checkpoint_seconds: _Seconds = 60.0,
-    trust: _Trust = None,
+    accelerator: AcceleratorOption = "auto",
+    checkpoint_seconds: SecondsOption = 60.0,
+    trust: TrustOption = None,
 ) -> None:
     """Train methods x splits x runs, and report accuracy and churn of every method.
 
@@ -97,7 +87,7 @@ def study(
 
       churn-train study cifar10-resnet56 --ray auto --accelerator cuda
     """
-    with _ending():
+    with ending():
         if name is None:
             titles = {key: Study.load(path).title for key, path in study_files().items()}
             print_table(("name", "study"), list(titles.items()))
@@ -141,8 +131,8 @@ def sources(
     workers: _WorkersOption = None,
     ray: _Ray = None,
     retries: _Retries = 2,
-    checkpoint_seconds: _Seconds = 60.0,
-    trust: _Trust = None,
+    checkpoint_seconds: SecondsOption = 60.0,
+    trust: TrustOption = None,
 ) -> None:
     """Measure where churn comes from: initialisation, order, augmentation, hardware.
 
@@ -158,7 +148,7 @@ def sources(
 
       churn-train sources --config run.toml --splits 1 --accelerator cpu --accelerator cuda
     """
-    with _ending():
+    with ending():
         recipe = Run.load(config) if config else DEFAULT
         given = {"optimisation": {"epochs": epochs}} if epochs is not None else {}
         recipe = Run.from_mapping(merged(recipe.to_mapping(), given))
@@ -202,7 +192,7 @@ def recipes(
 
       churn-train study cifar10-resnet56 --runs 5
     """
-    try:
+    with ending("files written so far stay", "name a folder that can be written to"):
         if write is None:
             print_table(
                 ("name", "recipe"), [(name, one.title) for name, one in named_recipes().items()]
@@ -210,10 +200,6 @@ def recipes(
             return
         for path in write_recipes(write):
             print(path)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except OSError as error:
-        fail(str(error), FAILED)
 
 
 def _study(
@@ -274,24 +260,12 @@ def _telling() -> Iterator[Any]:
         yield tell
 
 
-@contextmanager
-def _ending() -> Iterator[None]:
-    """What goes wrong in the block ends the command with a message and a status."""
-    try:
-        yield
-    except NothingFinished as error:
-        fail(str(error), FAILED)
-    except ValueError as error:
-        fail(str(error), WRONG)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from what is there", INTERRUPTED)
-    except OSError as error:
-        fail(f"{error}; what was finished stays, the same command goes on", FAILED)
-
-
 def _conclude(wanted: Study, out: Path, roots: list[Path]) -> None:
     """The report of what was trained. Raises: typer.Exit if some of it did not finish."""
-    report = report_study(wanted, *roots)
+    try:
+        report = report_study(wanted, *roots)
+    except NothingFinished as error:
+        fail(str(error), FAILED)
     show_report(report, out / REPORT)
     if report.left_out:
         raise typer.Exit(FAILED)

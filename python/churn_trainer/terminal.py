@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 import typer
@@ -17,6 +18,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+
+from churn_trainer.run_folder import Busy
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 """Exit statuses: runs did not finish or a file could not be written; wrong settings; Ctrl-C."""
@@ -54,3 +57,24 @@ def fail(message: str, status: int) -> NoReturn:
         f"[red]error:[/red] {escape(message)}", highlight=False
     )
     raise typer.Exit(status)
+
+
+@contextmanager
+def ending(
+    interrupted: str = "the same command goes on from what is there",
+    failed: str = "what was finished stays, the same command goes on",
+) -> Iterator[None]:
+    """What goes wrong in the block ends the command with a message and a status.
+
+    Args:
+        interrupted: what is left after Ctrl-C, and how to go on.
+        failed: the same, where a file could not be written.
+    """
+    try:
+        yield
+    except (ValueError, Busy) as error:
+        fail(str(error), WRONG)
+    except KeyboardInterrupt:
+        fail(f"interrupted; {interrupted}", INTERRUPTED)
+    except OSError as error:
+        fail(f"{error}; {failed}", FAILED)

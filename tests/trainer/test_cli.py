@@ -136,7 +136,7 @@ def test_a_diverged_run_has_an_exit_status(tmp_path):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from the last"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is there"),
         (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
         (Busy("it is busy"), 2, "it is busy"),
     ],
