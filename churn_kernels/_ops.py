@@ -187,12 +187,6 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
 COMPILED = _op_set("", _compiled_stats) if LOADED else None
 
 
-@cache
-def hash_keys(device: torch.device) -> Tensor:
-    """(2, 1024) int64: the keys of the places in a block of a hash."""
-    return torch.tensor(CONSTANTS.hash_keys, device=device)
-
-
 def triton_missing() -> str | None:
     """What the Triton ops lack here, and how to get it; None if nothing."""
     if find_spec("triton") is None:
