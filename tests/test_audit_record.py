@@ -455,3 +455,15 @@ def test_diff(tmp_path, capsys):
     assert [trace["steps"] for trace in data["traces"]] == [STEPS, STEPS]
     assert main(["diff", a, str(tmp_path / "none")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+def test_a_damaged_trace_is_not_the_same(tmp_path, capsys):
+    for name, changes in (("a", {}), ("b", {}), ("c", CHANGES["gradients"])):
+        run(tmp_path / name, **changes)
+    a, b, c = (tmp_path / name for name in "abc")
+    b.write_bytes(b.read_bytes()[:-20])  # a process was killed while it wrote
+    assert main(["diff", str(a), str(b)]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith(f"the runs have the same bits in all {STEPS - 1} steps that both have")
+    assert f"{b}: {STEPS - 1} steps; line " in out
+    assert main(["diff", str(b), str(c)]) == 1  # before the damage

@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns: the exit status. 0: no difference; 1: a difference; 2: no answer, for wrong input, a
-        file that cannot be read or written, or an error in the target; 3: runs differ, and no
-        replay of the step does.
+        file that cannot be read or written, a trace that is the same up to where it is damaged, or
+        an error in the target; 3: runs differ, and no replay of the step does.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -51,8 +51,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="churn-audit",
         description="Find out where, when and why two runs part ways.",
         epilog="Exit status: 0 for no difference, 1 for one, 2 if the question has no answer "
-        "(wrong input, a file, an error in the target), 3 if runs differ and no replay of the step "
-        "does.",
+        "(wrong input, a file, a damaged trace, an error in the target), 3 if runs differ and no "
+        "replay of the step does.",
     )
     commands = parser.add_subparsers(required=True)
     diff = commands.add_parser(
@@ -127,7 +127,8 @@ def _device(name: str) -> str:
 def _diff(options: argparse.Namespace) -> int:
     found = compare(Trace.load(options.a), Trace.load(options.b))
     content = data.of_comparison(found)
-    status = SAME if found.difference is None else DIFFERENT
+    damaged = any(trace.damage for trace in (found.a, found.b))
+    status = DIFFERENT if found.difference else UNUSABLE if damaged else SAME
     if not options.json:
         print(text.of_comparison(found), flush=True)
     try:

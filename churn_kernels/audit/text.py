@@ -153,8 +153,7 @@ def of_pairs(found: Examination) -> str:
     count, steps = len(found.pairs), len(found.pairs[0].distances) - 1
     parted = [pair for pair in found.pairs if pair.step is not None]
     if not parted:
-        bound = f"p < {rule_of_three(count):.0%} at 95 %"
-        return f"0 of {count} pairs of {steps} steps part ({bound})"
+        return f"0 of {count} pairs of {steps} steps part ({_below(rule_of_three(count))})"
     first = min(parted, key=lambda pair: pair.step or 0)
     return (
         f"{len(parted)} of {count} pairs of {steps} steps part, the first in step {first.step}: "
@@ -187,7 +186,7 @@ def of_attribution(found: Attribution) -> str:
 def of_share(share: Share) -> str:
     """What a twin removes."""
     rest = f"{share.differing} of {len(share.pairs)} pairs still part"
-    bound = "" if share.differing else f" (p < {share.bound:.0%} at 95 %)"
+    bound = "" if share.differing else f" ({_below(share.bound)})"
     mean, low, high = map(percent, share.share[:3])
     interval = "" if math.isnan(share.share.low) else f" [{low}, {high}]"
     return f"{mean}{interval}; {rest}{bound}"
@@ -226,3 +225,7 @@ def of_estimate(found: Estimate, form: str) -> str:
     if math.isnan(found.low):
         return mean
     return f"{mean} [{format(found.low, form)}, {format(found.high, form)}]"
+
+
+def _below(bound: float) -> str:
+    return f"p < {bound:.0%} at 95 %" if bound < 1 else "too few to bound how many would"
