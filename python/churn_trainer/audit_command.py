@@ -16,6 +16,7 @@ from churn_trainer.options import (
     runs_of,
     settings_command,
 )
+from churn_trainer.output import check_folder
 from churn_trainer.terminal import ending, stdout_console
 
 
@@ -56,7 +57,7 @@ def audit_run(
         (run,) = runs_of(given, config, seed)
         build = training_of(run, trust or ())
         build(device)  # what is wrong with it shows now
-        out.mkdir(parents=True, exist_ok=True)  # before minutes of work, not after
+        check_folder(out)  # before minutes of work, not after
         found = examine(
             build,
             device=device,

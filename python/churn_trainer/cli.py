@@ -26,6 +26,7 @@ from churn_trainer.options import (
     runs_of,
     settings_command,
 )
+from churn_trainer.output import check_folder
 from churn_trainer.report_command import report_runs
 from churn_trainer.run_folder import FINISHED
 from churn_trainer.settings import to_toml
@@ -90,6 +91,7 @@ def train_runs(
         if show:
             print(to_toml(wanted[0]), end="")
             return
+        check_folder(out)
         options = Options(
             accelerator=accelerator,
             devices=devices,

@@ -51,24 +51,31 @@ def _plain(cell: Any) -> Any:
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
+def check_folder(target: Path) -> None:
+    """Raises ValueError unless `target` is a folder to write into, or one can be made there."""
+    path = target.absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"out must be a folder, got the file {there}; name a new folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"out must be where a folder can be made, got {target}, and {there} lets nobody "
+            "write; name a folder of your own"
+        )
+
+
 def check_replaceable(target: Path) -> None:
     """Raises unless a report may be written to `target`: a new folder, an empty one, or a report.
 
     Raises: ValueError if `target` holds anything else, or nothing can be written beside it.
     """
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"out must be a folder, got the file {target}; name a new folder")
+    check_folder(target)
     if target.is_dir() and not (target / MARKER).is_file() and any(target.iterdir()):
         raise ValueError(
             f"out must be a new folder or an earlier report, got {target}, which holds other "
             "files; name a new folder"
         )
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"out must be where a folder can be made, got {target}, and {parent} lets nobody "
-            "write; name a folder of your own"
-        )
+    check_folder(target.absolute().parent)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from churn_trainer.settings import at_least
 from churn_trainer.tasks import Ended, Task
 from churn_trainer.train import Event, Options
 
-PRELOADED = ["churn_trainer.tasks", "lightning_fabric"]
+PRELOADED = ["churn_trainer.tasks", "lightning_fabric", "sklearn.datasets"]
 """What is imported once, for all processes."""
 
 

@@ -126,6 +126,17 @@ def test_train_explains_wrong_settings(arguments, message, tmp_path, monkeypatch
     assert "Traceback" not in done.output
 
 
+def test_a_file_is_no_folder_of_runs(tmp_path):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    for command in ("train", "audit"):
+        for out in (thesis, thesis / "runs"):
+            done = CliRunner().invoke(cli.app, [command, "--out", str(out)])
+            assert done.exit_code == 2, done.output
+            assert f"got the file {thesis}" in one_line(done.stderr)
+    assert thesis.read_text() == "mine"
+
+
 def test_a_diverged_run_has_an_exit_status(tmp_path):
     done = train(tmp_path, "--learning-rate", "1e30", "--clip-norm", 0)
     assert done.exit_code == 1

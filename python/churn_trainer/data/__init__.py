@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from churn_trainer.config import Data, Draw
@@ -69,6 +67,8 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
 
     Raises: ValueError if `train_rows` leaves a class without rows on either side.
     """
+    from sklearn.model_selection import train_test_split  # a second, for those who split alone
+
     rows = len(dataset.labels)
     pool = np.arange(dataset.test_start or rows)
     count = data.train_rows or (0 if dataset.test_start else dataset.default_rows)
@@ -97,6 +97,8 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
 
 def digits() -> Dataset:
     """1797 scanned handwritten digits of 8 x 8 pixels (UCI; bundled with scikit-learn)."""
+    from sklearn.datasets import load_digits
+
     bundled = load_digits()
     images = torch.from_numpy(bundled.images.astype(np.float32))[:, None]
     return Dataset(
