@@ -106,8 +106,9 @@ struct Fused {
     else total.real += static_cast<double>(n);
   }
 
+  // Flat, because `step` is called twice, and where it is not inlined the sums live in memory.
   template <bool kKeep>
-  static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
+  [[gnu::flatten]] static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     const float* scales = row.scales;
     const auto none = [&](int k) {
       const float* s = scales + k * kModelSums;

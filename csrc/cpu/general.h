@@ -1,6 +1,7 @@
 // The sweeps for every other case: any number of models, temperature, top-k, label smoothing, L1,
 // teachers, classes at -inf, columns that do not lie side by side. A chunk is worked through in
-// blocks that stay in the first-level cache, one short loop per term.
+// blocks that stay in the first-level cache, one short loop per term. A loop whose body stayed a
+// call would keep its sums in memory: gnu::flatten has it inlined.
 #pragma once
 
 #include <alloca.h>
@@ -49,7 +50,8 @@ struct General {
     }
   }
 
-  static void fill(const RowView& row, int k, int64_t begin, int64_t end, Block& block) {
+  [[gnu::flatten]] static void fill(const RowView& row, int k, int64_t begin, int64_t end,
+                                    Block& block) {
     const V maximum(static_cast<S>(row.maxima[k]));
     const bool tempers = row.options->temperature != 1.0;
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
@@ -135,8 +137,8 @@ struct General {
     }
   };
 
-  static void model_sums(const RowView& row, int k, const Block& block, int64_t begin, int64_t end,
-                         A* out) {
+  [[gnu::flatten]] static void model_sums(const RowView& row, int k, const Block& block,
+                                          int64_t begin, int64_t end, A* out) {
     const bool top = row.options->regularizes_top_k() && k < row.students;
     const bool smooths = row.options->label_smoothing != 0.0;
     rows::SoftmaxSums<A> all{out[0], out[1], out[2]}, largest{out[5], out[6], out[7]};
@@ -284,8 +286,8 @@ struct General {
     total.add_to(out);
   }
 
-  static void distill_sums(const RowView& row, const Block* blocks, int64_t begin, int64_t end,
-                           A* out) {
+  [[gnu::flatten]] static void distill_sums(const RowView& row, const Block* blocks, int64_t begin,
+                                            int64_t end, A* out) {
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
     const V log_mass(static_cast<S>(row.log_masses[0]));
     const V smallest(std::numeric_limits<S>::min());
