@@ -28,6 +28,7 @@ from churn_kernels._options import (
     WANT_GRADIENTS,
     WANT_STATS,
     WANT_TERMS,
+    WEIGHTS,
     LossOptions,
     pair_count,
 )
@@ -96,10 +97,13 @@ def _traced(
 
     The op takes its weights as numbers, and the compiler would compile anew for each new number;
     outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
-    an order, so exact mode stays with the op.
+    an order, so exact mode stays with the op, and hands it its weights as tensors.
     """
     if options.mode == EXACT:
-        loss, _, terms, _ = ops.loss(logits, target, class_weight, *options, want)
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        weights = [weight * one if weight != 0 else None for weight in options[: len(WEIGHTS)]]
+        arguments = *weights, *options[len(WEIGHTS) :], want
+        loss, _, terms, _ = ops.ramped_loss(logits, target, class_weight, *arguments)
         return loss, terms
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
@@ -315,5 +319,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
 @cache
 def differentiable(ops: OpSet) -> OpSet:
     """The same ops, with the formula of their gradient registered for torch.compile."""
-    torch.library.register_autograd(ops.loss, partial(_backward, ops), setup_context=_save)
-    return ops
+    ramped = _ops.ramped(ops)
+    for one in (ops, ramped):
+        torch.library.register_autograd(one.loss, partial(_backward, one), setup_context=_save)
+    return ops._replace(ramped_loss=ramped.loss)

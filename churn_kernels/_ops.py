@@ -25,6 +25,7 @@ from churn_kernels._options import (
     WANT_GRADIENTS,
     WANT_STATS,
     WANT_TERMS,
+    WEIGHTS,
     LossOptions,
     pair_count,
 )
@@ -48,6 +49,8 @@ def _load() -> bool:
 
 
 LOADED = _load()
+
+_libraries: list[Any] = []
 
 
 def stats_width(options: LossOptions, models: int) -> int:
@@ -88,7 +91,7 @@ def _gradient_like(logits: Sequence[Tensor], options: LossOptions) -> list[Tenso
 
 
 class OpSet(NamedTuple):
-    """The ops of one backend."""
+    """The ops of one backend; `ramped_loss` is that of `ramped`."""
 
     loss: Any
     loss_backward: Any
@@ -96,6 +99,7 @@ class OpSet(NamedTuple):
     exact_words: Any
     exact_round: Any
     hash_words: Any
+    ramped_loss: Any = None
 
 
 def _fake_loss(
@@ -184,6 +188,40 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
     )
 
 
+def ramped(ops: OpSet) -> OpSet:
+    """The same ops, whose weights are float64 tensors () of the CPU, None for 0.
+
+    torch.compile takes numbers for constants and tensors for inputs, which may change.
+    """
+    library = torch.library.Library("churn_kernels", "FRAGMENT")
+    _libraries.append(library)  # an op lives as long as the library that declared it
+    return ops._replace(
+        loss=_ramped(library, ops.loss), loss_backward=_ramped(library, ops.loss_backward)
+    )
+
+
+def _ramped(library: Any, op: Any) -> Any:
+    names = [argument.name for argument in op._schema.arguments]
+
+    def with_numbers(number: Callable[[Tensor | None], float]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            named = zip(names, arguments, strict=True)
+            return op(*(number(value) if name in WEIGHTS else value for name, value in named))
+
+        return call
+
+    name = f"ramped_{op._opname}"
+    schema = str(op._schema).replace(f"::{op._opname}(", f"::{name}(")
+    for weight in WEIGHTS:
+        schema = schema.replace(f"float {weight}", f"Tensor? {weight}")
+    library.define(schema.partition("::")[2])
+    compute = with_numbers(lambda weight: 0.0 if weight is None else weight.item())
+    library.impl(name, compute, "CompositeExplicitAutograd")
+    fake = with_numbers(lambda weight: float(weight is not None))
+    torch.library.register_fake(f"churn_kernels::{name}", fake, lib=library)
+    return getattr(torch.ops.churn_kernels, name).default
+
+
 COMPILED = _op_set("", _compiled_stats) if LOADED else None
 
 
@@ -232,8 +270,5 @@ def triton() -> OpSet:
         library.impl("triton_exact_words", exact_sum.exact_words, device)
         library.impl("triton_exact_round", exact_sum.exact_round, device)
         library.impl("triton_hash_words", hashing.hash_words, device)
-    _libraries.append(library)  # an op lives as long as the library that declared it
+    _libraries.append(library)
     return _op_set("triton_", launch.fake_record)
-
-
-_libraries: list[Any] = []

@@ -40,6 +40,9 @@ class LossOptions(NamedTuple):
     mode: int = 0  # index into modes.MODES
 
 
+WEIGHTS = LossOptions._fields[:3]
+
+
 def pair_count(students: int, teachers: int) -> int:
     """Divergence terms of a row: one for each pair of students, or one to the teachers."""
     return 1 if teachers else students * (students - 1) // 2

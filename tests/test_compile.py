@@ -55,28 +55,32 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_ramps_do_not_compile_anew(weighted):
+def test_ramps_do_not_compile_anew(weighted, mode):
     """0 and one other number are two graphs; every further number is an input of the second."""
     compiler = CompileCounterWithBackend("aot_eager")
     class_weight = torch.rand(cases.batch()[0][0].shape[1]) if weighted else None
 
     def function(a, b, beta):
         return ck.codistillation_loss(
-            [a, b], TARGET, alpha=beta / 10, beta=beta, class_weight=class_weight
+            [a, b], TARGET, alpha=beta / 10, beta=beta, class_weight=class_weight, mode=mode
         )
 
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
     logits, _ = cases.batch()
     for step in range(12):
         beta = step / 4
-        torch.testing.assert_close(compiled(*logits, beta), function(*logits, beta))
+        loss, wanted = compiled(*logits, beta), function(*logits, beta)
+        torch.testing.assert_close(loss, wanted)
+        assert mode != "exact" or torch.equal(loss, wanted)
         for a, b in zip(
             gradients(lambda *z: compiled(*z, beta), logits),  # noqa: B023 - called at once
             gradients(lambda *z: function(*z, beta), logits),  # noqa: B023
             strict=True,
         ):
             assert_close(a, b, "gradient", F32)
+            assert mode != "exact" or torch.equal(a, b)
     assert compiler.frame_count == 2
 
 
