@@ -103,7 +103,7 @@ def _traced(
         one = torch.ones((), dtype=torch.float64, device="cpu")
         weights = [weight * one if weight != 0 else None for weight in options[: len(WEIGHTS)]]
         arguments = *weights, *options[len(WEIGHTS) :], want
-        loss, _, terms, _ = ops.ramped_loss(logits, target, class_weight, *arguments)
+        loss, _, terms, _ = ops.loss_tensor_weights(logits, target, class_weight, *arguments)
         return loss, terms
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
@@ -319,7 +319,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
 @cache
 def differentiable(ops: OpSet) -> OpSet:
     """The same ops, with the formula of their gradient registered for torch.compile."""
-    ramped = _ops.ramped(ops)
-    for one in (ops, ramped):
+    weighed = _ops.with_tensor_weights(ops)
+    for one in (ops, weighed):
         torch.library.register_autograd(one.loss, partial(_backward, one), setup_context=_save)
-    return ops._replace(ramped_loss=ramped.loss)
+    return ops._replace(loss_tensor_weights=weighed.loss)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from churn_kernels import _autograd, _checks, _class_shards, _ops, modes, reference
+from churn_kernels import _autograd, _checks, _class_shards, _constants, _ops, modes, reference
 from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
@@ -296,7 +296,7 @@ def build_info() -> dict[str, Any]:
 
     Returns: `{"built": False, "build_command": ...}` where it was not built.
     """
-    if _ops.CONSTANTS is None:
+    if _constants.CONSTANTS is None:
         return {"built": False, "build_command": BUILD_COMMAND}
     return {"built": True, **import_module("churn_kernels._C").build_info()}
 

@@ -1,7 +1,8 @@
 """The ops: loading what computes them, and the shapes they return, for torch.compile.
 
 Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton,
-declared here. The loss's take `LossOptions` field by field; `_autograd` is their only caller.
+declared here. The loss's take `LossOptions` field by field; of each set there is a second loss for
+torch.compile, which takes its weights as tensors. `_autograd` is their only caller.
 """
 
 import re
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from churn_kernels._checks import TargetError
+from churn_kernels._constants import CONSTANTS
 from churn_kernels._options import (
     DIVERGENCES,
     NO_REGULARIZER,
@@ -34,11 +36,6 @@ LIBRARY = Path(__file__).with_name("libchurn_kernels.so")
 BUILD_COMMAND = "pip install --no-build-isolation ."
 OLDEST_TRITON = (3, 6)
 INSTALL_TRITON = "`pip install 'triton>=3.6'`"
-
-# What Python shares with csrc/rows; None where the library was not built.
-CONSTANTS: Any = (
-    import_module("churn_kernels._C").constants if find_spec("churn_kernels._C") else None
-)
 
 
 def _load() -> bool:
@@ -91,7 +88,7 @@ def _gradient_like(logits: Sequence[Tensor], options: LossOptions) -> list[Tenso
 
 
 class OpSet(NamedTuple):
-    """The ops of one backend; `ramped_loss` is that of `ramped`."""
+    """The ops of one backend."""
 
     loss: Any
     loss_backward: Any
@@ -99,7 +96,8 @@ class OpSet(NamedTuple):
     exact_words: Any
     exact_round: Any
     hash_words: Any
-    ramped_loss: Any = None
+    loss_tensor_weights: Any = None
+    """The loss of `with_tensor_weights`."""
 
 
 def _fake_loss(
@@ -188,19 +186,22 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
     )
 
 
-def ramped(ops: OpSet) -> OpSet:
+def with_tensor_weights(ops: OpSet) -> OpSet:
     """The same ops, whose weights are float64 tensors () of the CPU, None for 0.
 
-    torch.compile takes numbers for constants and tensors for inputs, which may change.
+    torch.compile takes numbers for constants and tensors for inputs, which may change. The ops read
+    them when they are called, so no CUDA graph may hold them.
     """
     library = torch.library.Library("churn_kernels", "FRAGMENT")
     _libraries.append(library)  # an op lives as long as the library that declared it
     return ops._replace(
-        loss=_ramped(library, ops.loss), loss_backward=_ramped(library, ops.loss_backward)
+        loss=_with_tensor_weights(library, ops.loss),
+        loss_backward=_with_tensor_weights(library, ops.loss_backward),
     )
 
 
-def _ramped(library: Any, op: Any) -> Any:
+def _with_tensor_weights(library: Any, op: Any) -> Any:
+    """`op` under a name and a schema of its own, which are the op's but for the weights."""
     names = [argument.name for argument in op._schema.arguments]
 
     def with_numbers(number: Callable[[Tensor | None], float]) -> Callable[..., Any]:
@@ -210,11 +211,11 @@ def _ramped(library: Any, op: Any) -> Any:
 
         return call
 
-    name = f"ramped_{op._opname}"
-    schema = str(op._schema).replace(f"::{op._opname}(", f"::{name}(")
+    name = f"{op._opname}_tensor_weights"
+    signature = str(op._schema).partition("(")[2]
     for weight in WEIGHTS:
-        schema = schema.replace(f"float {weight}", f"Tensor? {weight}")
-    library.define(schema.partition("::")[2])
+        signature = signature.replace(f"float {weight}", f"Tensor? {weight}")
+    library.define(f"{name}({signature}", tags=(torch.Tag.cudagraph_unsafe,))
     compute = with_numbers(lambda weight: 0.0 if weight is None else weight.item())
     library.impl(name, compute, "CompositeExplicitAutograd")
     fake = with_numbers(lambda weight: float(weight is not None))

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from churn_kernels import _backend, _checks
-from churn_kernels._ops import BUILD_COMMAND, CONSTANTS, OpSet
+from churn_kernels._constants import CONSTANTS
+from churn_kernels._ops import BUILD_COMMAND, OpSet
 
 EXACT_SPEC: int | None = CONSTANTS and CONSTANTS.kExactSpec
 """Numbers the bits of exact sums: where it is the same, so are they, on every machine and backend.

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from churn_kernels import _backend, _placements
-from churn_kernels._ops import BUILD_COMMAND, CONSTANTS
+from churn_kernels._constants import CONSTANTS, hash_keys
+from churn_kernels._ops import BUILD_COMMAND
 from churn_kernels._splitmix import mixed, signed
 
 HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
@@ -181,7 +182,7 @@ def words_without_a_kernel(piece: Piece) -> Tensor:
     if bits.is_complex():
         bits = torch.view_as_real(bits)
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[width]
-    keys, size = torch.tensor(CONSTANTS.hash_keys, device=bits.device), CONSTANTS.kHashBlock
+    keys, size = hash_keys(bits.device), CONSTANTS.kHashBlock
     total = torch.zeros(CONSTANTS.kHashWords, dtype=torch.int64, device=bits.device)
     begin = 0
     for numbers in bits.reshape(-1).view(kind).split(_SLICE) if bits.numel() else ():

@@ -2,7 +2,7 @@
 
 import torch
 
-from churn_kernels._ops import CONSTANTS
+from churn_kernels._constants import CONSTANTS
 
 DTYPES = [
     torch.float32,

@@ -10,7 +10,7 @@ from hashed import DTYPES, numbers, specification
 
 from churn_kernels import _ops, audit
 from churn_kernels import hashing as hashes
-from churn_kernels._ops import CONSTANTS
+from churn_kernels._constants import CONSTANTS
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 

@@ -467,3 +467,6 @@ def test_a_damaged_trace_is_not_the_same(tmp_path, capsys):
     assert out.startswith(f"the runs have the same bits in all {STEPS - 1} steps that both have")
     assert f"{b}: {STEPS - 1} steps; line " in out
     assert main(["diff", str(b), str(c)]) == 1  # before the damage
+    lines = a.read_bytes().splitlines(keepends=True)
+    a.write_bytes(b"".join(lines[:-2]))  # a shorter run: the damage is beyond its end
+    assert main(["diff", str(a), str(b)]) == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import churn_kernels as ck
-from churn_kernels import _backend, _checks, _ops
+from churn_kernels import _backend, _checks, _constants, _ops
 
 Z = torch.zeros(4, 5)
 T = torch.zeros(4, dtype=torch.long)
@@ -332,7 +332,7 @@ class TestBackends:
     def test_an_old_triton_is_not_imported(self, monkeypatch, found, old):
         monkeypatch.setattr(_ops, "version", lambda name: found)
         want = "Triton 3.5.1 is too old: `pip install 'triton>=3.6'`" if old else None
-        if _ops.CONSTANTS is not None:
+        if _constants.CONSTANTS is not None:
             assert _ops.triton_missing() == want
 
     def test_triton_takes_cpu_tensors_only_in_its_interpreter(self, monkeypatch):

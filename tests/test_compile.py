@@ -56,10 +56,24 @@ def fresh_compiler():
 
 
 @pytest.mark.parametrize("mode", ["fast", "exact"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_ramps_do_not_compile_anew(weighted, mode):
+@pytest.mark.parametrize(
+    ("kernel", "weighted", "compiler"),
+    [
+        ("cpu", False, "aot_eager"),
+        ("cpu", True, "aot_eager"),
+        ("triton", False, "aot_eager"),
+        pytest.param("cpu", False, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_ramps_do_not_compile_anew(kernel, weighted, compiler, mode):
     """0 and one other number are two graphs; every further number is an input of the second."""
-    compiler = CompileCounterWithBackend("aot_eager")
+    if kernel not in ck.available_backends():
+        pytest.skip(f"backend {kernel!r} is not available")
+    with ck.backend(kernel):
+        ramp(CompileCounterWithBackend(compiler), weighted, mode)
+
+
+def ramp(compiler, weighted, mode):
     class_weight = torch.rand(cases.batch()[0][0].shape[1]) if weighted else None
 
     def function(a, b, beta):
@@ -152,7 +166,7 @@ def ops(request):
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_op_registrations(ops, name, dtype):
-    if ops is not _ops.COMPILED and dtype != torch.float32:
+    if ops.loss is not _ops.COMPILED.loss and dtype != torch.float32:
         pytest.skip("the registration does not know dtypes, and the interpreter is slow")
     options = OPTIONS[name]
     logits, target = cases.batch(models=3, dtype=dtype)
@@ -166,6 +180,8 @@ def test_op_registrations(ops, name, dtype):
     loss, stats, _, _ = ops.loss(plain, target, None, *options, 2)
     upstream = torch.ones_like(loss)
     opcheck(ops.loss_backward, (plain, target, None, stats, upstream, *options))
+    weights = [torch.tensor(w, dtype=torch.float64) if w else None for w in options[:3]]
+    opcheck(ops.loss_tensor_weights, (logits, target, None, *weights, *options[3:], 6))
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -65,6 +65,26 @@ def test_an_exact_sum_does_not_wait_and_can_be_captured():
         assert torch.equal(value.cpu(), -want)
 
 
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_a_ramp_shows_in_the_graphs_of_the_compiler(mode):
+    torch.compiler.reset()
+    logits, target = batch()
+    compiled = torch.compile(
+        lambda a, b, beta: ck.codistillation_loss([a, b], target, beta=beta, mode=mode),
+        fullgraph=True,
+        mode="reduce-overhead",
+    )
+    for number in range(1, 8):
+        beta = number / 4
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(*logits, beta)
+        got = [loss.clone(), *(g.clone() for g in torch.autograd.grad(loss, logits))]
+        wanted = ck.codistillation_loss(logits, target, beta=beta, mode=mode)
+        for a, b in zip(got, [wanted, *torch.autograd.grad(wanted, logits)], strict=True):
+            assert_close(a, b, "gradient", torch.float32)
+            assert mode != "exact" or torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mode", ["fast", "run_to_run", "invariant"])
 @pytest.mark.parametrize("classes", [10, 1001, 21841])
 def test_cuda_graph(classes, mode):

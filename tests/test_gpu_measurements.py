@@ -14,7 +14,6 @@ from benchmarks.gpu import bench, churn, journal, parity, published, table, timi
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.stages import Deadline
 from benchmarks.peers import TINY, batch, eager
-from churn_kernels.triton import plan
 
 TINY_PLAN = bench.Plan("cpu", seconds=0.0, tiny=True, calls=2)
 
@@ -48,7 +47,6 @@ class TestParity:
             "replay",
             "row alone",
             "bits of the cpu",
-            "launch settings",
             "churn_report",
             "hash",
         }
@@ -94,17 +92,24 @@ class TestParity:
             found = parity.replay(mode, torch.float32, (4, 5), "cpu", "cpu", replays=4)
             assert found == {"replays": 4, "differing": 1, "passed": passed}
 
-    @pytest.mark.parametrize("settings", parity.SETTINGS)
-    def test_exact_bits_outlive_other_launch_settings(self, settings, monkeypatch):
+    def test_replays_end_in_time(self, monkeypatch):
+        monkeypatch.setattr(parity, "REPLAY_SECONDS", 0.0)
+        found = parity.replay("exact", torch.float32, (4, 5), "cpu", "cpu", replays=9)
+        assert found == {"replays": 1, "differing": 0, "passed": True}
+
+    @pytest.mark.parametrize("classes", [300, 4200])
+    def test_exact_bits_outlive_other_launch_settings(self, classes, monkeypatch):
         if "triton" not in ck.available_backends():
             pytest.skip("Triton is not here")
-        shape, kind = (2, 3000), (3000, 2, 4, 4, False, False, False)
-        own = plan.plan(*kind)
-        assert parity.other_settings(settings, torch.float32, shape, "cpu", "triton")["passed"]
-        assert plan.plan(*kind) == own
-        for name, value in settings.items():
-            monkeypatch.setattr(plan, name, value)
-        assert plan.plan(*kind) != own
+        found = parity.launch_settings(torch.float32, (2, classes), "cpu", "triton")
+        assert found == {"plans": 2, "differing": [], "passed": True}
+        monkeypatch.setattr(parity, "SETTINGS", ())  # what changes nothing shows nothing
+        found = parity.launch_settings(torch.float32, (2, classes), "cpu", "triton")
+        assert not found["passed"]
+
+    def test_launch_settings_are_a_case(self):
+        checks = {case.facts["check"] for case in parity.cases("cpu", "triton")}
+        assert "launch settings" in checks
 
 
 class TwoSided(torch.autograd.Function):

@@ -127,8 +127,10 @@ def _device(name: str) -> str:
 def _diff(options: argparse.Namespace) -> int:
     found = compare(Trace.load(options.a), Trace.load(options.b))
     content = data.of_comparison(found)
-    damaged = any(trace.damage for trace in (found.a, found.b))
-    status = DIFFERENT if found.difference else UNUSABLE if damaged else SAME
+    cut_short = any(t.damage and len(t.steps) == found.steps for t in (found.a, found.b))
+    status = UNUSABLE if cut_short else SAME
+    if found.difference is not None:
+        status = DIFFERENT
     if not options.json:
         print(text.of_comparison(found), flush=True)
     try:

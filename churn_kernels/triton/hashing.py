@@ -6,7 +6,6 @@ atomics, which have no order.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from math import gcd
 
 import numpy as np
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from churn_kernels._C import constants
+from churn_kernels._constants import hash_keys
 from churn_kernels._splitmix import FACTORS
 from churn_kernels.triton.launch import on_device, start
 
@@ -143,12 +143,6 @@ def table_of(
     return table[: -len(run_of)], table[-len(run_of) :]
 
 
-@cache
-def keys_on(device: torch.device) -> Tensor:
-    """(2, PARTS) int64: the keys of the places in a block."""
-    return torch.tensor(constants.hash_keys, device=device)
-
-
 def hash_words(
     pieces: Sequence[Tensor], first: Sequence[int], run: Sequence[int], step: Sequence[int]
 ) -> Tensor:
@@ -162,6 +156,6 @@ def hash_words(
     with on_device(device):
         for width, found in by_width.items():
             table, run_of = table_of(found, device)
-            arguments = (table, run_of, keys_on(device), words, BLOCKS, width)
+            arguments = (table, run_of, hash_keys(device), words, BLOCKS, width)
             start(hash_words_kernel, (len(run_of),), WARPS, *arguments)
     return words

@@ -55,9 +55,9 @@ def audit_run(
     unchanged = "an earlier report is as it was"
     with ending(unchanged, unchanged):
         (run,) = runs_of(given, config, seed)
+        check_folder(out)  # before minutes of work, not after
         build = training_of(run, trust or ())
         build(device)  # what is wrong with it shows now
-        check_folder(out)  # before minutes of work, not after
         found = examine(
             build,
             device=device,
@@ -70,4 +70,4 @@ def audit_run(
         console = stdout_console()
         console.print(describe(found, run.id), highlight=False, markup=False, soft_wrap=True)
         page = write_report(found, run.id, out)
-        console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)

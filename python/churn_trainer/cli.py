@@ -19,8 +19,8 @@ from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
 from churn_trainer.options import (
     AcceleratorOption,
+    CheckpointSecondsOption,
     ConfigOption,
-    SecondsOption,
     SeedOption,
     TrustOption,
     runs_of,
@@ -61,7 +61,7 @@ def train_runs(
     accelerator: AcceleratorOption = "auto",
     devices: Annotated[int, typer.Option(help="Devices on this machine, one process each.")] = 1,
     curve_points: Annotated[int, typer.Option(help="Measurements along the training.")] = 20,
-    checkpoint_seconds: SecondsOption = 60.0,
+    checkpoint_seconds: CheckpointSecondsOption = 60.0,
     tensorboard: Annotated[bool, typer.Option(help="Also write TensorBoard's files.")] = False,
     trace: Annotated[
         bool, typer.Option(help="Record every step, for `churn-audit diff` of two trainings.")

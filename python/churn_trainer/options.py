@@ -19,7 +19,7 @@ ConfigOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Every seed that has no option of its own.")]
 AcceleratorOption = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-SecondsOption = Annotated[
+CheckpointSecondsOption = Annotated[
     float, typer.Option(help="Time between checkpoints; 0: one after every step.")
 ]
 TrustOption = Annotated[
@@ -121,8 +121,9 @@ def _annotation(option: _Option) -> Any:
 def runs_of(given: dict[str, Any], config: Path | None, seed: int, runs: int = 1) -> list[Run]:
     """The runs that a file and the command line describe, the command line before the file.
 
-    They share the split; all other seeds, each source drawing its own from one number, are one
-    higher in each. Raises: ValueError for wrong settings.
+    They share the split; all other seeds are one higher in each run than in the one before.
+
+    Raises: ValueError for wrong settings.
     """
     if runs < 1:
         raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")

@@ -59,8 +59,8 @@ def check_folder(target: Path) -> None:
         raise ValueError(f"out must be a folder, got the file {there}; name a new folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(
-            f"out must be where a folder can be made, got {target}, and {there} lets nobody "
-            "write; name a folder of your own"
+            f"out must be in a folder that you may write to, got {target}, and {there} is none; "
+            "name a folder of your own"
         )
 
 
@@ -69,7 +69,8 @@ def check_replaceable(target: Path) -> None:
 
     Raises: ValueError if `target` holds anything else, or nothing can be written beside it.
     """
-    check_folder(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"out must be a folder, got the file {target}; name a new folder")
     if target.is_dir() and not (target / MARKER).is_file() and any(target.iterdir()):
         raise ValueError(
             f"out must be a new folder or an earlier report, got {target}, which holds other "

@@ -45,8 +45,8 @@ def report_runs(
     target = out or folder / "report"
     with ending(
         f"no report was written to {target}",
-        f"no report was written to {target}: make room or name another folder with --out, an "
-        "earlier report is as it was",
+        f"no report was written to {target}, an earlier one is as it was; make room or name "
+        "another folder with --out",
     ):
         check_replaceable(target)
         report = make_report(folder, level)

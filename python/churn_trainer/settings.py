@@ -44,7 +44,7 @@ def derive_seed(seed: int, *where: int) -> int:
 
 
 class Settings:
-    """A dataclass of settings that a file or nested tables describe."""
+    """What a dataclass of settings that files describe inherits."""
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -19,7 +19,7 @@ from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
 from churn_trainer.named_studies import find_study, study_files, write_recipes
 from churn_trainer.named_studies import recipes as named_recipes
-from churn_trainer.options import AcceleratorOption, SecondsOption, TrustOption
+from churn_trainer.options import AcceleratorOption, CheckpointSecondsOption, TrustOption
 from churn_trainer.output import check_replaceable
 from churn_trainer.report_command import show_report
 from churn_trainer.settings import merged, read_settings, to_mapping
@@ -67,7 +67,7 @@ def study(
     ray: _Ray = None,
     retries: _Retries = 2,
     accelerator: AcceleratorOption = "auto",
-    checkpoint_seconds: SecondsOption = 60.0,
+    checkpoint_seconds: CheckpointSecondsOption = 60.0,
     trust: TrustOption = None,
 ) -> None:
     """Train methods x splits x runs, and report accuracy and churn of every method.
@@ -131,7 +131,7 @@ def sources(
     workers: _WorkersOption = None,
     ray: _Ray = None,
     retries: _Retries = 2,
-    checkpoint_seconds: SecondsOption = 60.0,
+    checkpoint_seconds: CheckpointSecondsOption = 60.0,
     trust: TrustOption = None,
 ) -> None:
     """Measure where churn comes from: initialisation, order, augmentation, hardware.

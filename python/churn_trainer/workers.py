@@ -22,7 +22,12 @@ from churn_trainer.settings import at_least
 from churn_trainer.tasks import Ended, Task
 from churn_trainer.train import Event, Options
 
-PRELOADED = ["churn_trainer.tasks", "lightning_fabric", "sklearn.datasets"]
+PRELOADED = [
+    "churn_trainer.tasks",
+    "lightning_fabric",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+]
 """What is imported once, for all processes."""
 
 

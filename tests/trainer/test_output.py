@@ -1,10 +1,18 @@
 """Files and folders that are whole or not there; text in a table is text."""
 
 import csv
+import os
 
 import pytest
 from churn_trainer import output
-from churn_trainer.output import MARKER, check_replaceable, csv_text, replaced, write_csv
+from churn_trainer.output import (
+    MARKER,
+    check_folder,
+    check_replaceable,
+    csv_text,
+    replaced,
+    write_csv,
+)
 
 
 def files_in(folder):
@@ -57,8 +65,17 @@ def test_only_new_folders_and_reports_may_be_replaced(tmp_path):
         check_replaceable(mine)
     with pytest.raises(ValueError, match=r"out must be a folder, got the file .*thesis\.tex; name"):
         check_replaceable(mine / "thesis.tex")
-    with pytest.raises(ValueError, match=r"out must be where a folder can be made, got "):
+    with pytest.raises(ValueError, match=r"out must be a folder, got the file .*thesis\.tex; name"):
         check_replaceable(mine / "thesis.tex" / "report")
+
+
+def test_a_folder_must_be_one_to_write_into(tmp_path, monkeypatch):
+    check_folder(tmp_path / "new" / "one")
+    check_folder(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, how: path != tmp_path)
+    for folder in (tmp_path, tmp_path / "new" / "one"):
+        with pytest.raises(ValueError, match=r"out must be in a folder that you may write to, got"):
+            check_folder(folder)
 
 
 # Tables -------------------------------------------------------------------------------------------

@@ -67,8 +67,6 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
 
     Raises: ValueError if `train_rows` leaves a class without rows on either side.
     """
-    from sklearn.model_selection import train_test_split  # a second, for those who split alone
-
     rows = len(dataset.labels)
     pool = np.arange(dataset.test_start or rows)
     count = data.train_rows or (0 if dataset.test_start else dataset.default_rows)
@@ -79,6 +77,8 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
             f"train_rows must be in [{dataset.classes}, {len(pool) - dataset.classes}], got "
             f"{count}; every class needs rows on both sides of the {len(pool)}-row split"
         )
+    from sklearn.model_selection import train_test_split  # takes a second, which most can save
+
     try:
         train, rest = train_test_split(
             pool,
