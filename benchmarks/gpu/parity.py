@@ -365,7 +365,7 @@ def cases(
             number = min(wanted, most_replays)
             run = partial(replay, mode, dtype, shape, device, backend, number)
             replays.append(Case({"check": "replay", "mode": mode, **facts}, run))
-        if backend == "triton":
+        if backend == "triton" and shape in bit_shapes[:2]:  # rows that are resident, and sweeps
             run = partial(launch_settings, dtype, shape, device, backend)
             replays.append(Case({"check": "launch settings", **facts}, run))
     grid = [

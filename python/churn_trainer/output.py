@@ -69,14 +69,12 @@ def check_replaceable(target: Path) -> None:
 
     Raises: ValueError if `target` holds anything else, or nothing can be written beside it.
     """
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"out must be a folder, got the file {target}; name a new folder")
     if target.is_dir() and not (target / MARKER).is_file() and any(target.iterdir()):
         raise ValueError(
             f"out must be a new folder or an earlier report, got {target}, which holds other "
             "files; name a new folder"
         )
-    check_folder(target.absolute().parent)
+    check_folder(target.absolute().parent if target.is_dir() else target)
 
 
 @contextmanager
