@@ -27,11 +27,23 @@ class Checkpoint:
 
     def __init__(self, path: Path, owner: list[str], seconds: float = 60.0):
         self.path, self.owner, self.seconds = path, owner, seconds
-        self._saved = time.monotonic()
+        self._began = self._saved = time.monotonic()
 
     def due(self) -> bool:
         """Whether it is time to save."""
         return time.monotonic() - self._saved >= self.seconds
+
+    def steps_left(self, done: int) -> int:
+        """0 if it is time to save; else the steps that half of the time until then has room for.
+
+        Args:
+            done: steps, at least 1, since this was made: what a step takes.
+        """
+        if self.due():
+            return 0
+        now = time.monotonic()
+        left = self._saved + self.seconds - now
+        return max(1, int(left / 2 * done / (now - self._began)))
 
     def save(self, state: dict[str, Any]) -> None:
         """Replaces the file by `state`, tensors and plain values. Raises: OSError (full disk)."""

@@ -151,7 +151,7 @@ def fit(
             training.one_step()
             if training.step % training.batches.steps == 0:
                 training.end_epoch(measured, on_epoch)
-            if checkpoint is not None and training.agreed(checkpoint.due()):
+            if checkpoint is not None and training.time_to_save(checkpoint):
                 training.save(checkpoint)
     if checkpoint is not None:
         training.save(checkpoint)  # so that writing the results can be killed too
@@ -174,6 +174,8 @@ class Loop:
     teachers: Members | None
     trust: Sequence[str]
     step: int = 0
+    first_step: int = 0  # of this process
+    ask_at: int = 0  # the step after which the processes next ask whether to save
     history: list[Any] = field(default_factory=list)
     diverged: dict[int, str] = field(default_factory=dict)
 
@@ -315,9 +317,19 @@ class Loop:
         self.model.train()
         return measured_logits(self.method, values.float())
 
-    def agreed(self, said: bool) -> bool:
-        """What the first process says."""
-        return said if self.ranks == 1 else bool(self.fabric.broadcast(said))
+    def time_to_save(self, checkpoint: Checkpoint) -> bool:
+        """What the first process's clock says.
+
+        The others wait for its answer, and a GPU with them, so they ask seldom: about as often as
+        the time to the next save can be halved.
+        """
+        if self.ranks == 1:
+            return checkpoint.due()
+        if self.step < self.ask_at:
+            return False
+        left = int(self.fabric.broadcast(checkpoint.steps_left(self.step - self.first_step)))
+        self.ask_at = self.step + max(1, left)
+        return left == 0
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Saves the state; all processes take part, the first writes. Raises: OSError."""
@@ -340,7 +352,8 @@ class Loop:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The reverse of `state`."""
-        self.step, self.history = state["step"], state["history"]
+        self.step = self.first_step = state["step"]
+        self.history = state["history"]
         self.diverged = state["diverged"]
         self.members.load_state_dict(state["members"])
         self.optimizer.load_state_dict(state["optimizer"])

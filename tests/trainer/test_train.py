@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from churn_trainer import train as training
 from churn_trainer.checkpoint import Checkpoint, load_tensors, save_tensors
 from churn_trainer.config import Model, Optimisation, Seeds
 from churn_trainer.data import digits
-from churn_trainer.loop import fit
+from churn_trainer.loop import Loop, fit
 from churn_trainer.run_folder import Busy, RunFolder, read_runs
 from churn_trainer.settings import to_toml
 from churn_trainer.train import Options, train
@@ -380,6 +382,30 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         Checkpoint(path, ["a"]).load()
     path.unlink()
     assert Checkpoint(path, ["a"]).load() is None
+
+
+@pytest.mark.parametrize(("seconds", "saves"), [(60.0, 9), (0.0, 6000)])
+def test_several_processes_seldom_ask_whether_to_save(seconds, saves, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: clock[0])
+    checkpoint, asked, saved = Checkpoint(tmp_path / "c.pt", ["a"], seconds), [], [0.0]
+
+    def broadcast(value):
+        asked.append(value)
+        return value
+
+    several = SimpleNamespace(
+        ranks=2, step=1000, first_step=1000, ask_at=0, fabric=SimpleNamespace(broadcast=broadcast)
+    )
+    for _ in range(6000):  # of 0.1 seconds, for ten minutes
+        clock[0] += 0.1
+        several.step += 1
+        if Loop.time_to_save(several, checkpoint):
+            checkpoint.save({})
+            saved.append(clock[0])
+    assert len(saved) - 1 == saves
+    assert max(b - a for a, b in pairwise(saved)) < seconds + 0.25
+    assert len(asked) <= max(saves, 150)
 
 
 def test_hostile_files_run_no_code(tmp_path):
