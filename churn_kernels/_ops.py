@@ -53,17 +53,17 @@ _libraries: list[Any] = []
 def stats_width(options: LossOptions, models: int) -> int:
     """Row statistics that `loss` saves for `loss_backward`, in float64 values a row.
 
-    A model's: maximum, mass, moment (of its top k, if that is regularised) and classes not at -inf;
-    its mass at the temperature; the threshold, last tie and mass of its top k. A pair's: two sums
-    of the divergences that need them.
+    Which kernel took the row. A model's: maximum, mass, moment (of its top k, if that is regularised)
+    and classes not at -inf; its mass at the temperature; the threshold, last tie and mass of its
+    top k. A pair's: three sums of symmetric KL, two of L1.
     """
     per_model = 4
     if options.temperature != 1.0:
         per_model += 1
     if options.top_k > 0 and options.regularizer != NO_REGULARIZER:
         per_model += 3
-    per_pair = 2 if options.divergence in (DIVERGENCES["skl"], DIVERGENCES["l1"]) else 0
-    return per_model * models + per_pair * pair_count(models - options.teachers, options.teachers)
+    per_pair = {DIVERGENCES["skl"]: 3, DIVERGENCES["l1"]: 2}.get(options.divergence, 0)
+    return 1 + per_model * models + per_pair * pair_count(models - options.teachers, options.teachers)
 
 
 def raise_target_error(error: Exception) -> None:

@@ -61,6 +61,7 @@ def loss(
     # An ignored row is replaced by zeros before anything is computed, so that not even a NaN in it
     # reaches a loss or a gradient.
     z = torch.where(keep[:, None], z, 0.0)
+    z = _saturate(z, logits[0].dtype)
     z = torch.cat([z[:students], z[students:].detach()])
 
     weight = None if class_weight is None else class_weight.to(torch.float64)
@@ -84,6 +85,16 @@ def loss(
     return result.to(result_dtype), terms.detach().to(result_dtype)
 
 
+def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """z with no finite logit further below its row's largest than the largest number there is.
+
+    The largest float32, for float64 logits float64. The gradient does not see it.
+    """
+    limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+    lowest = z.detach().amax(-1, keepdim=True) - limit
+    return z + torch.where(_inside(z) & (z < lowest), lowest - z, 0.0).detach()
+
+
 def _cross_entropy(
     z: Tensor,  # (N, C)
     label: Tensor | None,
@@ -94,8 +105,8 @@ def _cross_entropy(
     if label is None:
         return torch.zeros_like(z[:, 0])
     surprise = -torch.log_softmax(z, dim=1)
-    if weight is not None:
-        surprise = surprise * weight
+    if weight is not None:  # a class of weight 0 adds 0, also where it is at -inf
+        surprise = torch.where(weight == 0, 0.0, surprise * weight)
     ce = surprise.gather(1, label[:, None]).squeeze(1)
     smooth = surprise.mean(1)
     if label_smoothing in (0, 1):  # what has no weight is left out, never 0 * inf

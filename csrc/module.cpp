@@ -37,13 +37,19 @@ py::dict build_info() {
   return info;
 }
 
-// What exp_nonpos and log_pos of rows/math.h are made of.
+// What exp_nonpos, log_pos and exp_series of rows/math.h are made of; the highest power first.
 template <class S>
 py::dict format() {
   using F = ck::rows::Format<S>;
-  std::vector<S> exp_terms, log_terms;
+  std::vector<S> exp_terms, log_terms, series[2];
   for (int i = 0; i < F::kExpTerms; ++i) exp_terms.push_back(F::exp_term(i));
   for (int i = 0; i < F::kLogTerms; ++i) log_terms.push_back(F::log_term(i));
+  for (int i = 0; i < ck::rows::kSeriesTerms<S>; ++i) {
+    for (int first : {1, 2}) {
+      series[first - 1].insert(series[first - 1].begin(),
+                               static_cast<S>(ck::rows::inverse_factorial(i + first)));
+    }
+  }
   py::dict found;
   found["kMantissaBits"] = F::kMantissaBits;
   found["kShift"] = F::kShift;
@@ -53,6 +59,8 @@ py::dict format() {
   found["kSqrtHalf"] = F::kSqrtHalf;
   found["exp_terms"] = exp_terms;
   found["log_terms"] = log_terms;
+  found["series_1_terms"] = series[0];
+  found["series_2_terms"] = series[1];
   return found;
 }
 
@@ -85,6 +93,10 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kSumWords") = ck::kSumWords;
   constants.attr("kReachBits") = ck::rows::kReachBits;
   constants.attr("kLeastPeak") = ck::rows::kLeastPeak;
+  constants.attr("kLeastExponent") = ck::rows::kLeastExponent;
+  constants.attr("kRounding") = ck::rows::kRounding;
+  constants.attr("kNear") = ck::rows::kNear;
+  constants.attr("kWeightless") = ck::kWeightless;
   constants.attr("Float") = format<float>();
   constants.attr("Double") = format<double>();
   constants.def(

@@ -71,7 +71,7 @@ void run_row(RowWork& work, const LossInputs& in, Stage stage, Sum* out) {
     case Stage::kExtremes: return find_extremes(work, in.first_class(), out);
     case Stage::kTopK: return find_top_k(work, in, out);
     case Stage::kBounds:
-      std::fill_n(&out->real, work.bounds_size(), 0.0);
+      std::fill_n(&out->real, work.bounds_size(), -std::numeric_limits<double>::infinity());
       return work.kernels().bounds(work.view(), 0, in.classes, &out->real);
     case Stage::kSums: return find_sums(work, out);
     case Stage::kSecondSums: return find_second_sums(work, out);
@@ -87,7 +87,7 @@ int stage_width(const LossInputs& in, Stage stage) {
     case Stage::kTopK:
       return in.options.regularizes_top_k() ? in.students() * static_cast<int>(in.options.top_k) * 2
                                             : 0;
-    case Stage::kBounds: return in.models() * kModelBounds + in.pairs();
+    case Stage::kBounds: return in.models() * kModelBounds + in.pairs() * kPairBounds;
     case Stage::kSums: return in.models() * kModelSums + pairs * kPairSums + in.students();
     case Stage::kSecondSums: return in.options.needs_second_sweep() ? pairs * kPairSums : 0;
   }

@@ -1,5 +1,5 @@
-// The sweeps for one or two models side by side in memory: everything that folds into
-// e (c + s d + s' d') + u - o e' with three or four scalars a model. The fast path.
+// The sweeps for one or two models side by side in memory, whose gradients take a few scalars a
+// model. The fast path.
 #pragma once
 
 #include "../rows/divergence.h"
@@ -43,8 +43,31 @@ struct Fused {
     }
   }
 
+  // The largest difference of the two models' logits, and the largest the other way round.
+  static void differences(const RowView& row, int64_t begin, int64_t end, double* out) {
+    const T *a = logits(row, 0), *b = logits(row, 1);
+    V highest(-std::numeric_limits<S>::infinity()), minus_lowest = highest;
+    const auto step = [&](V x, V y) {  // neither sees a NaN, which a class at -inf in both makes
+      highest = max(x - y, highest);
+      minus_lowest = max(y - x, minus_lowest);
+    };
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) step(load(a + c), load(b + c));
+    if (c < end) {
+      const int n = static_cast<int>(end - c);
+      const S none = -std::numeric_limits<S>::infinity();
+      step(load_first(a + c, n, none), load_first(b + c, n, none));
+    }
+    out[kHighest] = largest_lane(highest);
+    out[kMinusLowest] = largest_lane(minus_lowest);
+  }
+
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
-    if constexpr (kExact) return two_largest(row, begin, end, out);
+    if constexpr (kExact) {
+      two_largest(row, begin, end, out);
+      if constexpr (K == 2) differences(row, begin, end, out + 2 * K);
+      return;
+    }
     for (int k = 0; k < K; ++k) {
       const T* z = logits(row, k);
       V best[kUnroll];
@@ -58,10 +81,7 @@ struct Fused {
         best[1] = max(best[1], load_first(z + c, static_cast<int>(end - c),
                                           -std::numeric_limits<S>::infinity()));
       }
-      const V all = max(max(best[0], best[1]), max(best[2], best[3]));
-      S result = all.lanes()[0];
-      for (int i = 1; i < kWidth; ++i) result = rows::max(result, all.lanes()[i]);
-      out[k] = static_cast<double>(result);
+      out[k] = largest_lane(max(max(best[0], best[1]), max(best[2], best[3])));
     }
   }
 
@@ -88,12 +108,12 @@ struct Fused {
     return difference;
   }
 
-  // What tells that a row is not for this kernel's exact sums: a NaN, or terms out of bounds.
+  // What tells that a row is not for this kernel's exact sums: a NaN, or a d out of bounds.
   struct Check {
     V exponentials, reach;
 
     Check() : exponentials(S(0)), reach(S(0)) {}
-    CK_HD void far(V d) { reach = max(max(d, V(S(0)) - d), reach); }
+    CK_HD void far(V d) { reach = max(V(S(0)) - d, reach); }
     bool fails() const {
       const V broken = where_equal(exponentials, exponentials, V(S(0)), V(S(1)));
       const V inside = where_greater(V(S(rows::kReach)), reach, V(S(0)), V(S(1)));
@@ -109,13 +129,19 @@ struct Fused {
   // Flat, because `step` is called twice, and where it is not inlined the sums live in memory.
   template <bool kKeep>
   [[gnu::flatten]] static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
-    const float* scales = row.scales;
+    using Wide = typename WideOf<A>::type;
+    const auto scales = [&](int k) { return row.scales + k * kModelSums; };
     const auto none = [&](int k) {
-      const float* s = scales + k * kModelSums;
-      return rows::SoftmaxSums<A>{A(s[0]), A(s[1]), A(s[2])};
+      return rows::SoftmaxSums<A>{A(scales(k)[kMass]), A(scales(k)[kMoment])};
+    };
+    const auto none_uniform = [&](int k) {
+      const float* s = scales(k);
+      return rows::UniformSums<A, Wide>{Wide(s[kSpread]), A(s[kExcess]), A(s[kLift])};
     };
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
-    rows::PairSums<A> pair{A(scales[K * kModelSums]), A(scales[K * kModelSums + 1])};
+    rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
+    const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
+    rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap])};
     Check check;
     V maximum[K], peak[K];
     const T* z[K];
@@ -125,9 +151,7 @@ struct Fused {
       z[k] = logits(row, k);
     }
     const bool spread = row.options->regularizer == Regularizer::kUniformSkl;
-    // `raw` are the d, -inf where the logit is.
-    const auto step = [&](const V* d, const V* raw, int64_t c) {
-      V e[K];
+    const auto step = [&](const V* d, V* e, int64_t c) {
       for (int k = 0; k < K; ++k) {
         e[k] = rows::exp_nonpos(d[k]);
         rows::add(model[k], kExact ? where_equal(d[k], V(S(0)), peak[k], e[k]) : e[k], d[k]);
@@ -135,70 +159,81 @@ struct Fused {
         if constexpr (kExact) check.exponentials = check.exponentials + e[k];
       }
       if constexpr (K == 2) {
-        rows::add_skl(pair, e[0], e[1], d[0] - d[1]);
-        if constexpr (kExact) check.far(raw[0] - raw[1]);
+        const V less = e[0] - e[1];
+        rows::add_skl(pair, e[0], less, d[0] - d[1]);
+        if constexpr (!kExact) plus(pair.gap, less);  // exact masses have all its digits
+      }
+    };
+    const auto add_uniform = [&](const V* d, const V* e, const V& live) {
+      for (int k = 0; k < K; ++k) {
+        rows::add_uniform(flat[k], e[k], d[k], live);
+        if constexpr (kExact) check.far(d[k]);
       }
     };
     int64_t c = begin;
     for (; c + kWidth <= end; c += kWidth) {
-      V d[K], raw[K];
+      V d[K], e[K];
       for (int k = 0; k < K; ++k) {
         fetch_ahead(row, k, c);
-        raw[k] = load(z[k] + c) - maximum[k];
-        d[k] = finite(raw[k]);
+        d[k] = finite(load(z[k] + c) - maximum[k]);
       }
-      step(d, raw, c);
-      if (spread) {
-        for (int k = 0; k < K; ++k) {
-          rows::add_spread(model[k], d[k]);
-          if constexpr (kExact) check.far(d[k]);
-        }
-      }
+      step(d, e, c);
+      if (spread) add_uniform(d, e, V(S(1)));
     }
     if (c < end) {
       const int n = static_cast<int>(end - c);
-      V d[K], raw[K];
+      V d[K], e[K];
       for (int k = 0; k < K; ++k) {
-        raw[k] = keep_first(load_first(z[k] + c, n, S(0)) - maximum[k], n, kNowhere);
-        d[k] = finite(raw[k]);
+        d[k] = finite(keep_first(load_first(z[k] + c, n, S(0)) - maximum[k], n, kNowhere));
       }
-      step(d, raw, c);
-      for (int k = 0; k < K; ++k) {
-        d[k] = keep_first(d[k], n, S(0));
-        rows::add_spread(model[k], d[k]);
-        if (kExact && spread) check.far(d[k]);
+      step(d, e, c);
+      if (spread) {
+        for (int k = 0; k < K; ++k) d[k] = keep_first(d[k], n, S(0));
+        add_uniform(d, e, keep_first(V(S(1)), n, S(0)));
       }
     }
     for (int k = 0; k < K; ++k) {
       Sum* s = out + k * kModelSums;
-      model[k].mass.add_to(s[0]);
-      model[k].moment.add_to(s[1]);
-      if (spread) model[k].spread.add_to(s[2]);
-      add_count(s[3], end - begin);
+      model[k].mass.add_to(s[kMass]);
+      model[k].moment.add_to(s[kMoment]);
+      if (spread) {
+        flat[k].spread.add_to(s[kSpread]);
+        flat[k].excess.add_to(s[kExcess]);
+        flat[k].lift.add_to(s[kLift]);
+      }
+      add_count(s[kLive], end - begin);
       if constexpr (kExact) s[kBroken].fixed += check.fails();
     }
     if constexpr (K == 2) {
       Sum* s = out + K * kModelSums;
-      pair.first.add_to(s[0]);
-      pair.second.add_to(s[1]);
+      pair.first.add_to(s[kFirst]);
+      pair.second.add_to(s[kSecond]);
+      if constexpr (!kExact) pair.gap.add_to(s[kGap]);
     }
   }
 
   // The row's scalars, broadcast; X is V in the sweep and S at the target.
   template <class X>
   struct Coefficients {
-    X maximum[K], constant[K], slope[K], uniform[K], cross_slope[K], minus_other[K];
+    X maximum[K], constant[K], slope[K], uniform[K];
+    // Of the pair, for D = d_0 - d_1 and e_0 - e_1 whichever model it is.
+    X own[K], mean[K], shared[K], minus_other[K];
 
     explicit Coefficients(const RowView& row) {
       const auto cast = [](double x) { return X(static_cast<S>(x)); };
       for (int k = 0; k < K; ++k) {
-        const double* g = row.gradient + k * kGradientScalars;
+        const auto& g = reinterpret_cast<const rows::ModelGradient*>(row.gradient)[k];
         maximum[k] = cast(row.maxima[k]);
-        constant[k] = cast(g[0] + g[8]);
-        slope[k] = cast(g[1] + row.slopes[k * K + k]);
-        uniform[k] = cast(g[2]);
-        cross_slope[k] = cast(row.slopes[k * K + (K - 1 - k)]);
-        minus_other[k] = cast(-row.others[k * K + (K - 1 - k)]);
+        constant[k] = cast(g.constant + g.tempered_constant);
+        slope[k] = cast(g.slope);
+        uniform[k] = cast(g.uniform);
+        const auto& partner =
+            reinterpret_cast<const rows::PartnerGradient*>(row.partners)[k * K + (K - 1 - k)];
+        const double sign = k == 0 ? 1.0 : -1.0;
+        own[k] = cast(sign * partner.slope);
+        mean[k] = cast(sign * partner.mean);
+        shared[k] = cast(sign * partner.shared);
+        minus_other[k] = cast(-partner.other);
       }
     }
 
@@ -207,23 +242,24 @@ struct Fused {
     }
 
     CK_HD void gradients(const X* z, const X* e, X* g) const {
-      using rows::max;
+      using rows::max, rows::mul_add;
       X d[K];
       for (int k = 0; k < K; ++k) {
-        d[k] = max(X(kLowest<S>), z[k] - maximum[k]);
+        d[k] = z[k] - maximum[k];
         if constexpr (kExact) {
           const X dead(-std::numeric_limits<S>::infinity());
           d[k] = where_equal(z[k], dead, X(S(0)), d[k]);
         }
       }
       for (int k = 0; k < K; ++k) {
-        if constexpr (K == 1) {
-          g[k] = rows::softmax_gradient(e[k], d[k], constant[k], slope[k], uniform[k]);
-        } else {
-          const int j = 1 - k;
-          g[k] = rows::pair_gradient(e[k], e[j], d[k], d[j], constant[k], slope[k], cross_slope[k],
-                                     uniform[k], minus_other[k]);
+        X rest = uniform[k];
+        if constexpr (K == 2) {
+          rest = mul_add(minus_other[k], e[1 - k], rest);
+          rest = rows::add_pair_gradient(rest, e[k], d[0] - d[1] - mean[k], e[0] - e[1], own[k],
+                                         shared[k]);
         }
+        const X near = max(X(static_cast<S>(kWeightless)), d[k]);
+        g[k] = rows::softmax_gradient(e[k], near, constant[k], slope[k], rest);
       }
     }
   };

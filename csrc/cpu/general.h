@@ -27,6 +27,10 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
+  // Sums over D of a pair are kept in units of its inverse, so that they do not overflow; the fixed
+  // point of exact mode has scales of its own.
+  static constexpr S kUnit = kExact ? S(1) : S(0x1p-32);
+  using Wide = typename WideOf<A>::type;
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
   // end.
@@ -112,60 +116,124 @@ struct General {
         const int n = static_cast<int>(std::min<int64_t>(kWidth, end - c));
         best = max(best, load_any(row, k, c, n, -kInfinity));
       }
-      S result = best.lanes()[0];
-      for (int i = 1; i < kWidth; ++i) result = rows::max(result, best.lanes()[i]);
-      out[k] = static_cast<double>(result);
+      out[k] = largest_lane(best);
     }
   }
 
-  // Sums of a chunk, one A per number of rows::ModelSums and rows::PairSums64.
+  // One model's sums over a chunk (rows::ModelSums).
+  struct ModelSums {
+    rows::SoftmaxSums<A> all, top;
+    rows::UniformSums<A, Wide> flat, top_flat;
+    A live, tempered_mass, lost, broken;
+    Wide weighted_spread;
+
+    explicit ModelSums(const float* s)
+        : all{A(s[kMass]), A(s[kMoment])},
+          top{A(s[kTopMass]), A(s[kTopMoment])},
+          flat{Wide(s[kSpread]), A(s[kExcess]), A(s[kLift])},
+          top_flat{Wide(s[kTopSpread]), A(s[kTopExcess]), A(s[kTopLift])},
+          live(s[kLive]),
+          tempered_mass(s[kTemperedMass]),
+          lost(s[kLost]),
+          broken(s[kBroken]),
+          weighted_spread(s[kWeightedSpread]) {}
+
+    void add_to(Sum* out) const {
+      all.mass.add_to(out[kMass]);
+      all.moment.add_to(out[kMoment]);
+      live.add_to(out[kLive]);
+      tempered_mass.add_to(out[kTemperedMass]);
+      flat.spread.add_to(out[kSpread]);
+      flat.excess.add_to(out[kExcess]);
+      flat.lift.add_to(out[kLift]);
+      top.mass.add_to(out[kTopMass]);
+      top.moment.add_to(out[kTopMoment]);
+      top_flat.spread.add_to(out[kTopSpread]);
+      top_flat.excess.add_to(out[kTopExcess]);
+      top_flat.lift.add_to(out[kTopLift]);
+      weighted_spread.add_to(out[kWeightedSpread]);
+      lost.add_to(out[kLost]);
+      broken.add_to(out[kBroken]);
+    }
+  };
+
+  // One pair's (rows::PairSums64).
+  struct PairSums {
+    rows::PairSums<A> skl;
+    A mismatch;
+
+    explicit PairSums(const float* s)
+        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap])}, mismatch(s[kMismatch]) {}
+
+    // `unit` is what the sums over D are times.
+    void add_to(Sum* out, double unit) const {
+      Sum sums[2] = {};
+      skl.first.add_to(sums[0]);
+      skl.second.add_to(sums[1]);
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kExact) out[kFirst + i].fixed += sums[i].fixed;
+        else out[kFirst + i].real += sums[i].real / unit;
+      }
+      skl.gap.add_to(out[kGap]);
+      mismatch.add_to(out[kMismatch]);
+    }
+  };
+
+  // All sums of a chunk, in memory of `bytes`.
   struct Sums {
-    A* model;
-    A* pair;
+    ModelSums* model;
+    PairSums* pair;
     int models, pairs;
 
     Sums(void* memory, const RowView& row, int pairs)
-        : model(static_cast<A*>(memory)),
-          pair(model + row.models * kModelSums),
+        : model(static_cast<ModelSums*>(memory)),
+          pair(reinterpret_cast<PairSums*>(model + row.models)),
           models(row.models),
           pairs(pairs) {
-      for (int i = 0; i < size(models, pairs); ++i) new (model + i) A(row.scales[i]);
+      const float* scales = row.scales;
+      for (int k = 0; k < models; ++k, scales += kModelSums) new (model + k) ModelSums(scales);
+      for (int p = 0; p < pairs; ++p, scales += kPairSums) new (pair + p) PairSums(scales);
     }
-    static int size(int models, int pairs) { return models * kModelSums + pairs * kPairSums; }
-    void add_to(Sum* out) const {
-      for (int i = 0; i < size(models, pairs); ++i) model[i].add_to(out[i]);
+    static size_t bytes(const RowView& row, int pairs) {
+      return row.models * sizeof(ModelSums) + pairs * sizeof(PairSums);
+    }
+    void add_to(Sum* out, double unit) const {
+      for (int k = 0; k < models; ++k, out += kModelSums) model[k].add_to(out);
+      for (int p = 0; p < pairs; ++p, out += kPairSums) pair[p].add_to(out, unit);
     }
   };
 
   [[gnu::flatten]] static void model_sums(const RowView& row, int k, const Block& block,
-                                          int64_t begin, int64_t end, A* out) {
+                                          int64_t begin, int64_t end, ModelSums& out) {
     const bool top = row.options->regularizes_top_k() && k < row.students;
+    const bool uniform = row.options->regularizer == Regularizer::kUniformSkl && k < row.students;
     const bool smooths = row.options->label_smoothing != 0.0;
-    rows::SoftmaxSums<A> all{out[0], out[1], out[2]}, largest{out[5], out[6], out[7]};
-    const V peak(static_cast<S>(row.peaks[k]));
+    ModelSums sums = out;
+    const V peak(static_cast<S>(row.peaks[k])), one(S(1)), none(S(0));
     V check(S(0));
     each_vector(begin, end, [&](int v, int64_t c, int n) {
       const V d = block.d[v], live = block.live[v];
-      const V e = kExact ? where_equal(d, V(S(0)), peak, block.e[v]) * live : block.e[v];
-      rows::add(all, e, d);
-      rows::add_spread(all, d);
-      plus(out[3], live);
-      plus(out[4], block.tempered[v]);
+      const V e = kExact ? where_equal(d, none, peak, block.e[v]) * live : block.e[v];
+      rows::add(sums.all, e, d);
+      plus(sums.live, live);
+      plus(sums.tempered_mass, block.tempered[v]);
+      if (uniform && !top) rows::add_uniform(sums.flat, block.e[v], d, live);
+      if (uniform && top) plus(sums.flat.lift, block.e[v] - live);
       if (top) {
         const V member = members(row, k, block.logit[v], live, c);
-        rows::add(largest, member * e, d);
-        rows::add_spread(largest, member * d);
+        rows::add(sums.top, member * e, d);
+        if (uniform) rows::add_uniform(sums.top_flat, member * block.e[v], member * d, member);
       }
-      if (smooths) plus(out[8], weigh(class_weights(row, c, n), d));
+      if (smooths) {
+        const V weight = class_weights(row, c, n);
+        plus(sums.weighted_spread, weigh(weight, d));
+        const V dead = keep_first(one - live, n, S(0));
+        plus(sums.lost, where_equal(weight, none, none, dead));
+      }
       if constexpr (kExact) check = check + e;
     });
-    out[0] = all.mass;
-    out[1] = all.moment;
-    out[2] = all.spread;
-    out[5] = largest.mass;
-    out[6] = largest.moment;
-    out[7] = largest.spread;
-    if constexpr (kExact) plus(out[kBroken], where_equal(check, check, V(S(0)), V(S(1))));
+    if constexpr (kExact) plus(sums.broken, where_equal(check, check, none, one));
+    out = sums;
   }
 
   static Block* fill_all(const RowView& row, void* memory, int64_t begin, int64_t end) {
@@ -188,39 +256,46 @@ struct General {
 
   static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    const Sums total(CK_STACK(Sums::size(row.models, pairs(row)) * sizeof(A)), row, pairs(row));
-    const bool couples = pairs(row) > 0 && !row.options->needs_second_sweep();
+    const Sums total(CK_STACK(Sums::bytes(row, pairs(row))), row, pairs(row));
+    const bool couples =
+        pairs(row) > 0 && row.options->teachers == 0 && !(kExact && row.options->needs_second_sweep());
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
-      for (int k = 0; k < row.models; ++k) {
-        model_sums(row, k, blocks[k], b, e, total.model + k * kModelSums);
-      }
-      if (!couples) continue;
-      A* out_pair = total.pair;
-      for (int i = 0; i < row.models; ++i) {
-        for (int j = i + 1; j < row.models; ++j, out_pair += kPairSums) {
-          rows::PairSums<A> pair{out_pair[0], out_pair[1]};
-          each_vector(b, e, [&](int v, int64_t, int) {
-            rows::add_skl(pair, blocks[i].tempered[v], blocks[j].tempered[v],
-                          blocks[i].d[v] - blocks[j].d[v]);
-            const V differ = blocks[i].live[v] - blocks[j].live[v];
-            plus_product(out_pair[2], differ, differ);
-          });
-          out_pair[0] = pair.first;
-          out_pair[1] = pair.second;
-        }
+      for (int k = 0; k < row.models; ++k) model_sums(row, k, blocks[k], b, e, total.model[k]);
+      PairSums* pair = total.pair;
+      for (int i = 0; i < row.models && couples; ++i) {
+        for (int j = i + 1; j < row.models; ++j) skl_sums(blocks[i], blocks[j], b, e, *pair++);
       }
     }
-    total.add_to(out);
+    total.add_to(out, kUnit);
   }
 
-  // The bounds of kModelBounds. A class counts in a pair where one of its exponentials is not 0.
+  [[gnu::flatten]] static void skl_sums(const Block& i, const Block& j, int64_t begin, int64_t end,
+                                        PairSums& out) {
+    PairSums sums = out;
+    const V unit(kUnit);
+    each_vector(begin, end, [&](int v, int64_t, int) {
+      const V less = i.tempered[v] - j.tempered[v];
+      rows::add_skl(sums.skl, i.tempered[v], less, i.d[v] * unit - j.d[v] * unit);
+      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact masses have all its digits
+      const V differ = i.live[v] - j.live[v];
+      plus_product(sums.mismatch, differ, differ);
+    });
+    out = sums;
+  }
+
+  // Bounds of the row's terms (ModelBound, PairBound). A class counts for kPairReach where one of
+  // its exponentials is not 0.
   static void bounds(const RowView& row, int64_t begin, int64_t end, double* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    const int size = row.models * kModelBounds + pairs(row);
+    const int size = row.models * kModelBounds + pairs(row) * kPairBounds;
     V* largest = static_cast<V*>(CK_STACK(size * sizeof(V)));
     for (int i = 0; i < size; ++i) largest[i] = V(S(0));
+    for (int p = 0; p < pairs(row); ++p) {
+      V* bound = largest + row.models * kModelBounds + p * kPairBounds;
+      bound[kHighest] = bound[kMinusLowest] = V(-kInfinity);
+    }
     const auto extend = [](V& bound, V x) { bound = max(max(x, V(S(0)) - x), bound); };
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
@@ -230,36 +305,35 @@ struct General {
         V* bound = largest + k * kModelBounds;
         each_vector(b, e, [&](int v, int64_t c, int n) {
           const V d = blocks[k].d[v];
-          extend(bound[0], d);
-          if (top) extend(bound[1], members(row, k, blocks[k].logit[v], blocks[k].live[v], c) * d);
-          extend(bound[2], weigh(class_weights(row, c, n), d));
+          extend(bound[kReach], d);
+          if (top) {
+            const V member = members(row, k, blocks[k].logit[v], blocks[k].live[v], c);
+            extend(bound[kTopReach], member * d);
+          }
+          extend(bound[kWeightedReach], weigh(class_weights(row, c, n), d));
         });
       }
       V* bound = largest + row.models * kModelBounds;
-      const auto couple = [&](const Block& i, const Block& j, bool teaches) {
-        const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
+      const auto couple = [&](const Block& i, const Block& j) {
         each_vector(b, e, [&](int v, int64_t, int) {
-          if (teaches) {
-            const V reach = i.d[v] * inverse_temperature;
-            extend(*bound, where_greater(j.tempered[v], V(S(0)), reach, V(S(0))));
-          } else {
-            const V weight = max(i.tempered[v], j.tempered[v]);
-            extend(*bound, where_greater(weight, V(S(0)), i.d[v] - j.d[v], V(S(0))));
-          }
+          const V weight = max(i.tempered[v], j.tempered[v]);
+          extend(bound[kPairReach], where_greater(weight, V(S(0)), i.d[v] - j.d[v], V(S(0))));
+          // Neither takes the NaN of a class at -inf in both.
+          bound[kHighest] = max(i.logit[v] - j.logit[v], bound[kHighest]);
+          bound[kMinusLowest] = max(j.logit[v] - i.logit[v], bound[kMinusLowest]);
         });
       };
       if (row.options->teachers > 0) {
-        for (int t = row.students; t < row.models; ++t) couple(blocks[0], blocks[t], true);
+        for (int t = row.students; t < row.models; ++t) couple(blocks[0], blocks[t]);
       } else if (pairs(row) > 0) {
         for (int i = 0; i < row.models; ++i) {
-          for (int j = i + 1; j < row.models; ++j, ++bound) couple(blocks[i], blocks[j], false);
+          for (int j = i + 1; j < row.models; ++j, bound += kPairBounds) {
+            couple(blocks[i], blocks[j]);
+          }
         }
       }
     }
-    for (int i = 0; i < size; ++i) {
-      const S* lanes = largest[i].lanes();
-      for (int l = 0; l < kWidth; ++l) out[i] = std::max(out[i], static_cast<double>(lanes[l]));
-    }
+    for (int i = 0; i < size; ++i) out[i] = std::max(out[i], largest_lane(largest[i]));
   }
 
   // The teachers' mean softmax, and how many classes only the teachers have.
@@ -273,50 +347,69 @@ struct General {
 
   static void second_sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    const Sums total(CK_STACK(Sums::size(row.models, pairs(row)) * sizeof(A)), row, pairs(row));
+    const Sums total(CK_STACK(Sums::bytes(row, pairs(row))), row, pairs(row));
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
       if (row.options->divergence == Divergence::kDistill) {
-        distill_sums(row, blocks, b, e, total.pair);
-      } else {
-        l1_sums(row, blocks, b, e, total.pair);
+        distill_sums(row, blocks, b, e, *total.pair);
+        continue;
+      }
+      PairSums* pair = total.pair;
+      for (int i = 0; i < row.models; ++i) {
+        for (int j = i + 1; j < row.models; ++j) l1_sums(row, blocks, i, j, b, e, *pair++);
       }
     }
-    total.add_to(out);
+    total.add_to(out, 1.0);
   }
 
   [[gnu::flatten]] static void distill_sums(const RowView& row, const Block* blocks, int64_t begin,
-                                            int64_t end, A* out) {
+                                            int64_t end, PairSums& out) {
+    PairSums sums = out;
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
     const V log_mass(static_cast<S>(row.log_masses[0]));
-    const V smallest(std::numeric_limits<S>::min());
+    const V smallest(std::numeric_limits<S>::min()), lowest(kLowest<S>);
     each_vector(begin, end, [&](int v, int64_t, int) {
-      const V q = teacher_mean(row, blocks, v);
-      const V log_p = blocks[0].d[v] * inverse_temperature - log_mass;
-      plus(out[0], rows::kl_term(q, log_p, smallest) * blocks[0].live[v]);
-      plus(out[2], greater(q, V(S(0))) * (V(S(1)) - blocks[0].live[v]));
+      const V q = teacher_mean(row, blocks, v), live = blocks[0].live[v];
+      const V p = probability(row, blocks, 0, v);
+      const V log_p = max(lowest, blocks[0].d[v] * inverse_temperature) - log_mass;
+      plus(sums.skl.first, rows::kl_term(p, q, log_p, smallest) * live);
+      plus(sums.mismatch, greater(q, V(S(0))) * (V(S(1)) - live));
     });
+    out = sums;
   }
 
-  static void l1_sums(const RowView& row, const Block* blocks, int64_t begin, int64_t end, A* out) {
-    for (int i = 0; i < row.models; ++i) {
-      for (int j = i + 1; j < row.models; ++j, out += kPairSums) {
-        rows::PairSums<A> pair{out[0], out[1]};
-        each_vector(begin, end, [&](int v, int64_t, int) {
-          const V p_i = probability(row, blocks, i, v), p_j = probability(row, blocks, j, v);
-          rows::add_l1(pair, p_i, p_j, sign(p_i, p_j));
-        });
-        out[0] = pair.first;
-        out[1] = pair.second;
-      }
-    }
+  [[gnu::flatten]] static void l1_sums(const RowView& row, const Block* blocks, int i, int j,
+                                       int64_t begin, int64_t end, PairSums& out) {
+    PairSums sums = out;
+    const auto& s = pair_scalars(row, i, j);
+    const V shared(static_cast<S>(s.shared)), more_i(static_cast<S>(s.more_i));
+    const V minus_more_j(static_cast<S>(s.minus_more_j));
+    each_vector(begin, end, [&](int v, int64_t, int) {
+      const V less = rows::probability_difference(blocks[i].tempered[v], blocks[j].tempered[v],
+                                                  shared, more_i, minus_more_j);
+      rows::add_l1(sums.skl, probability(row, blocks, i, v), probability(row, blocks, j, v), less,
+                   sign(blocks[i], blocks[j], v, static_cast<S>(s.level)));
+    });
+    out = sums;
   }
 
   static V probability(const RowView& row, const Block* blocks, int k, int v) {
     return blocks[k].tempered[v] * V(static_cast<S>(row.inverse_masses[k]));
   }
-  static V sign(V a, V b) { return greater(a, b) - greater(b, a); }
+
+  // Of the pair (i, j), i < j, in the order (0, 1), (0, 2), .., (1, 2), ..
+  static const rows::PairScalars& pair_scalars(const RowView& row, int i, int j) {
+    const int p = i * (2 * row.models - i - 1) / 2 + j - i - 1;
+    return reinterpret_cast<const rows::PairScalars*>(row.pair_scalars)[p];
+  }
+
+  // Sign of p_i - p_j, out of the logits: p itself has fewer digits. 0 where `level` is NaN.
+  static V sign(const Block& i, const Block& j, int v, S level) {
+    const V D = i.d[v] - j.d[v], at(level);
+    const V alive = level == level ? i.live[v] - j.live[v] : V(S(0));
+    return where_equal(alive, V(S(0)), greater(D, at) - greater(at, D), alive);
+  }
 
   static void gradient(const RowView& row, int64_t begin, int64_t end) {
     void* memory = CK_STACK(row.models * sizeof(Block));
@@ -344,9 +437,8 @@ struct General {
     const RowView& row;
     const int i;
     const Block* blocks;
-    const double* slopes;
-    const double* others;
-    const bool couples, tempers, top, smooths, l1, linear;
+    const rows::PartnerGradient* partners;
+    const bool couples, tempers, top, smooths;
     V constant, slope, uniform, top_constant, top_slope, top_uniform, minus_smoothing;
     V tempered_constant;
 
@@ -354,62 +446,58 @@ struct General {
         : row(row),
           i(i),
           blocks(blocks),
-          slopes(row.slopes + i * row.models),
-          others(row.others + i * row.models),
+          partners(reinterpret_cast<const rows::PartnerGradient*>(row.partners) + i * row.models),
           couples(pairs(row) > 0),
           tempers(row.options->temperature != 1.0),
           top(row.options->regularizes_top_k()),
-          smooths(row.options->label_smoothing != 0.0),
-          l1(row.options->divergence == Divergence::kL1),
-          linear(row.options->divergence == Divergence::kSkl) {
-      const double* g = row.gradient + i * kGradientScalars;
-      const auto cast = [](double x) { return V(static_cast<S>(x)); };
-      constant = cast(tempers ? g[0] : g[0] + g[8]);
-      slope = cast(tempers || l1 ? g[1] : g[1] + slopes[i]);
-      uniform = cast(g[2]);
-      top_constant = cast(g[3]);
-      top_slope = cast(g[4]);
-      top_uniform = cast(g[5]);
-      minus_smoothing = cast(-g[6]);
-      tempered_constant = cast(g[8]);
+          smooths(row.options->label_smoothing != 0.0) {
+      const auto& g = reinterpret_cast<const rows::ModelGradient*>(row.gradient)[i];
+      constant = cast(tempers ? g.constant : g.constant + g.tempered_constant);
+      slope = cast(g.slope);
+      uniform = cast(g.uniform);
+      top_constant = cast(g.top_constant);
+      top_slope = cast(g.top_slope);
+      top_uniform = cast(g.top_uniform);
+      minus_smoothing = cast(-g.smoothing);
+      tempered_constant = cast(g.tempered_constant);
     }
+    static V cast(double x) { return V(static_cast<S>(x)); }
 
     V at(int v, int64_t c, int n) const {
       const Block& block = blocks[i];
-      const V d = block.d[v], e = block.e[v], live = block.live[v];
-      V inner = mul_add(slope, d, constant);
+      const V e = block.e[v], live = block.live[v];
+      const V d = max(cast(kWeightless), block.d[v]);
       V rest = uniform * live;
-      if (couples) {
-        if (!tempers) inner = add_partners(inner, v);
-        for (int j = 0; j < row.models && !l1; ++j) {
-          if (j == i || others[j] == 0.0) continue;
-          rest = mul_add(V(static_cast<S>(-others[j])), blocks[j].tempered[v], rest);
-        }
-        if (tempers) {
-          const V own(l1 ? S(0) : static_cast<S>(slopes[i]));
-          const V coupled = add_partners(mul_add(own, d, tempered_constant), v);
-          rest = mul_add(block.tempered[v], coupled, rest);
-        }
+      for (int j = 0; j < row.models && couples; ++j) {
+        if (j != i) rest = add_partner(rest, j, v);
       }
+      if (couples && tempers) rest = mul_add(block.tempered[v], tempered_constant, rest);
       if (top) {
         const V more = rows::softmax_gradient(e, d, top_constant, top_slope, top_uniform);
         const V member = members(row, i, block.logit[v], live, c);
         rest = rest + where_equal(member, V(S(1)), more, V(S(0)));
       }
       if (smooths) rest = mul_add(minus_smoothing, class_weights(row, c, n), rest);
-      return mul_add(e, inner, rest);
+      return mul_add(e, mul_add(slope, d, constant), rest);
     }
 
-    // inner + sum over the partners j of slope_j d_j; with L1, of slope_j sign(p - p_j). A model
-    // that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
-    V add_partners(V inner, int v) const {
-      for (int j = 0; j < row.models && (l1 || linear); ++j) {
-        if (j == i || slopes[j] == 0.0) continue;
-        const V by = l1 ? sign(probability(row, blocks, i, v), probability(row, blocks, j, v))
-                        : blocks[j].d[v];
-        inner = mul_add(V(static_cast<S>(slopes[j])), by, inner);
+    // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+    V add_partner(V rest, int j, int v) const {
+      const rows::PartnerGradient& partner = partners[j];
+      const V e = blocks[i].tempered[v];
+      if (row.options->divergence == Divergence::kL1) {
+        if (partner.slope == 0.0) return rest;
+        const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
+        const S seen = static_cast<S>(i < j ? level : -level);
+        return mul_add(e, cast(partner.slope) * sign(blocks[i], blocks[j], v, seen), rest);
       }
-      return inner;
+      if (partner.other != 0.0) {
+        rest = mul_add(cast(-partner.other), blocks[j].tempered[v], rest);
+      }
+      if (partner.slope == 0.0) return rest;
+      const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
+      return rows::add_pair_gradient(rest, e, max(V(kLowest<S>), away), e - blocks[j].tempered[v],
+                                     cast(partner.slope), cast(partner.shared));
     }
   };
 

@@ -40,28 +40,49 @@ struct RowView {
   // dtype; null: the gradient computes them again.
   void* exponentials;
   int64_t exponential_stride;
-  const float* scales;       // of each sum: what its terms are times as fixed point
+  const float* scales;       // fixed-point scale of each sum
   const float* peaks;        // per model: 1, or 0 where exact sums count the largest class apart
   const double* maxima;      // per model
   const double* thresholds;  // per model; of the k largest
   const int64_t* last_ties;  // per model
   const double* inverse_masses;  // per model: 1 / tempered mass, for the second sweep
   const double* log_masses;      // per model: log of it
+  const double* pair_scalars;    // pairs x kPairScalars
   const double* gradient;        // students x kGradientScalars
-  const double* slopes;          // students x models
-  const double* others;          // students x models
+  const double* partners;        // students x models x kPartnerScalars
 };
 
-// Layout of a row's sums: models x kModelSums, then pairs x kPairSums (rows/row.h).
-inline constexpr int kModelSums = 12;
-inline constexpr int kBroken = 9;  // its place among a model's sums
-inline constexpr int kPairSums = 3;
-inline constexpr int kGradientScalars = 9;
+// Layout of a row's sums, models x kModelSums, then pairs x kPairSums, and of its scalars: the
+// structs of rows/row.h.
+enum ModelSum : int {
+  kMass,
+  kMoment,
+  kLive,
+  kTemperedMass,
+  kSpread,
+  kExcess,
+  kLift,
+  kTopMass,
+  kTopMoment,
+  kTopSpread,
+  kTopExcess,
+  kTopLift,
+  kWeightedSpread,
+  kLost,
+  kBroken,
+  kTail,
+  kTopTail,
+  kModelSums
+};
+enum PairSum : int { kFirst, kSecond, kGap, kMismatch, kPairSums };
+inline constexpr int kPairScalars = 4, kGradientScalars = 9, kPartnerScalars = 4;
 
-// What scales the sums of exact mode that have no bound: the largest |d| of a model, over all its
-// classes and over its k largest, the largest |class weight d|, and the largest |d_i - d_j| of a
-// pair where it counts. Models x kModelBounds, then pairs.
-inline constexpr int kModelBounds = 3;
+// What scales the sums of exact mode that have no bound. Of a model: the largest |d| over all its
+// classes and over its k largest, and the largest |class weight d|. Of a pair: the largest
+// |d_i - d_j| where it counts, and the largest z_i - z_j and z_j - z_i. Models x kModelBounds, then
+// pairs x kPairBounds.
+enum ModelBound : int { kReach, kTopReach, kWeightedReach, kModelBounds };
+enum PairBound : int { kPairReach, kHighest, kMinusLowest, kPairBounds };
 
 // Largest and second largest logit, and the lowest index of the largest.
 struct TopTwo {
@@ -71,7 +92,7 @@ struct TopTwo {
 
 struct Kernels {
   // maxima[k] of model k over classes [begin, end); in exact mode also the second largest logits,
-  // as maxima[models + k].
+  // as maxima[models + k], and, for the fused sweeps, the pair's kHighest and kMinusLowest.
   void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
   // Exact mode: the largest of each bound over classes [begin, end).
   void (*bounds)(const RowView&, int64_t begin, int64_t end, double* bounds);

@@ -249,17 +249,20 @@ void find_two_largest(RowWork& work, const Schedule& schedule) {
   if (!schedule.splits_rows()) {
     return work.kernels().maxima(work.view(), 0, work.view().classes, best);
   }
-  std::fill_n(best, 2 * models, -std::numeric_limits<double>::infinity());
-  std::vector<double> partial(schedule.chunks() * 2 * models, best[0]);
+  const int size = work.maxima_size();
+  std::fill_n(best, size, -std::numeric_limits<double>::infinity());
+  std::vector<double> partial(schedule.chunks() * size, best[0]);
   schedule.sweep([&](int64_t begin, int64_t end, int64_t chunk) {
-    work.kernels().maxima(work.view(), begin, end, &partial[chunk * 2 * models]);
+    work.kernels().maxima(work.view(), begin, end, &partial[chunk * size]);
   });
   for (int64_t chunk = 0; chunk < schedule.chunks(); ++chunk) {
+    const double* part = &partial[chunk * size];
     for (int k = 0; k < models; ++k) {
-      const double* part = &partial[(chunk * 2) * models + k];
-      best[models + k] = std::max({best[models + k], part[models], std::min(best[k], part[0])});
-      best[k] = std::max(best[k], part[0]);
+      best[models + k] =
+          std::max({best[models + k], part[models + k], std::min(best[k], part[k])});
+      best[k] = std::max(best[k], part[k]);
     }
+    for (int i = 2 * models; i < size; ++i) best[i] = std::max(best[i], part[i]);
   }
 }
 
@@ -275,7 +278,8 @@ void find_maxima(RowWork& work, const Schedule& schedule) {
 void set_scales(RowWork& work, const Schedule& schedule) {
   std::fill_n(work.bounds(), work.bounds_size(), 0.0);
   if (work.needs_bounds()) {
-    find_largest(schedule, work.bounds_size(), work.bounds(), 0.0,
+    find_largest(schedule, work.bounds_size(), work.bounds(),
+                 -std::numeric_limits<double>::infinity(),
                  [&](int64_t begin, int64_t end, double* largest) {
                    work.kernels().bounds(work.view(), begin, end, largest);
                  });
@@ -287,6 +291,7 @@ void sum_row(RowWork& work, const Schedule& schedule) {
   find_maxima(work, schedule);
   work.select_top_k();
   work.clear_sums();
+  work.choose_kernels();
   set_scales(work, schedule);
   add_sums(work, schedule, work.kernels().sums);
   if (work.falls_back()) {

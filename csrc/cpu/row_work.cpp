@@ -40,16 +40,16 @@ RowWork::RowWork(const LossInputs& in)
       target_(-1),
       sums_(in.models() * kModelSums + pair_count(in.models(), in.options.teachers) * kPairSums),
       scales_(sums_.size(), 1.0f),
-      bounds_(in.models() * kModelBounds + in.pairs()),
+      bounds_(in.models() * kModelBounds + in.pairs() * kPairBounds),
       peaks_(in.models(), 1.0f),
-      maxima_(in.models() * (in.options.exact() ? 2 : 1)),
+      maxima_(in.options.exact() ? 2 * in.models() + kPairBounds : in.models()),
       thresholds_(in.models()),
       inverse_masses_(in.models()),
       log_masses_(in.models()),
-      slopes_(in.students() * in.models()),
-      others_(in.students() * in.models()),
       last_ties_(in.models()),
+      pair_scalars_(in.pairs()),
       gradient_(in.students()),
+      partners_(in.students() * in.models()),
       logits_(in.models()),
       gradients_(in.students()),
       heap_(in.options.regularizes_top_k() ? in.options.top_k : 0),
@@ -79,9 +79,9 @@ RowWork::RowWork(const LossInputs& in)
            last_ties_.data(),
            inverse_masses_.data(),
            log_masses_.data(),
+           reinterpret_cast<const double*>(pair_scalars_.data()),
            reinterpret_cast<const double*>(gradient_.data()),
-           slopes_.data(),
-           others_.data()};
+           reinterpret_cast<const double*>(partners_.data())};
 }
 
 void RowWork::keep_exponentials(void* memory) {
@@ -157,42 +157,78 @@ void RowWork::take_tables(int64_t row) {
 
 void RowWork::clear_sums() { std::fill(sums_.begin(), sums_.end(), Sum{}); }
 
+namespace {
+
+float scale_of(int places, int exponent) {
+  return static_cast<float>(rows::power_of_two(places - exponent));
+}
+
+void set_pair(float* scales, int places, const rows::PairExponents& exponents) {
+  scales[kFirst] = scale_of(places, exponents.first);
+  scales[kSecond] = scale_of(places, exponents.second);
+  scales[kGap] = scale_of(places, exponents.gap);
+}
+
+}  // namespace
+
+// The pair's bounds, wherever this row has them from.
+const double* RowWork::pair_bounds(int p) const {
+  return kernels_ == &set_.general ? &bounds_[view_.models * kModelBounds + p * kPairBounds]
+                                   : &maxima_[2 * view_.models];
+}
+
+void RowWork::choose_kernels() {
+  if (!in_.options.exact() || kernels_ == &set_.general || in_.pairs() == 0) return;
+  const double* bounds = pair_bounds(0);
+  if (bounds[kHighest] + bounds[kMinusLowest] >= rows::kReach) use_general();
+}
+
 void RowWork::set_scales() {
   if (!in_.options.exact()) return;
   const int places = rows::places(in_.all_classes());
-  const auto scale = [&](int bits) {
-    return static_cast<float>(rows::power_of_two(places - bits));
-  };
   for (int k = 0; k < view_.models; ++k) {
     const double* bound = &bounds_[k * kModelBounds];
     float* s = &scales_[k * kModelSums];
     const int peak = peak_exponent(k, 1.0f);
     peaks_[k] = peak < 0 ? 0.0f : 1.0f;
-    s[0] = s[1] = s[5] = s[6] = scale(peak);
-    s[4] = scale(0);
-    s[2] = scale(rows::reach_exponent(bound[0]));
-    s[7] = scale(rows::reach_exponent(bound[1]));
-    s[8] = scale(rows::reach_exponent(bound[2]));
+    s[kMass] = s[kMoment] = s[kTopMass] = s[kTopMoment] = scale_of(places, peak);
+    s[kTemperedMass] = s[kLift] = s[kTopLift] = scale_of(places, 0);
+    s[kSpread] = s[kExcess] = scale_of(places, rows::reach_exponent(bound[kReach]));
+    s[kTopSpread] = s[kTopExcess] = scale_of(places, rows::reach_exponent(bound[kTopReach]));
+    s[kWeightedSpread] = scale_of(places, rows::reach_exponent(bound[kWeightedReach]));
   }
-  const double* reach = &bounds_[view_.models * kModelBounds];
-  float* s = &scales_[view_.models * kModelSums];
-  if (in_.options.teachers > 0) {
-    s[0] = scale(rows::reach_exponent(2 * *reach));  // a term is at most reach + log C + 88
-    return;
-  }
-  const bool probabilities = in_.options.divergence == Divergence::kL1;
+  each_pair([&](int i, int j, int p) {
+    const double* bound = pair_bounds(p);
+    double reach = rows::pair_reach(bound[kHighest], -bound[kMinusLowest], in_.options.temperature);
+    // Further apart, classes that weigh nothing in either model are left out.
+    if (!(reach < rows::kReach)) reach = bound[kPairReach];
+    set_pair(&scales_[view_.models * kModelSums + p * kPairSums], places,
+             rows::skl_exponents(reach, pair_peak(i, j)));
+  });
+}
+
+// Of sums over probabilities.
+void RowWork::set_second_scales() {
+  if (!in_.options.exact()) return;
+  const int64_t classes = in_.all_classes();
+  const int places = rows::places(classes), first_pair = view_.models * kModelSums;
+  each_pair([&](int i, int j, int p) {
+    set_pair(&scales_[first_pair + p * kPairSums], places,
+             rows::l1_exponents(pair_peak(i, j), classes));
+  });
+  if (in_.options.teachers == 0) return;
+  int peak = rows::kLeastPeak;
+  for (int t = view_.students; t < view_.models; ++t) peak = std::max(peak, pair_peak(0, t));
+  const double reach = pair_bounds(0)[kPairReach] / in_.options.temperature;
+  scales_[first_pair + kFirst] = scale_of(places, rows::kl_exponent(reach, peak, classes));
+}
+
+int RowWork::pair_peak(int i, int j) const {
   const auto inverse_temperature = static_cast<float>(1.0 / in_.options.temperature);
-  const auto bits_of = [&](int i, int j) {
-    const int peak_i = peak_exponent(i, inverse_temperature);
-    const int peak_j = peak_exponent(j, inverse_temperature);
-    const bool shares = peak_i < 0 && peak_j < 0 && shares_maximum(i, j);
-    return rows::pair_exponent(*reach, shares, peak_i, peak_j);
-  };
-  for (int i = 0; i < view_.models && in_.pairs() > 0; ++i) {
-    for (int j = i + 1; j < view_.models; ++j, ++reach, s += kPairSums) {
-      s[0] = s[1] = scale(probabilities ? 0 : bits_of(i, j));
-    }
-  }
+  const int peak_i = peak_exponent(i, inverse_temperature);
+  const int peak_j = peak_exponent(j, inverse_temperature);
+  const bool shares = peak_i < 0 && peak_j < 0 && shares_maximum(i, j);
+  return rows::pair_peak(shares, peak_i, peak_j);
 }
 
 bool RowWork::shares_maximum(int i, int j) const {
@@ -220,14 +256,29 @@ void RowWork::select_top_k() {
   }
 }
 
+// Whether sums of floats are those of logits that lie near enough to each other for the fused
+// sweeps, whose products are not kept from overflowing; false of infinities and NaN.
+bool RowWork::within_reach() const {
+  constexpr double kFar = 0x1p100;
+  bool within = true;
+  for (int k = 0; k < view_.models; ++k) within = within && std::abs(model(k).moment) < kFar;
+  each_pair([&](int, int, int p) {
+    within = within && std::abs(pair(p).first) < kFar && std::abs(pair(p).second) < kFar;
+  });
+  return within;
+}
+
 bool RowWork::falls_back() {
   if (kernels_ == &set_.general) return false;
-  bool general = false;
-  for (int k = 0; k < view_.models; ++k) {
-    const bool broken = sums_[k * kModelSums + kBroken].fixed != 0;
-    general = general || (in_.options.exact() ? broken : std::isnan(model(k).moment));
+  bool fused = true;
+  if (in_.options.exact()) {
+    for (int k = 0; k < view_.models; ++k) {
+      fused = fused && sums_[k * kModelSums + kBroken].fixed == 0;
+    }
+  } else {
+    fused = within_reach();
   }
-  if (!general) return false;
+  if (fused) return false;
   use_general();
   clear_sums();
   return true;
@@ -235,8 +286,7 @@ bool RowWork::falls_back() {
 
 void RowWork::finish_sums() {
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  make_real(0, view_.models * kModelSums);
-  if (!in_.options.needs_second_sweep()) finish_second_sums();
+  make_real(0, static_cast<int>(sums_.size()));
   for (int k = 0; k < view_.models; ++k) {
     rows::ModelSums& s = model(k);
     if (s.broken != 0.0) s.mass = nan;
@@ -251,31 +301,36 @@ void RowWork::finish_sums() {
     }
     if (in_.options.temperature == 1.0) s.tempered_mass = s.mass;
   }
+  if (!in_.options.exact()) return;
+  const bool tempers = in_.options.temperature != 1.0;
+  each_pair([&](int i, int j, int p) {
+    pair(p).gap = tempers ? model(i).tempered_mass - model(j).tempered_mass
+                          : model(i).tail - model(j).tail;
+  });
 }
 
 void RowWork::finish_second_sums() {
   if (!in_.options.exact()) return;
   make_real(view_.models * kModelSums, static_cast<int>(sums_.size()));
-  if (!in_.options.needs_second_sweep()) return;
-  // Fixed point holds no NaN, and here nothing divides by a mass any more.
-  const auto poison = [&](int k) { return model(k).tempered_mass * 0.0; };
-  if (in_.options.teachers > 0) {
-    for (int k = 0; k < view_.models; ++k) pair(0).first += poison(k);
-    return;
-  }
-  for (int i = 0, p = 0; i < view_.models; ++i) {
-    for (int j = i + 1; j < view_.models; ++j, ++p) {
-      pair(p).first += poison(i) + poison(j);
-      pair(p).second += poison(i) + poison(j);
-    }
-  }
+  // Fixed point holds no NaN.
+  for (int t = view_.students; t < view_.models; ++t) pair(0).first += model(t).mass * 0.0;
 }
 
-void RowWork::prepare_second_sweep() {
+void RowWork::prepare_scalars() {
   for (int k = 0; k < view_.models; ++k) {
     inverse_masses_[k] = 1.0 / model(k).tempered_mass;
     log_masses_[k] = rows::log_or_nan(model(k).tempered_mass);
   }
+  each_pair([&](int i, int j, int p) {
+    pair_scalars_[p] = rows::pair_scalars(model(i).tempered_mass, model(j).tempered_mass,
+                                          pair(p).gap, in_.options.temperature);
+  });
+}
+
+void RowWork::prepare_second_sweep() {
+  prepare_scalars();
+  set_second_scales();
+  std::fill(sums_.begin() + view_.models * kModelSums, sums_.end(), Sum{});
 }
 
 double RowWork::target_weight() const { return target_ < 0 ? 0.0 : in_.weight_of(target_); }
@@ -347,8 +402,7 @@ void RowWork::report(const double* terms, double* out) const {
 void RowWork::set_gradient(const double* weights) {
   const LossOptions& o = in_.options;
   const int students = view_.students, models = view_.models;
-  std::fill(slopes_.begin(), slopes_.end(), 0.0);
-  std::fill(others_.begin(), others_.end(), 0.0);
+  std::fill(partners_.begin(), partners_.end(), rows::PartnerGradient{});
   for (int k = 0; k < students; ++k) {
     rows::ModelGradient& g = gradient_[k] = {};
     if (target_ >= 0 && weights[k] != 0.0) {
@@ -365,34 +419,33 @@ void RowWork::set_gradient(const double* weights) {
   }
   if (in_.pairs() == 0) return;
   const double* divergence_weights = weights + 2 * students;
-  const auto couple = [&](int i, int j, double mean, double weight) {
-    rows::add_divergence_gradient(gradient_[i], &slopes_[i * models], &others_[i * models], i, j,
-                                  model(i).tempered_mass, model(j).tempered_mass, mean, weight, o);
+  const auto couple = [&](int i, int j, double mean, double gap, double weight) {
+    const auto add = in_.dtype == DType::kFloat64 ? rows::add_divergence_gradient<double>
+                                                  : rows::add_divergence_gradient<float>;
+    add(gradient_[i], partners_[i * models + j], model(i).tempered_mass, model(j).tempered_mass,
+        mean, gap, weight, o);
   };
-  if (o.teachers > 0) {
-    if (divergence_weights[0] == 0.0) return;
-    for (int t = students; t < models; ++t) couple(0, t, 0.0, divergence_weights[0] / o.teachers);
-    return;
+  for (int t = students; t < models && divergence_weights[0] != 0.0; ++t) {
+    couple(0, t, 0.0, 0.0, divergence_weights[0] / o.teachers);
   }
-  for (int i = 0, p = 0; i < models; ++i) {
-    for (int j = i + 1; j < models; ++j, ++p) {
-      if (divergence_weights[p] == 0.0) continue;
-      // L1 sums are means already; those of symmetric KL still carry mass and temperature. Where
-      // the divergence is infinite its gradient has no value.
-      double mean_i = pair(p).first, mean_j = -pair(p).second;
-      if (o.divergence == Divergence::kSkl) {
-        mean_i /= model(i).tempered_mass * o.temperature;
-        mean_j /= model(j).tempered_mass * o.temperature;
-        if (pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
-      }
-      couple(i, j, mean_i, divergence_weights[p]);
-      couple(j, i, mean_j, divergence_weights[p]);
+  each_pair([&](int i, int j, int p) {
+    if (divergence_weights[p] == 0.0) return;
+    // L1 sums are means already; those of symmetric KL still carry the mass. Where the divergence is
+    // infinite its gradient has no value.
+    double mean_i = pair(p).first, mean_j = -pair(p).second;
+    if (o.divergence == Divergence::kSkl) {
+      mean_j = (pair(p).second - pair(p).first) / model(j).tempered_mass;
+      mean_i /= model(i).tempered_mass;
+      if (pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
     }
-  }
+    couple(i, j, mean_i, pair(p).gap, divergence_weights[p]);
+    couple(j, i, mean_j, -pair(p).gap, divergence_weights[p]);
+  });
 }
 
 void RowWork::save(double* stats) const {
   const bool top = in_.options.regularizes_top_k();
+  *stats++ = kernels_ == &set_.general;
   for (int k = 0; k < view_.models; ++k) {
     const rows::ModelSums& s = model(k);
     *stats++ = maxima_[k];
@@ -406,18 +459,19 @@ void RowWork::save(double* stats) const {
       *stats++ = s.top_mass;
     }
   }
-  if (in_.options.divergence != Divergence::kSkl && in_.options.divergence != Divergence::kL1) {
-    return;
-  }
+  const bool skl = in_.options.divergence == Divergence::kSkl;
+  if (!skl && in_.options.divergence != Divergence::kL1) return;
   for (int p = 0; p < in_.pairs(); ++p) {
-    const bool infinite = pair(p).mismatch > 0.0 && in_.options.divergence == Divergence::kSkl;
+    const bool infinite = pair(p).mismatch > 0.0 && skl;
     *stats++ = infinite ? std::numeric_limits<double>::quiet_NaN() : pair(p).first;
     *stats++ = pair(p).second;
+    if (skl) *stats++ = pair(p).gap;
   }
 }
 
 void RowWork::restore(const double* stats) {
   clear_sums();
+  if (*stats++ != 0.0) use_general();
   const bool top = in_.options.regularizes_top_k();
   for (int k = 0; k < view_.models; ++k) {
     rows::ModelSums& s = model(k);
@@ -431,23 +485,24 @@ void RowWork::restore(const double* stats) {
       last_ties_[k] = static_cast<int64_t>(*stats++);
       s.top_mass = *stats++;
     }
-    if (std::isnan(s.mass) || s.live < static_cast<double>(in_.all_classes())) use_general();
   }
-  if (in_.options.divergence == Divergence::kSkl || in_.options.divergence == Divergence::kL1) {
-    for (int p = 0; p < in_.pairs(); ++p) {
-      pair(p).first = *stats++;
-      pair(p).second = *stats++;
-      pair(p).mismatch = std::isnan(pair(p).first) ? 1.0 : 0.0;
-    }
+  const bool skl = in_.options.divergence == Divergence::kSkl;
+  const bool saves_pairs = skl || in_.options.divergence == Divergence::kL1;
+  for (int p = 0; p < in_.pairs() && saves_pairs; ++p) {
+    pair(p).first = *stats++;
+    pair(p).second = *stats++;
+    if (skl) pair(p).gap = *stats++;
+    pair(p).mismatch = std::isnan(pair(p).first) ? 1.0 : 0.0;
   }
-  prepare_second_sweep();
+  prepare_scalars();
 }
 
 int LossInputs::stats_width() const {
-  const bool saves_pairs =
-      options.divergence == Divergence::kSkl || options.divergence == Divergence::kL1;
-  return models() * (4 + (options.temperature != 1.0) + 3 * options.regularizes_top_k()) +
-         (saves_pairs ? 2 * pairs() : 0);
+  const int of_pair = options.divergence == Divergence::kSkl  ? 3
+                      : options.divergence == Divergence::kL1 ? 2
+                                                              : 0;
+  return 1 + models() * (4 + (options.temperature != 1.0) + 3 * options.regularizes_top_k()) +
+         of_pair * pairs();
 }
 
 }  // namespace ck

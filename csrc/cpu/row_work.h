@@ -13,7 +13,9 @@ namespace ck {
 static_assert(sizeof(Sum) == sizeof(double));
 static_assert(sizeof(rows::ModelSums) == kModelSums * sizeof(Sum));
 static_assert(sizeof(rows::PairSums64) == kPairSums * sizeof(Sum));
+static_assert(sizeof(rows::PairScalars) == kPairScalars * sizeof(double));
 static_assert(sizeof(rows::ModelGradient) == kGradientScalars * sizeof(double));
+static_assert(sizeof(rows::PartnerGradient) == kPartnerScalars * sizeof(double));
 
 // Whether a call's options and strides allow the fused sweeps (cpu/fused.h).
 bool folds_into_one_sweep(const LossInputs& inputs);
@@ -35,6 +37,9 @@ class RowWork {
   const Kernels& kernels() const { return *kernels_; }
   int sums_size() const { return static_cast<int>(sums_.size()); }
   double* maxima() { return maxima_.data(); }
+  // In exact mode the maxima are followed by as many second largest logits, and by the pair's bounds
+  // of the fused sweeps.
+  int maxima_size() const { return static_cast<int>(maxima_.size()); }
   Sum* sums() { return sums_.data(); }
   double* bounds() { return bounds_.data(); }
   int bounds_size() const { return static_cast<int>(bounds_.size()); }
@@ -44,11 +49,13 @@ class RowWork {
 
   void clear_sums();
   void select_top_k();
+  // After the maxima: leaves rows to the general kernel whose exact sums need scales of their own.
+  void choose_kernels();
   // Whether the row's sums are scaled by its bounds, which the caller is then to find.
   bool needs_bounds() const { return in_.options.exact() && kernels_ == &set_.general; }
   void set_scales();
   // After the first sums; true if the row must be summed again by the general kernel, because it
-  // holds a class at -inf (or a NaN), or its exact sums need other scales.
+  // holds a class at -inf (or a NaN) or logits too far apart for the fused one.
   bool falls_back();
   void finish_sums();
   void prepare_second_sweep();
@@ -79,6 +86,18 @@ class RowWork {
   }
   const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
   void use_general();
+  bool within_reach() const;
+  void prepare_scalars();
+  // Calls f(i, j, pair) for each pair of students.
+  template <class F>
+  void each_pair(F f) const {
+    for (int i = 0, p = 0; i < view_.models && in_.options.teachers == 0 && in_.pairs() > 0; ++i) {
+      for (int j = i + 1; j < view_.models; ++j, ++p) f(i, j, p);
+    }
+  }
+  const double* pair_bounds(int p) const;
+  void set_second_scales();
+  int pair_peak(int i, int j) const;
   bool shares_maximum(int i, int j) const;
   TopTwo top_two(int k) const;
   int peak_exponent(int k, float inverse_temperature) const;
@@ -95,9 +114,11 @@ class RowWork {
   std::vector<float> scales_;   // of each sum, 1 without exact mode
   std::vector<double> bounds_;  // exact mode: see kModelBounds
   std::vector<float> peaks_;    // of each model, see RowView
-  std::vector<double> maxima_, thresholds_, inverse_masses_, log_masses_, slopes_, others_;
+  std::vector<double> maxima_, thresholds_, inverse_masses_, log_masses_;
   std::vector<int64_t> last_ties_, column_strides_;
+  std::vector<rows::PairScalars> pair_scalars_;
   std::vector<rows::ModelGradient> gradient_;
+  std::vector<rows::PartnerGradient> partners_;  // students x models
   std::vector<const void*> logits_;
   std::vector<void*> gradients_;
   std::vector<double> heap_;

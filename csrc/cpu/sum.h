@@ -1,6 +1,8 @@
 // What a sweep adds up in: float lanes whose order is fixed, or 64-bit integers that need none.
 #pragma once
 
+#include <cstring>
+
 #include "../rows/exact.h"
 #include "kernels.h"
 #include "vec.h"
@@ -15,6 +17,29 @@ struct FloatSum {
   explicit FloatSum(float) : lanes(S(0)) {}
   void add_to(Sum& total) const { total.real += fold(lanes); }
 };
+
+// Of numbers that may be as large as the distance of two logits: in float64, which they do not
+// overflow, and in which a long sum keeps its digits.
+struct WideSum {
+  static constexpr int kWidth = static_cast<int>(CK_NATIVE_BYTES / 8);
+  Native<double> lanes[kLanes<float> / kWidth];
+
+  explicit WideSum(float) : lanes{} {}
+  void add_to(Sum& total) const {
+    for (const Native<double>& part : lanes) {
+      for (int i = 0; i < kWidth; ++i) total.real += part[i];
+    }
+  }
+};
+
+CK_HD void plus(WideSum& sum, const Vec<float>& x) {
+  using Half __attribute__((vector_size(CK_NATIVE_BYTES / 2))) = float;
+  for (int i = 0; i < kLanes<float> / WideSum::kWidth; ++i) {
+    Half half;
+    memcpy(&half, x.lanes() + i * WideSum::kWidth, sizeof half);
+    sum.lanes[i] += __builtin_convertvector(half, Native<double>);
+  }
+}
 
 template <class S>
 CK_HD void plus(FloatSum<S>& sum, const Vec<S>& x) {
@@ -66,6 +91,16 @@ CK_HD void plus(FixedSum& sum, const Vec<float>& x) { add_integers(sum.lanes, x 
 CK_HD void plus_product(FixedSum& sum, const Vec<float>& a, const Vec<float>& b) {
   add_integers(sum.lanes, a * sum.scale * b);
 }
+
+// What sums of numbers as large as the distance of two logits are kept in, where others are in A.
+template <class A>
+struct WideOf {
+  using type = A;
+};
+template <>
+struct WideOf<FloatSum<float>> {
+  using type = WideSum;
+};
 
 // The largest and the second largest of what was added, lane by lane; equal ones count twice.
 template <class S>

@@ -135,6 +135,13 @@ CK_HD Vec<S> greater(const Vec<S>& x, const Vec<S>& y) {
 }
 
 template <class S>
+CK_HD double largest_lane(const Vec<S>& x) {
+  S largest = x.lanes()[0];
+  for (int i = 1; i < kLanes<S>; ++i) largest = rows::max(largest, x.lanes()[i]);
+  return static_cast<double>(largest);
+}
+
+template <class S>
 CK_HD bool any_nonzero(const Vec<S>& x) {
   using Int = typename rows::Format<S>::Int;
   Native<Int> bits = (Native<Int>)x.part[0];

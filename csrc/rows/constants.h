@@ -22,13 +22,17 @@ inline constexpr int64_t kChunk = 2048;
 inline constexpr int64_t kBlock = 256;
 static_assert(kChunk % kBlock == 0 && kBlock % kLanes<float> == 0);
 
-// d = logit - maximum is held at or above this, so that a logit of lowest(), as masks use it, does
-// not overflow when d meets a slope.
+// d = logit - maximum is held at or above this: a distance of two logits that S has no number for
+// counts as the largest that it has.
 template <class S>
-inline constexpr S kLowest = std::numeric_limits<S>::lowest() * S(1e-10);
+inline constexpr S kLowest = std::numeric_limits<S>::lowest();
+
+// exp(d) is 0 far above this, so where d meets exp(d) it may stand in for any d below: no product
+// with a gradient's coefficient overflows.
+inline constexpr double kWeightless = -1024.0;
 
 // Numbers the bits of exact mode and of exact sums: where it is the same, so are they, on every
 // machine and backend. A change of such bits takes the next number.
-inline constexpr int kExactSpec = 1;
+inline constexpr int kExactSpec = 2;
 
 }  // namespace ck

@@ -23,15 +23,24 @@ CK_HD int places(int64_t classes) {
   return 62 - bits < kMostPlaces ? 62 - bits : kMostPlaces;
 }
 
-// Terms that have no bound (d, differences of two d) are scaled by the row: they keep `places` of
-// the binary places below 2^reach_exponent(reach), for the largest |term| `reach` in the row. Up to
-// 2^kReachBits it is the same for all rows, so that one sweep finds the sum and that it will do.
+// The least n of 0 <= x < 2^n.
+CK_HD int bits_of(double x) { return static_cast<int>(bits_as<int64_t>(x) >> 52) - 1023 + 1; }
+
+CK_HD int min(int a, int b) { return a < b ? a : b; }
+
+// No sum keeps places below 2^-126.
+inline constexpr int kLeastExponent = kMostPlaces - 126;
+CK_HD int at_least(int exponent) { return exponent > kLeastExponent ? exponent : kLeastExponent; }
+
+// Terms that have no bound (d) are scaled by the row: they keep `places` of the binary places below
+// 2^reach_exponent(reach), for the largest |term| `reach` in the row. Up to 2^kReachBits it is the
+// same for all rows, so that one sweep finds the sum and that it will do.
 inline constexpr int kReachBits = 8;
 inline constexpr float kReach = 256.0f;
 static_assert(kReach == 1 << kReachBits);
 
 CK_HD int reach_exponent(double reach) {
-  const int bits = static_cast<int>(bits_as<int64_t>(reach) >> 52) - 1023 + 1;  // reach < 2^bits
+  const int bits = bits_of(reach);
   return bits > kReachBits ? bits : kReachBits;
 }
 
@@ -40,15 +49,50 @@ CK_HD int reach_exponent(double reach) {
 // `gap`. Of the others no term reaches 2^peak_exponent(gap); 0 where the largest is not apart.
 inline constexpr int kLeastPeak = -75;
 CK_HD int peak_exponent(double gap) {
-  const double bound = exp_nonpos(gap) * max(1.0, -gap);
-  const int bits = static_cast<int>(bits_as<int64_t>(bound) >> 52) - 1023 + 1;  // bound < 2^bits
+  const int bits = bits_of(exp_nonpos(gap) * max(1.0, -gap));
   return bits > 0 ? 0 : bits < kLeastPeak ? kLeastPeak : bits;
+}
+
+// The exponents of a pair's sums (divergence.h).
+struct PairExponents {
+  int first, second, gap;
+};
+
+// Bounds the distance |d_i - d_j| of a class by that of the logits' differences, of which `highest`
+// and `lowest` are the largest and the smallest, up to the rounding of each d.
+inline constexpr double kRounding = 0x1p-15;
+CK_HD double pair_reach(double highest, double lowest, double temperature) {
+  return (highest - lowest) + kRounding * temperature;
+}
+
+// Symmetric KL. A difference of two exponentials is at most 1, and at most 1.3 D where D is small.
+// `peak` is that of the pair, below.
+CK_HD PairExponents skl_exponents(double reach, int peak) {
+  const int bits = bits_of(reach);
+  return {at_least(bits + peak), at_least(bits + min(bits + 1, 0) + peak), 0};
 }
 
 // The difference of two d is 0 at a class that is the largest of both models, so where it outweighs
 // all others in both, what is left of the pair's sums is as small as the exponentials of the rest.
-CK_HD int pair_exponent(double reach, bool shares_maximum, int peak_i, int peak_j) {
-  return reach_exponent(reach) + (!shares_maximum ? 0 : peak_i > peak_j ? peak_i : peak_j);
+CK_HD int pair_peak(bool shares_maximum, int peak_i, int peak_j) {
+  return !shares_maximum ? 0 : peak_i > peak_j ? peak_i : peak_j;
+}
+
+// As much for sums over probabilities, whose difference at the largest class is that of all others.
+CK_HD int sure_peak(int peak, int64_t classes) {
+  return peak < 0 ? min(0, peak + bits_of(static_cast<double>(classes)) + 1) : 0;
+}
+
+// KL to the teachers: with |d - d_t| / T <= reach of every teacher |D| is at most twice that, and a
+// term at most q D^2 where that is below 1, at most p + q |D| elsewhere.
+CK_HD int kl_exponent(double reach, int peak, int64_t classes) {
+  const int bits = bits_of(reach + kRounding);
+  return at_least((bits < 0 ? 2 * bits : bits) + 2 + sure_peak(peak, classes));
+}
+
+// L1: p_i - p_j, after sums over probabilities.
+CK_HD PairExponents l1_exponents(int peak, int64_t classes) {
+  return {0, 0, at_least(sure_peak(peak, classes))};
 }
 
 CK_HD double power_of_two(int n) { return bits_as<double>(static_cast<int64_t>(n + 1023) << 52); }

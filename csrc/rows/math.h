@@ -63,6 +63,12 @@ CK_HD S max(S a, S b) {
   return a > b ? a : b;
 }
 
+// `yes` where x > y, `no` elsewhere (NaN included).
+template <class S>
+CK_HD S where_greater(S x, S y, S yes, S no) {
+  return x > y ? yes : no;
+}
+
 // `value`, or 0 where x < limit. NaN in x keeps `value`.
 template <class S>
 CK_HD S zero_below(S x, S limit, S value) {
@@ -205,6 +211,34 @@ template <class V>
 CK_HD V log1p_nonneg(V t) {
   const V one(1.0), sum = one + t;
   return log_pos(sum) + (t - (sum - one)) / sum;
+}
+
+CK_HD constexpr double inverse_factorial(int n) {
+  double x = 1.0;
+  for (int i = 2; i <= n; ++i) x /= i;
+  return x;
+}
+
+// The power series of (exp(x) - 1) / x for kFirst = 1, of (exp(x) - 1 - x) / x^2 for kFirst = 2;
+// for |x| < kNear, with a relative error below an ulp.
+inline constexpr double kNear = 0.5;
+template <class S>
+inline constexpr int kSeriesTerms = sizeof(S) == 4 ? 8 : 14;
+template <int kFirst, class V>
+CK_HD V exp_series(V x) {
+  using S = typename ScalarOf<V>::type;
+  V p(S(inverse_factorial(kSeriesTerms<S> - 1 + kFirst)));
+  for (int i = kSeriesTerms<S> - 2; i >= 0; --i) {
+    p = mul_add(p, x, V(S(inverse_factorial(i + kFirst))));
+  }
+  return p;
+}
+
+// `near` where |x| < kNear, `far` elsewhere (NaN included).
+template <class V>
+CK_HD V where_near(V x, V near, V far) {
+  using S = typename ScalarOf<V>::type;
+  return where_greater(V(S(kNear)), max(x, V(S(0)) - x), near, far);
 }
 
 }  // namespace rows

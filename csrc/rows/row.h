@@ -17,13 +17,18 @@ namespace rows {
 struct ModelSums {
   double mass;           // sum exp(d)
   double moment;         // sum exp(d) d
-  double spread;         // sum d
   double live;           // classes not at -inf
   double tempered_mass;  // sum exp(d / T)
-  double top_mass;       // mass, moment and spread over the k largest
+  double spread;         // sum d
+  double excess;         // sum (exp(d) - 1) d
+  double lift;           // sum exp(d) - 1, which is mass - live
+  double top_mass;       // the same over the k largest
   double top_moment;
   double top_spread;
+  double top_excess;
+  double top_lift;
   double weighted_spread;  // sum class_weight d
+  double lost;             // classes at -inf whose weight is not 0
   double broken;           // not 0 where fixed point met a NaN, which it cannot hold
   // mass - 1 and top_mass - 1, in exact mode with more digits than the masses have. What else a row
   // adds up to comes before.
@@ -32,20 +37,32 @@ struct ModelSums {
 
 // Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
 struct PairSums64 {
-  double first, second, mismatch;
+  double first, second, gap, mismatch;
+};
+
+// What the sweeps take to compare the probabilities of a pair (divergence.h): p_i > p_j where
+// d_i - d_j > level, and the coefficients of p_i - p_j.
+struct PairScalars {
+  double level, shared, more_i, minus_more_j;
 };
 
 // One model's gradient at a class, before the divergence:
 //   e (constant + slope d) + uniform [+ e (top_constant + top_slope d) + top_uniform in the top k]
 //   - smoothing class_weight - target [at the target]
-// and its divergence, f = exp(d / T): f tempered_constant + sum over models j of
-//   f slope_j d_j - other_j f_j                 (symmetric KL, cross entropy, distillation)
-//   f slope_j sign(p - p_j)                     (L1)
+// and its divergence, f = exp(d / T), D = d - d_j: f tempered_constant + sum over models j of
+//   slope_j f (D - mean_j) + shared_j (f - f_j) - other_j f_j     (symmetric KL)
+//   -other_j f_j                                                  (cross entropy, distillation)
+//   slope_j f sign(p - p_j)                                       (L1)
 struct ModelGradient {
   double constant, slope, uniform;
   double top_constant, top_slope, top_uniform;
   double smoothing, target;
   double tempered_constant;
+};
+
+// What a partner j of a model i adds to it; see above.
+struct PartnerGradient {
+  double slope, mean, shared, other;
 };
 
 CK_HD double log_or_nan(double x) { return x != x ? x : log_pos(x); }
@@ -58,31 +75,47 @@ CK_HD double top_count(const ModelSums& s, int64_t top_k) {
   return s.live < static_cast<double>(top_k) ? s.live : static_cast<double>(top_k);
 }
 
-// (1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy.
+// (1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy; but that a
+// class of weight 0 adds 0 even where its logit is -inf.
 CK_HD double cross_entropy(const ModelSums& s, double d_target, double target_weight,
                            double total_weight, double smoothing, double classes) {
-  const double hard = target_weight * (log_mass(s) - d_target);
-  if (smoothing == 0.0 || s.mass != s.mass) return hard;
-  if (s.live < classes) return std::numeric_limits<double>::infinity();
+  if (s.mass != s.mass) return s.mass;
+  const double hard = target_weight == 0.0 ? 0.0 : target_weight * (log_mass(s) - d_target);
+  if (smoothing == 0.0) return hard;
+  if (s.lost > 0.0) return std::numeric_limits<double>::infinity();
   const double soft = (total_weight * log_mass(s) - s.weighted_spread) / classes;
   return (1.0 - smoothing) * hard + smoothing * soft;
+}
+
+// SKL(p, U) = E_p d - mean d of n classes. Where the classes weigh much the same, both are nearly
+// the same number; then sum (exp(d) - mass / n) d is the better way to write it.
+CK_HD double uniform_skl(double mass, double moment, double spread, double excess, double lift,
+                         double n) {
+  return mass > 0.5 * n ? (excess - lift / n * spread) / mass : moment / mass - spread / n;
 }
 
 // H(p), or minus SKL(p, U): over all classes, or over the k largest.
 CK_HD double regularizer(const ModelSums& s, const LossOptions& o) {
   const bool entropic = o.regularizer == Regularizer::kEntropy;
   if (!o.regularizes_top_k()) {
-    return entropic ? entropy(s) : s.spread / s.live - s.moment / s.mass;
+    return entropic ? entropy(s)
+                    : -uniform_skl(s.mass, s.moment, s.spread, s.excess, s.lift, s.live);
   }
   const double k = top_count(s, o.top_k);
   if (o.renormalize_top_k) {
-    const double mean = s.top_moment / s.top_mass;
+    if (!entropic) {
+      return -uniform_skl(s.top_mass, s.top_moment, s.top_spread, s.top_excess, s.top_lift, k);
+    }
     const double log_top_mass = s.top_tail != s.top_tail ? s.top_tail : log1p_nonneg(s.top_tail);
-    return entropic ? log_top_mass - mean : s.top_spread / k - mean;
+    return log_top_mass - s.top_moment / s.top_mass;
   }
   const double log_s = log_mass(s);
   if (entropic) return (log_s * s.top_mass - s.top_moment) / s.mass;
   const double shift = log_pos(s.live) - log_s;
+  if (s.mass > 0.5 * s.live) {  // as in uniform_skl
+    return (s.lift / s.live * (s.top_spread + k * shift) - (s.top_excess + shift * s.top_lift)) /
+           s.mass;
+  }
   return (s.top_spread + k * shift) / s.live - (s.top_moment + shift * s.top_mass) / s.mass;
 }
 
@@ -130,39 +163,61 @@ CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelS
                         const LossOptions& o) {
   double value;
   if (o.divergence == Divergence::kL1) {
-    value = pair.first - pair.second;
+    value = pair.gap;
   } else if (o.divergence == Divergence::kDistill) {
     value = pair.first;
   } else {
-    value = (pair.first / i.tempered_mass - pair.second / j.tempered_mass) / o.temperature;
+    value = (pair.second - pair.first * (pair.gap / i.tempered_mass)) / j.tempered_mass /
+            o.temperature;
   }
-  const bool broken = i.mass != i.mass || j.mass != j.mass;
-  if (pair.mismatch > 0.0 && o.divergence != Divergence::kL1 && !broken) {
+  if (i.mass != i.mass) return i.mass;
+  if (j.mass != j.mass) return j.mass;
+  if (pair.mismatch > 0.0 && o.divergence != Divergence::kL1) {
     return std::numeric_limits<double>::infinity();
   }
   return value < 0.0 ? 0.0 : value;  // rounding only: a divergence is never negative; NaN stays
 }
 
-// The gradient of weight * D_ij with respect to model i: adds to its constant and to row i of the
-// `slopes` and `others` matrices. `mean` = E_i[D] (E_i[sign] for L1), seen from i.
-CK_HD void add_divergence_gradient(ModelGradient& g, double* slopes, double* others, int i, int j,
-                                   double mass_i, double mass_j, double mean, double weight,
+// The larger of a pair's masses gives what the two have in common, see probability_difference().
+CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double temperature) {
+  const double more = gap / (mass_i * mass_j);
+  return {temperature * (log_or_nan(mass_i) - log_or_nan(mass_j)),
+          1.0 / (mass_i < mass_j ? mass_j : mass_i), gap < 0.0 ? -more : 0.0,
+          gap < 0.0 ? 0.0 : -more};
+}
+
+// A mean as the sweeps take it, in S, and what S has no room for.
+template <class S>
+CK_HD double rounded(double x) {
+  return static_cast<double>(static_cast<S>(x));
+}
+
+// The gradient of weight * D_ij with respect to model i: adds to its constant and to the partner's
+// scalars. `mean` = E_i[d_i - d_j] (E_i[sign] for L1) and gap = mass_i - mass_j, seen from i. S is
+// what the sweeps compute in.
+template <class S>
+CK_HD void add_divergence_gradient(ModelGradient& g, PartnerGradient& partner, double mass_i,
+                                   double mass_j, double mean, double gap, double weight,
                                    const LossOptions& o) {
   const double w = weight / o.temperature;
   if (o.divergence == Divergence::kL1) {
-    slopes[j] += w / mass_i;
+    partner.slope += w / mass_i;
     g.tempered_constant -= w * mean / mass_i;
     return;
   }
-  others[j] += w / mass_j;
-  if (o.divergence == Divergence::kSkl) {
-    const double slope = w / (o.temperature * mass_i);
-    slopes[i] += slope;
-    slopes[j] -= slope;
-    g.tempered_constant += (w - w * mean) / mass_i;
-  } else {
+  if (o.divergence != Divergence::kSkl) {
+    partner.other += w / mass_j;
     g.tempered_constant += w / mass_i;
+    return;
   }
+  const PairScalars scalars = pair_scalars(mass_i, mass_j, gap, o.temperature);
+  const double slope = w / (o.temperature * mass_i);
+  partner.slope += slope;
+  partner.mean = mean;
+  partner.shared += w * scalars.shared;
+  partner.other -= w * scalars.minus_more_j;
+  // Where D is far larger than D - mean, the digits of the mean that S lacks count.
+  g.tempered_constant += w * scalars.more_i - slope * (mean - rounded<S>(mean));
 }
 
 }  // namespace rows

@@ -10,13 +10,12 @@ namespace rows {
 
 // What a row of one model comes down to:
 //   CE = log(mass) - d_target,  H = log(mass) - moment / mass,
-//   SKL(p, U) = moment / mass - spread / classes.
+//   SKL(p, U) = moment / mass - spread / classes; see row.h for rows that are nearly flat.
 // A is what a sum is kept in: V itself, or fixed point.
 template <class A>
 struct SoftmaxSums {
   A mass;    // sum of e
   A moment;  // sum of e d
-  A spread;  // sum of d
 };
 
 template <class A, class V>
@@ -25,9 +24,21 @@ CK_HD void add(SoftmaxSums<A>& sums, V e, V d) {
   plus_product(sums.moment, e, d);
 }
 
-template <class A, class V>
-CK_HD void add_spread(SoftmaxSums<A>& sums, V d) {
+// What SKL(p, U) takes besides. B is what a sum of numbers as large as d is kept in.
+template <class A, class B>
+struct UniformSums {
+  B spread;  // sum of d
+  A excess;  // sum of (e - 1) d
+  A lift;    // sum of e - 1
+};
+
+// `live` is 1, or 0 for a class that does not count; then e and d are 0.
+template <class A, class B, class V>
+CK_HD void add_uniform(UniformSums<A, B>& sums, V e, V d, V live) {
+  const V lift = where_near(d, d * exp_series<1>(d), e - live);
   plus(sums.spread, d);
+  plus_product(sums.excess, lift, d);
+  plus(sums.lift, lift);
 }
 
 // Every softmax term's gradient has this shape in one row: e (constant + slope d) + uniform.
