@@ -12,10 +12,10 @@ COUNT_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
-def target_weights(class_weight, label, S: tl.constexpr):
-    """Weight of each label's cross entropy."""
+def target_weights(class_weight, label, active, S: tl.constexpr):
+    """Weight of each label's cross entropy; 0, whatever weighs class 0, of rows without one."""
     if S.weighted:
-        return tl.load(class_weight + label).to(S.scalar)
+        return tl.load(class_weight + label, mask=active, other=0.0).to(S.scalar)
     else:
         return label.to(S.scalar) * 0.0 + 1.0
 
@@ -50,7 +50,7 @@ def count_kernel(
         row = block * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
         y, active, _ = labels(target, row, row < rows, ignore_index, classes, S)
         count += active.to(S.scalar)
-        weight += tl.where(active, target_weights(class_weight, y, S), 0.0)
+        weight += tl.where(active, target_weights(class_weight, y, active, S), 0.0)
     tl.store(counts + program, tl.sum(count, 0))
     tl.store(counts + COUNTERS + program, tl.sum(weight, 0))
     if S.exact and S.weighted:  # one program: sums of weights that have no order

@@ -11,7 +11,7 @@ from churn_kernels.triton.batch import (
     unit_weights,
     weighted,
 )
-from churn_kernels.triton.math import canonical, exp_nonpos, scalar
+from churn_kernels.triton.math import INFINITY, canonical, exp_nonpos, lowest_of, scalar
 from churn_kernels.triton.record import load_field, load_indices, load_sums
 from churn_kernels.triton.row import (
     cross_entropy,
@@ -58,10 +58,12 @@ def row_terms(
     for k in tl.static_range(S.students):
         if S.has_target:
             place = logits[k] + row * row_strides[k] + y * column_strides[k]
-            d_target = tl.load(place, mask=active, other=0.0).to(S.scalar) - sums.maximum[k]
+            z = tl.load(place, mask=active, other=0.0).to(S.scalar)
+            d_target = tl.maximum(z - sums.maximum[k], lowest_of(S.compute))
+            d_target = tl.where(z == -INFINITY, z, d_target)
             value = cross_entropy(
-                sums, k, d_target, target_weights(class_weight, y, S), total_weight, smoothing,
-                classes, S,
+                sums, k, d_target, target_weights(class_weight, y, active, S), total_weight,
+                smoothing, classes, S,
             )  # fmt: skip
             terms += (tl.where(active, value, 0.0),)
         else:
@@ -157,7 +159,7 @@ def batch_total(i: tl.constexpr, partial, totals, ATOMICS: tl.constexpr, S: tl.c
         return tl.load(totals + i, cache_modifier=".cg")
     else:
         programs = tl.num_programs(0)
-        total = tl.zeros((PARTIAL_BLOCK,), S.compute)
+        total = tl.zeros((PARTIAL_BLOCK,), S.scalar)
         for start in range(0, programs, PARTIAL_BLOCK):
             part = start + tl.arange(0, PARTIAL_BLOCK)
             place = partial + i * programs + part

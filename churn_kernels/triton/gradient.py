@@ -3,14 +3,16 @@
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.divergence import sign
+from churn_kernels.triton.divergence import add_pair_gradient, sign
 from churn_kernels.triton.math import (
     INFINITY,
+    WEIGHTLESS,
     at_least_lowest,
     canonical,
     exp_nonpos,
     mul_add,
 )
+from churn_kernels.triton.row import pair_index
 from churn_kernels.triton.softmax import softmax_gradient, tempered
 from churn_kernels.triton.tile import across
 from churn_kernels.triton.topk import in_top_k, order_key
@@ -28,42 +30,34 @@ def gradients(
     x = ()
     d = ()
     f = ()
-    p = ()
     for k in tl.static_range(S.models):
         x += (z[k].to(S.compute),)
         difference = at_least_lowest(x[k] - across(row.maximum[k], S))
         d += (tl.where(x[k] != -INFINITY, difference, 0.0) if S.exact else difference,)
         f += (tempered(x[k], row.maximum[k], inverse_temperature, S),)
-        if S.divergence == 3:
-            p += (f[k] * across(row.inverse_masses[k], S),)
     result = ()
     for i in tl.static_range(S.students):
         e = f[i]
         if S.tempered:
             e = exp_nonpos(x[i] - across(row.maximum[i], S), S.exact)
-        inner = mul_add(across(row.found.slope[i], S), d[i], across(row.found.constant[i], S))
+        # exp is 0 far above WEIGHTLESS; no product with a coefficient overflows.
+        near = tl.maximum(d[i], WEIGHTLESS)
         rest = tl.zeros_like(x[i])
         if S.uniform and not S.top:
             rest = tl.where(x[i] != -INFINITY, across(row.found.uniform[i], S), 0.0)
         if S.d:
-            if not S.tempered:
-                inner = add_partners(inner, i, d, p, row.found, S)
-            if S.divergence != 3:
-                for j in tl.static_range(S.models):
-                    if j != i:
-                        other = across(row.found.others[i * S.models + j], S)
-                        rest = mul_add(-other, f[j], rest)
+            for j in tl.static_range(S.models):
+                if j != i:
+                    rest = add_partner(rest, i, j, x, d, f, row, S)
             if S.tempered:
-                own = across(row.found.slopes[i * S.models + i], S)
-                coupled = mul_add(own, d[i], across(row.found.tempered_constant[i], S))
-                rest = mul_add(f[i], add_partners(coupled, i, d, p, row.found, S), rest)
+                rest = mul_add(f[i], across(row.found.tempered_constant[i], S), rest)
         if S.top:
             member = in_top_k(
                 order_key(x[i]), c, across(row.thresholds[i], S), across(row.last_ties[i], S)
             )
             more = softmax_gradient(
                 e,
-                d[i],
+                near,
                 across(row.found.top_constant[i], S),
                 across(row.found.top_slope[i], S),
                 across(row.found.top_uniform[i], S),
@@ -71,7 +65,8 @@ def gradients(
             rest += tl.where(member & (x[i] != -INFINITY), more, 0.0)
         if S.smooths:
             rest = mul_add(-across(row.found.smoothing[i], S), weights, rest)
-        g = mul_add(e, inner, rest)
+        slope, constant = across(row.found.slope[i], S), across(row.found.constant[i], S)
+        g = softmax_gradient(e, near, constant, slope, rest)
         if S.ce and labelled:
             g -= tl.where(c == across(target, S), across(row.found.target[i], S), 0.0)
         result += (canonical(g) if S.exact else g,)
@@ -79,13 +74,24 @@ def gradients(
 
 
 @triton.jit
-def add_partners(inner, i: tl.constexpr, d, p, found, S: tl.constexpr):
-    """inner + sum over the partners j of slope_j d_j; with L1, of slope_j sign(p_i - p_j)."""
-    for j in tl.static_range(S.models):
-        if j != i:
-            slope = across(found.slopes[i * S.models + j], S)
-            if S.divergence == 1:
-                inner = mul_add(slope, d[j], inner)
-            if S.divergence == 3:
-                inner = mul_add(slope, sign(p[i], p[j]), inner)
-    return inner
+def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, d, f, row, S: tl.constexpr):
+    """rest + what model j adds to the gradient of model i."""
+    place: tl.constexpr = i * S.models + j
+    slope = across(row.found.slopes[place], S)
+    if S.divergence == 3:
+        level = row.levels[pair_index(min(i, j), max(i, j), S.models)]
+        level = across(level if i < j else -level, S)
+        s = sign(d[i] - d[j], level, x[i] != -INFINITY, x[j] != -INFINITY, S)
+        rest = mul_add(f[i], slope * s, rest)
+    else:
+        other = across(row.found.others[place], S)
+        f_j = f[j]
+        if S.reduction == 0 or S.reduction == 3:
+            # A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+            f_j = tl.where((slope != 0) | (other != 0), f_j, 0.0)
+        rest = mul_add(-other, f_j, rest)
+        if S.divergence == 1:
+            away = at_least_lowest(d[i] - d[j] - across(row.found.means[place], S))
+            share = across(row.found.shares[place], S)
+            rest = add_pair_gradient(rest, f[i], away, f[i] - f_j, slope, share)
+    return rest

@@ -32,8 +32,14 @@ from churn_kernels.triton.record import (
     save_sums,
     save_top_k,
 )
-from churn_kernels.triton.row import RowState, cast_coefficients, cast_each, coefficients
-from churn_kernels.triton.second import inverse_mass, second_sums
+from churn_kernels.triton.row import (
+    RowState,
+    cast_coefficients,
+    cast_each,
+    coefficients,
+    pair_levels,
+)
+from churn_kernels.triton.second import second_sums
 from churn_kernels.triton.select import best_two, select_top_k
 from churn_kernels.triton.sums import find_mismatches, finish_sums, row_sums
 from churn_kernels.triton.superaccumulator import WORDS
@@ -54,15 +60,14 @@ from churn_kernels.triton.tile import (
 
 
 @triton.jit
-def row_state(sums, found, thresholds, last_ties, S: tl.constexpr):
+def row_state(sums, found, thresholds, last_ties, temperature, S: tl.constexpr):
     """What the gradient sweep takes of a row, in the dtype of the classes' arithmetic."""
-    inverse_masses = ()
+    levels = ()
     if S.divergence == 3:
-        for k in tl.static_range(S.models):
-            inverse_masses += (inverse_mass(sums, k, S),)
+        levels = cast_each(pair_levels(sums, temperature, S), S.compute)
     maxima = cast_each(sums.maximum, S.compute)
     found = cast_coefficients(found, S.compute)
-    return RowState(maxima, found, thresholds, last_ties, inverse_masses)
+    return RowState(maxima, found, thresholds, last_ties, levels)
 
 
 @triton.jit
@@ -152,11 +157,11 @@ def class_weights(at, class_weight, counts, S: tl.constexpr):
     if S.exact:  # there is one order-free sum for all rows
         return tl.load(counts + 2 * COUNTERS) + row_full(0.0, S.scalar, S)
     else:
-        total = row_full(0.0, S.compute, S)
+        total = row_full(0.0, S.scalar, S)
         for block in range(0, blocks(at, S)):
             for part in tl.static_range(S.parts):
                 c = classes_of(at, block, part, S)
-                total += row_sum(load_weights(class_weight, at, c, S), S)
+                total += row_sum(load_weights(class_weight, at, c, S).to(S.scalar), S)
         return total
 
 
@@ -202,7 +207,9 @@ def rows_kernel(
             thresholds += (threshold,)
             last_ties += (last_tie,)
     if S.exact:
-        sums = exact_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
+        sums = exact_sums(
+            z, at, class_weight, thresholds, last_ties, temperature, inverse_temperature, S
+        )
         sums = finish_sums(sums, wrong, S)
     else:
         sums = row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
@@ -210,7 +217,7 @@ def rows_kernel(
         if S.couples:
             sums = find_mismatches(z, at, sums, S)
     if S.sweeps_twice:
-        sums = second_sums(z, at, sums, inverse_temperature, S)
+        sums = second_sums(z, at, sums, temperature, inverse_temperature, S)
     total_weight = tl.full((), classes, S.scalar)
     if S.smooths and S.weighted:
         total_weight = class_weights(at, class_weight, counts, S)
@@ -237,7 +244,7 @@ def rows_kernel(
             repeat(ce, S.students),
             repeat(r, S.students),
             repeat(d, S.pairs),
-            target_weights(class_weight, y, S),
+            target_weights(class_weight, y, active, S),
             total_weight,
             smoothing,
             classes,
@@ -247,7 +254,7 @@ def rows_kernel(
         to = find(
             out, repeat(classes.to(tl.int64), S.students), column_strides, row, present, classes, S
         )
-        state = row_state(sums, found, thresholds, last_ties, S)
+        state = row_state(sums, found, thresholds, last_ties, temperature, S)
         write_rows(z, at, to, y, class_weight, state, inverse_temperature, S)
 
 
@@ -313,7 +320,7 @@ def gradient_kernel(
         by_ce,
         by_r,
         by_d,
-        target_weights(class_weight, y, S),
+        target_weights(class_weight, y, active, S),
         total_weight,
         smoothing,
         classes,
@@ -325,7 +332,7 @@ def gradient_kernel(
     )
     block = tl.program_id(1)
     z = load_block(at, block, True, S)
-    state = row_state(sums, found, thresholds, last_ties, S)
+    state = row_state(sums, found, thresholds, last_ties, temperature, S)
     write_block(z, at, to, block, True, True, y, class_weight, state, inverse_temperature, S)
     if S.shift:
         write_ends(at, to, y, class_weight, state, inverse_temperature, S)

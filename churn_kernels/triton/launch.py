@@ -233,7 +233,8 @@ class Call:
         self.target = None if target is None else target.contiguous()
         self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
         # The dtype of a row's scalars.
-        self.scalar = torch.float64 if options.mode == EXACT else self.dtype
+        wide = options.mode == EXACT or class_weight is not None
+        self.scalar = torch.float64 if wide else self.dtype
         self.spec = cached_spec(
             kind_of(options),
             self.tile,
@@ -344,10 +345,10 @@ def loss(
             gradients,
         )
     programs = triton.cdiv(call.rows, finish.FINISH_ROWS.value)
-    partial = call.empty(spec.total_terms.value, programs)
+    partial = call.empty(spec.total_terms.value, programs, dtype=call.scalar)
     exact = spec.exact.value
     words = (superaccumulator.WORDS.value,) if exact else ()
-    totals = call.empty(spec.total_terms.value, *words, dtype=torch.int64 if exact else None)
+    totals = call.empty(spec.total_terms.value, *words, dtype=torch.int64 if exact else call.scalar)
     arrivals = call.empty(1, dtype=torch.int32)
     # A row a thread: the parts of two rows' exact sums do not fit its registers.
     warps, registers = (8, MOST_REGISTERS) if exact else (4, 0)

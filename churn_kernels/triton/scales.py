@@ -16,7 +16,8 @@ from churn_kernels.triton.math import (
     exp_nonpos,
     number,
 )
-from churn_kernels.triton.softmax import tempered
+from churn_kernels.triton.row import PairSums, pair_index
+from churn_kernels.triton.softmax import tempered, weigh
 from churn_kernels.triton.tile import (
     across,
     any_row,
@@ -34,7 +35,8 @@ from churn_kernels.triton.topk import logit_of
 REACH = tl.constexpr(2.0**constants.kReachBits)
 REACH_BITS = tl.constexpr(constants.kReachBits)
 LEAST_PEAK = tl.constexpr(constants.kLeastPeak)
-LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32
+LEAST_EXPONENT = tl.constexpr(constants.kLeastExponent)
+ROUNDING = tl.constexpr(constants.kRounding)
 
 
 class Extremes(NamedTuple):
@@ -42,8 +44,10 @@ class Extremes(NamedTuple):
 
     maximum: tl.tuple
     second: tl.tuple  # the next logit
-    least: tl.tuple  # of the classes that are not at -inf
     broken: tl.tuple  # not 0: a NaN or +inf is among them
+    least: tl.tuple  # of the classes that are not at -inf; where SKL to uniform asks
+    highest: tl.tuple  # of a pair z_i - z_j, the largest
+    minus_lowest: tl.tuple  # and the largest z_j - z_i
     alone: tl.tuple  # of pairs, not 0: a class is at -inf in one of the two only
 
 
@@ -55,7 +59,7 @@ class Scales(NamedTuple):
     spread: tl.tuple
     top_spread: tl.tuple
     weighted_spread: tl.tuple
-    pair: tl.tuple
+    pair: PairSums
 
 
 @triton.jit
@@ -94,66 +98,95 @@ def lane_two_largest(x, S: tl.constexpr):
 
 
 @triton.jit
+def lanes_nothing(count: tl.constexpr, S: tl.constexpr):
+    """Before the largest of each lane: -inf, `count` times."""
+    values = ()
+    for _ in tl.static_range(count):
+        values += (lanes_full(-INFINITY, S.compute, S),)
+    return values
+
+
+@triton.jit
 def extremes(z, at, S: tl.constexpr):
-    maximum = ()
-    second = ()
-    least = ()  # here as the largest of -x
-    for _ in tl.static_range(S.models):
-        maximum += (lanes_full(-INFINITY, S.compute, S),)
-        second += (lanes_full(-INFINITY, S.compute, S),)
-        least += (lanes_full(-INFINITY, S.compute, S),)
+    leasts: tl.constexpr = S.students if S.uniform else 0
+    pairs: tl.constexpr = S.pairs if S.couples else 0
+    # `least` is the largest of -x here.
+    a = Extremes(
+        lanes_nothing(S.models, S),
+        lanes_nothing(S.models, S),
+        (),
+        lanes_nothing(leasts, S),
+        lanes_nothing(pairs, S),
+        lanes_nothing(pairs, S),
+        (),
+    )
     if S.resident:
         for part in tl.static_range(S.parts):
-            maximum, second, least = extend(maximum, second, least, at, 0, part, z[part], S)
+            a = extend(a, at, 0, part, z[part], S)
     else:
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
             for part in tl.static_range(S.parts):
-                maximum, second, least = extend(
-                    maximum, second, least, at, block, part, parts[part], S
-                )
-    largest = ()
-    following = ()
-    lowest = ()
-    smallest = ()
+                a = extend(a, at, block, part, parts[part], S)
+    maximum = ()
+    second = ()
     broken = ()
+    least = ()
     for k in tl.static_range(S.models):
-        top, after = maximum[k], second[k]
+        top, after = a.maximum[k], a.second[k]
         if S.wide:
             top, after = tl.reduce((top, after), 0, two_largest)
         broken += (((top != top) | (top == INFINITY)).to(tl.int32),)
-        largest += (tl.where(top == top, top, -INFINITY),)
-        following += (after,)
-        bottom = -row_largest(least[k], S)
-        lowest += (bottom,)
-        if any_row(bottom == -INFINITY, S):
-            bottom = least_live(at, k, S)
-        smallest += (bottom,)
+        maximum += (tl.where(top == top, top, -INFINITY),)
+        second += (after,)
+        if k < leasts:
+            bottom = -row_largest(a.least[k], S)
+            if any_row(bottom == -INFINITY, S):
+                bottom = least_live(at, k, S)
+            least += (bottom,)
+    highest = ()
+    minus_lowest = ()
     alone = ()
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                alone += (find_alone(at, i, j, lowest, S),)
-    return Extremes(largest, following, smallest, broken, alone)
+                p: tl.constexpr = pair_index(i, j, S.models)
+                high = row_largest(a.highest[p], S)
+                low = row_largest(a.minus_lowest[p], S)
+                highest += (high,)
+                minus_lowest += (low,)
+                alone += (find_alone(at, i, j, tl.maximum(high, low), S),)
+    return Extremes(maximum, second, broken, least, highest, minus_lowest, alone)
 
 
 @triton.jit
-def extend(maximum, second, least, at, block, part: tl.constexpr, z, S: tl.constexpr):
+def extend(a, at, block, part: tl.constexpr, z, S: tl.constexpr):
     """Extremes of the lanes with one part more."""
-    largest = ()
-    following = ()
-    smallest = ()
+    maximum = ()
+    second = ()
+    least = ()
     for k in tl.static_range(S.models):
         x = z[k].to(S.compute)
         top, after = lane_two_largest(x, S)
-        top, after = two_largest(maximum[k], second[k], top, after)
-        largest += (top,)
-        following += (after,)
-        if has_edge(part, True, S):  # what lies outside the row is no class at -inf
-            c = classes_of(at, block, part, S)
-            x = tl.where((c >= 0) & (c < at.classes), x, INFINITY)
-        smallest += (tl.maximum(least[k], lane_max(-x, S)),)
-    return largest, following, smallest
+        top, after = two_largest(a.maximum[k], a.second[k], top, after)
+        maximum += (top,)
+        second += (after,)
+        if k < len(a.least):
+            if has_edge(part, True, S):  # what lies outside the row is no class at -inf
+                c = classes_of(at, block, part, S)
+                x = tl.where((c >= 0) & (c < at.classes), x, INFINITY)
+            least += (tl.maximum(a.least[k], lane_max(-x, S)),)
+    highest = ()
+    minus_lowest = ()
+    if S.couples:
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                p: tl.constexpr = pair_index(i, j, S.models)
+                # Neither sees the NaN of a class at -inf in both.
+                apart = z[i].to(S.compute) - z[j].to(S.compute)
+                highest += (tl.maximum(a.highest[p], lane_max(apart, S)),)
+                minus_lowest += (tl.maximum(a.minus_lowest[p], lane_max(-apart, S)),)
+    return Extremes(maximum, second, (), least, highest, minus_lowest, ())
 
 
 @triton.jit
@@ -169,10 +202,13 @@ def least_live(at, k: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def find_alone(at, i: tl.constexpr, j: tl.constexpr, lowest, S: tl.constexpr):
-    """Whether a class of the row is at -inf in one of two models only: not 0 then."""
+def find_alone(at, i: tl.constexpr, j: tl.constexpr, apart, S: tl.constexpr):
+    """Whether a class of the row is at -inf in one of two models only: not 0 then.
+
+    Then `apart`, the largest distance of two logits, is inf.
+    """
     alone = row_full(0, tl.int32, S)
-    if any_row(tl.minimum(lowest[i], lowest[j]) == -INFINITY, S):
+    if any_row(apart == INFINITY, S):
         found = lanes_full(0, tl.int32, S)
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
@@ -196,6 +232,14 @@ def real(total, by):
 
 
 @triton.jit
+def real_each(totals, by):
+    found = ()
+    for i in tl.static_range(len(totals)):
+        found += (real(totals[i], by[i]),)
+    return found
+
+
+@triton.jit
 def integers(x, S: tl.constexpr):
     """Sum of x, cut to integers, for each lane."""
     return lane_sum(x.to(tl.int64), S)
@@ -214,6 +258,17 @@ def scale(reach, S: tl.constexpr):
 
 
 @triton.jit
+def bits_of(x):
+    """The least E of a float64 0 <= x < 2^E."""
+    return (x.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
+
+
+@triton.jit
+def exponent_scale(exponent, S: tl.constexpr):
+    return power(tl.maximum(exponent, LEAST_EXPONENT), S)
+
+
+@triton.jit
 def peak_bits(row, k: tl.constexpr, inverse_temperature):
     """No exp(d / T) nor exp(d / T) d but those of the largest class reaches 2^peak_bits.
 
@@ -224,8 +279,7 @@ def peak_bits(row, k: tl.constexpr, inverse_temperature):
     one = number(1.0, tl.float64)
     gap = tl.where(gap > lowest, gap, lowest) * inverse_temperature.to(tl.float64)
     bound = exp_nonpos(gap, True) * tl.maximum(one, -gap)
-    bits = (bound.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
-    return tl.minimum(tl.maximum(bits, LEAST_PEAK), 0)
+    return tl.minimum(tl.maximum(bits_of(bound), LEAST_PEAK), 0)
 
 
 @triton.jit
@@ -241,23 +295,17 @@ def difference(x, maximum, S: tl.constexpr):
 
 
 @triton.jit
-def weigh(weight, d):
-    """class weight d, a number even where float32 has none."""
-    return tl.maximum(weight * d, LOWEST)
-
-
-@triton.jit
 def weighted_reach(at, row, class_weight, S: tl.constexpr):
-    """The largest |class weight d| of each model."""
+    """The largest |class weight d| of each student."""
     reach = ()
-    for k in tl.static_range(S.models):
+    for k in tl.static_range(S.students):
         largest = lanes_full(0.0, S.compute, S)
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
             for part in tl.static_range(S.parts):
                 c = classes_of(at, block, part, S)
                 d = difference(parts[part][k].to(S.compute), row.maximum[k], S)
-                term = weigh(load_weights(class_weight, at, c, S), d)
+                term = weigh(load_weights(class_weight, at, c, S), d, S)
                 largest = tl.maximum(largest, lane_max(tl.abs(term), S))
         reach += (row_largest(largest, S),)
     return reach
@@ -265,25 +313,17 @@ def weighted_reach(at, row, class_weight, S: tl.constexpr):
 
 @triton.jit
 def pair_reach(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
-    """The largest |d_i - d_j| of the classes that count: not both exponentials are 0.
-
-    With teachers, the largest |d_i| / T where teacher j's exponential is not 0, twice: what a term
-    has besides it is less.
-    """
+    """The largest |d_i - d_j| of the classes that count: not both exponentials are 0."""
     largest = lanes_full(0.0, S.compute, S)
     for block in range(0, blocks(at, S)):
         parts = load_block(at, block, True, S)
         for part in tl.static_range(S.parts):
             a = parts[part][i].to(S.compute)
             b = parts[part][j].to(S.compute)
-            counts = tempered(b, row.maximum[j], inverse_temperature, S)
-            apart = difference(a, row.maximum[i], S)
-            if S.divergence == 4:
-                apart = apart * inverse_temperature * 2.0
-            else:
-                apart -= difference(b, row.maximum[j], S)
-                counts = tl.maximum(counts, tempered(a, row.maximum[i], inverse_temperature, S))
-            apart = tl.where(counts > 0, tl.abs(apart), 0.0)
+            apart = difference(a, row.maximum[i], S) - difference(b, row.maximum[j], S)
+            counts_a = tempered(a, row.maximum[i], inverse_temperature, S) > 0
+            counts_b = tempered(b, row.maximum[j], inverse_temperature, S) > 0
+            apart = tl.where(counts_a | counts_b, tl.abs(apart), 0.0)
             largest = tl.maximum(largest, lane_max(apart, S))
     return row_largest(largest, S)
 
@@ -312,33 +352,71 @@ def shared_peak(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, 
 
 
 @triton.jit
-def pair_scales(at, row, inverse_temperature, S: tl.constexpr):
-    """Scales of the pairs' sums: with a sweep of its own where logits lie far apart."""
-    bound = row_full(0.0, S.compute, S)
-    for k in tl.static_range(S.models):
-        bound = tl.maximum(bound, reach_of(row, k, row.least[k]))
-    if S.divergence == 4:
-        bound = reach_of(row, 0, row.least[0]) * inverse_temperature * 2.0
-    found = ()
-    for i in tl.static_range(S.models):
-        for j in tl.static_range(i + 1, S.models):
-            if S.divergence != 4:
-                reach = row_full(0.0, S.compute, S)
-                if any_row((bound < REACH) == 0, S):
-                    reach = pair_reach(at, row, i, j, inverse_temperature, S)
-                bits = reach_bits(reach) + shared_peak(at, row, i, j, inverse_temperature, S)
-                found += (power(bits, S),)
-    if S.divergence == 4:
-        reach = row_full(0.0, S.compute, S)
-        if any_row((bound < REACH) == 0, S):
-            for t in tl.static_range(1, S.models):
-                reach = tl.maximum(reach, pair_reach(at, row, 0, t, inverse_temperature, S))
-        found += (scale(reach, S),)
-    return found
+def sure_peak(peak, classes):
+    """Peak bits of sums over probabilities.
+
+    Their difference at the largest class is that of all others.
+    """
+    return tl.where(peak < 0, tl.minimum(0, peak + bits_of(classes.to(tl.float64)) + 1), 0)
 
 
 @triton.jit
-def find_scales(at, row, class_weight, thresholds, inverse_temperature, S: tl.constexpr):
+def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
+    """Of symmetric KL's sums, with a sweep of its own where logits lie far apart.
+
+    A difference of two exponentials is at most 1, and at most 1.3 D where D is small.
+    """
+    first = ()
+    second = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            p: tl.constexpr = pair_index(i, j, S.models)
+            lowest = -row.minus_lowest[p].to(tl.float64)
+            rounding = temperature * ROUNDING
+            reach = (row.highest[p].to(tl.float64) - lowest) + rounding
+            far = (reach < REACH) == 0
+            if any_row(far, S):
+                counted = pair_reach(at, row, i, j, inverse_temperature, S).to(tl.float64)
+                reach = tl.where(far, counted, reach)
+            bits = bits_of(reach)
+            peak = shared_peak(at, row, i, j, inverse_temperature, S)
+            first += (exponent_scale(bits + peak, S),)
+            second += (exponent_scale(bits + tl.minimum(bits + 1, 0) + peak, S),)
+    return PairSums(first, second, (), ())
+
+
+@triton.jit
+def second_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
+    """Of the sums over probabilities: L1's, or KL to the teachers.
+
+    Of that, with |d - d_t| / T <= reach, |D| is at most twice the reach, and a term at most q D^2
+    where that is below 1, at most p + q |D| elsewhere.
+    """
+    if S.divergence == 4:
+        reach = row_full(0.0, S.compute, S)
+        peak = row_full(LEAST_PEAK, tl.int32, S)
+        for t in tl.static_range(1, S.models):
+            reach = tl.maximum(reach, pair_reach(at, row, 0, t, inverse_temperature, S))
+            peak = tl.maximum(peak, shared_peak(at, row, 0, t, inverse_temperature, S))
+        bits = bits_of(reach.to(tl.float64) / temperature + ROUNDING)
+        bits = tl.where(bits < 0, 2 * bits, bits) + 2
+        by = exponent_scale(bits + sure_peak(peak, at.classes), S)
+        return PairSums((by,), (), (), ())
+    else:
+        unit = ()
+        gap = ()
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                unit += (row_full(S.unit, S.compute, S),)
+                peak = shared_peak(at, row, i, j, inverse_temperature, S)
+                gap += (exponent_scale(sure_peak(peak, at.classes), S),)
+        return PairSums(unit, unit, gap, ())
+
+
+@triton.jit
+def find_scales(
+    at, row, class_weight, thresholds, temperature, inverse_temperature, S: tl.constexpr
+):
     unit = ()
     peak = ()
     spread = ()
@@ -348,16 +426,17 @@ def find_scales(at, row, class_weight, thresholds, inverse_temperature, S: tl.co
         bits = peak_bits(row, k, tl.full((), 1.0, tl.float64))
         unit += (power(bits, S),)
         peak += (tl.where(bits < 0, 0.0, 1.0),)
-        if S.uniform and not S.top:
-            spread += (scale(reach_of(row, k, row.least[k]), S),)
-        if S.uniform and S.top and k < S.students:
-            least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
-            top_spread += (scale(reach_of(row, k, least), S),)
+        if S.uniform and k < S.students:
+            if S.top:
+                least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
+                top_spread += (scale(reach_of(row, k, least), S),)
+            else:
+                spread += (scale(reach_of(row, k, row.least[k]), S),)
     if S.smooths:
         reach = weighted_reach(at, row, class_weight, S)
-        for k in tl.static_range(S.models):
+        for k in tl.static_range(S.students):
             weighted += (scale(reach[k], S),)
-    pair = ()
-    if S.couples or S.divergence == 4:
-        pair = pair_scales(at, row, inverse_temperature, S)
+    pair = PairSums((), (), (), ())
+    if S.couples:
+        pair = skl_scales(at, row, temperature, inverse_temperature, S)
     return Scales(unit, peak, spread, top_spread, weighted, pair)
