@@ -20,8 +20,9 @@ def sign(difference, level, alive_i, alive_j, S: tl.constexpr):
     A class at -inf in one model only is the other's.
     """
     s = (difference > level).to(S.compute) - (difference < level).to(S.compute)
-    alone = alive_i.to(S.compute) - alive_j.to(S.compute)
-    return tl.where((alone != 0) & (level == level), alone, s)
+    known = (level == level).to(S.compute)
+    alone = (alive_i.to(S.compute) - alive_j.to(S.compute)) * known
+    return tl.where(alone != 0, alone, s)
 
 
 @triton.jit
