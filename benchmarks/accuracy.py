@@ -4,8 +4,9 @@
 ulps: every term and its gradient, over rows that are hard in different ways, of 2 to 131072 classes.
 The truth is computed with 64 bits of mantissa (NumPy's longdouble on x86), in forms that cancel
 nothing. An ulp is the distance of two float32 numbers at the true value; for a gradient, at the
-largest of the row's, since single classes may cancel to anything. What a float32 exponential below
-the smallest normal number could add to the row counts as an ulp at least: the kernels make it 0.
+largest of the row's, or at 2^-24 if that is less, since single classes and whole rows may cancel to
+anything. What a float32 exponential below the smallest normal number could add to the row counts as
+an ulp at least: the kernels make it 0.
 
 A kind's error is the geometric mean over the numbers of classes, of which none counts as less than
 half an ulp: rounding alone may cost that. A kind is over its limit where this is above `LIMITS`
@@ -31,6 +32,7 @@ ELEMENTS = 2**18  # at most so many logits a kind and number of classes
 # The largest mean error, as a multiple of eager PyTorch's.
 LIMITS = {"fast": 2.0, "exact": 1.0}
 ROUNDING = 0.5  # ulp
+SMALLEST_GRADIENT = 2.0**-24
 TOP_K = 10
 LOWEST = torch.finfo(torch.float32).min
 
@@ -366,7 +368,7 @@ def errors(
     value = rows(leaf, b, y)
     least = least_spacing(a, b)
     (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    largest = np.abs(want[1]).max(1, keepdims=True)
+    largest = np.maximum(np.abs(want[1]).max(1, keepdims=True), SMALLEST_GRADIENT)
     of_gradient = ulps(gradient, want[1], largest, least).max(1)
     return float(ulps(value, want[0], want[0], least[:, 0]).mean()), float(of_gradient.mean())
 

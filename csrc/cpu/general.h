@@ -397,9 +397,9 @@ struct General {
     const V shared(static_cast<S>(s.shared)), more_i(static_cast<S>(s.more_i));
     const V minus_more_j(static_cast<S>(s.minus_more_j));
     each_vector(begin, end, [&](int v, int64_t, int) {
-      const V less = rows::probability_difference(blocks[i].tempered[v], blocks[j].tempered[v],
-                                                  shared, more_i, minus_more_j);
-      rows::add_l1(sums.skl, probability(row, blocks, i, v), probability(row, blocks, j, v), less,
+      const V e_i = blocks[i].tempered[v], e_j = blocks[j].tempered[v];
+      const V less = rows::probability_difference(e_i, e_j, shared, more_i, minus_more_j);
+      rows::add_l1(sums.skl, e_i, e_j, less,
                    sign(blocks[i], blocks[j], v, static_cast<S>(s.level)));
     });
     out = sums;

@@ -451,14 +451,11 @@ void RowWork::set_gradient(const double* weights) {
   }
   each_pair([&](int i, int j, int p) {
     if (divergence_weights[p] == 0.0) return;
-    // L1 sums are means already; those of symmetric KL still carry the mass. Where the divergence is
-    // infinite its gradient has no value.
-    double mean_i = pair(p).first, mean_j = -pair(p).second;
-    if (o.divergence == Divergence::kSkl) {
-      mean_i /= model(i).tempered_mass;
-      mean_j = -pair(p).other / model(j).tempered_mass;
-      if (pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
-    }
+    const bool skl = o.divergence == Divergence::kSkl;
+    double mean_i = pair(p).first / model(i).tempered_mass;
+    double mean_j = -(skl ? pair(p).other : pair(p).second) / model(j).tempered_mass;
+    // Where the divergence is infinite its gradient has no value.
+    if (skl && pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
     couple(i, j, mean_i, pair(p).gap, divergence_weights[p]);
     couple(j, i, mean_j, -pair(p).gap, divergence_weights[p]);
   });
