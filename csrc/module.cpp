@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kLowestDouble") = ck::kLowest<double>;
   constants.attr("kSumLanes") = ck::kSumLanes;
   constants.attr("kSumWords") = ck::kSumWords;
-  constants.attr("kReachBits") = ck::rows::kReachBits;
+  constants.attr("kReach") = ck::rows::kReach;
   constants.attr("kLeastPeak") = ck::rows::kLeastPeak;
   constants.attr("kLeastExponent") = ck::rows::kLeastExponent;
   constants.attr("kRounding") = ck::rows::kRounding;

@@ -43,6 +43,18 @@ struct Fused {
     }
   }
 
+  static double minus_smallest(const RowView& row, int k, int64_t begin, int64_t end) {
+    const T* z = logits(row, k);
+    V best(-std::numeric_limits<S>::infinity());
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) best = max(V(S(0)) - load(z + c), best);
+    if (c < end) {
+      const V rest = load_first(z + c, static_cast<int>(end - c), std::numeric_limits<S>::infinity());
+      best = max(V(S(0)) - rest, best);
+    }
+    return largest_lane(best);
+  }
+
   // The largest difference of the two models' logits, and the largest the other way round.
   static void differences(const RowView& row, int64_t begin, int64_t end, double* out) {
     const T *a = logits(row, 0), *b = logits(row, 1);
@@ -65,7 +77,10 @@ struct Fused {
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
     if constexpr (kExact) {
       two_largest(row, begin, end, out);
-      if constexpr (K == 2) differences(row, begin, end, out + 2 * K);
+      if (row.options->regularizer == Regularizer::kUniformSkl) {
+        for (int k = 0; k < K; ++k) out[2 * K + k] = minus_smallest(row, k, begin, end);
+      }
+      if constexpr (K == 2) differences(row, begin, end, out + 3 * K);
       return;
     }
     for (int k = 0; k < K; ++k) {
@@ -108,19 +123,6 @@ struct Fused {
     return difference;
   }
 
-  // What tells that a row is not for this kernel's exact sums: a NaN, or a d out of bounds.
-  struct Check {
-    V exponentials, reach;
-
-    Check() : exponentials(S(0)), reach(S(0)) {}
-    CK_HD void far(V d) { reach = max(V(S(0)) - d, reach); }
-    bool fails() const {
-      const V broken = where_equal(exponentials, exponentials, V(S(0)), V(S(1)));
-      const V inside = where_greater(V(S(rows::kReach)), reach, V(S(0)), V(S(1)));
-      return any_nonzero(broken) || any_nonzero(inside);
-    }
-  };
-
   static void add_count(Sum& total, int64_t n) {
     if constexpr (kExact) total.fixed += n;
     else total.real += static_cast<double>(n);
@@ -142,7 +144,7 @@ struct Fused {
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
     const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
     rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap])};
-    Check check;
+    V check(S(0));  // NaN where there is one, of which fixed point knows nothing
     V maximum[K], peak[K];
     const T* z[K];
     for (int k = 0; k < K; ++k) {
@@ -156,7 +158,7 @@ struct Fused {
         e[k] = rows::exp_nonpos(d[k]);
         rows::add(model[k], kExact ? where_equal(d[k], V(S(0)), peak[k], e[k]) : e[k], d[k]);
         if constexpr (kKeep) store<false>(exponentials(row, k) + c, e[k]);
-        if constexpr (kExact) check.exponentials = check.exponentials + e[k];
+        if constexpr (kExact) check = check + e[k];
       }
       if constexpr (K == 2) {
         const V less = e[0] - e[1];
@@ -165,10 +167,7 @@ struct Fused {
       }
     };
     const auto add_uniform = [&](const V* d, const V* e, const V& live) {
-      for (int k = 0; k < K; ++k) {
-        rows::add_uniform(flat[k], e[k], d[k], live);
-        if constexpr (kExact) check.far(d[k]);
-      }
+      for (int k = 0; k < K; ++k) rows::add_uniform(flat[k], e[k], d[k], live);
     };
     int64_t c = begin;
     for (; c + kWidth <= end; c += kWidth) {
@@ -202,7 +201,9 @@ struct Fused {
         flat[k].lift.add_to(s[kLift]);
       }
       add_count(s[kLive], end - begin);
-      if constexpr (kExact) s[kBroken].fixed += check.fails();
+      if constexpr (kExact) {
+        s[kBroken].fixed += any_nonzero(where_equal(check, check, V(S(0)), V(S(1))));
+      }
     }
     if constexpr (K == 2) {
       Sum* s = out + K * kModelSums;

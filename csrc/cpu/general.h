@@ -160,10 +160,12 @@ struct General {
   // One pair's (rows::PairSums64).
   struct PairSums {
     rows::PairSums<A> skl;
-    A mismatch;
+    A other, mismatch;
 
     explicit PairSums(const float* s)
-        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap])}, mismatch(s[kMismatch]) {}
+        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap])},
+          other(s[kOther]),
+          mismatch(s[kMismatch]) {}
 
     // `unit` is what the sums over D are times.
     void add_to(Sum* out, double unit) const {
@@ -175,6 +177,7 @@ struct General {
         else out[kFirst + i].real += sums[i].real / unit;
       }
       skl.gap.add_to(out[kGap]);
+      other.add_to(out[kOther]);
       mismatch.add_to(out[kMismatch]);
     }
   };
@@ -278,15 +281,17 @@ struct General {
     each_vector(begin, end, [&](int v, int64_t, int) {
       const V less = i.tempered[v] - j.tempered[v];
       rows::add_skl(sums.skl, i.tempered[v], less, i.d[v] * unit - j.d[v] * unit);
-      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact masses have all its digits
+      // Exact masses have all digits of their gap; but of a row that reaches far the sum over model
+      // j has a scale of its own.
+      if constexpr (kExact) plus_product(sums.other, j.tempered[v], i.d[v] - j.d[v]);
+      else plus(sums.skl.gap, less);
       const V differ = i.live[v] - j.live[v];
       plus_product(sums.mismatch, differ, differ);
     });
     out = sums;
   }
 
-  // Bounds of the row's terms (ModelBound, PairBound). A class counts for kPairReach where one of
-  // its exponentials is not 0.
+  // Bounds of the row's terms (ModelBound, PairBound).
   static void bounds(const RowView& row, int64_t begin, int64_t end, double* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
     const int size = row.models * kModelBounds + pairs(row) * kPairBounds;
@@ -314,10 +319,14 @@ struct General {
         });
       }
       V* bound = largest + row.models * kModelBounds;
+      const bool teaches = row.options->teachers > 0;
       const auto couple = [&](const Block& i, const Block& j) {
         each_vector(b, e, [&](int v, int64_t, int) {
-          const V weight = max(i.tempered[v], j.tempered[v]);
-          extend(bound[kPairReach], where_greater(weight, V(S(0)), i.d[v] - j.d[v], V(S(0))));
+          const V D = i.d[v] - j.d[v], p = i.tempered[v], q = j.tempered[v];
+          extend(bound[kFirstReach],
+                 teaches ? where_greater(max(p, q), V(S(0)), D, V(S(0))) : p * D);
+          extend(bound[kSecondReach], (p - q) * D);
+          extend(bound[kOtherReach], q * D);
           // Neither takes the NaN of a class at -inf in both.
           bound[kHighest] = max(i.logit[v] - j.logit[v], bound[kHighest]);
           bound[kMinusLowest] = max(j.logit[v] - i.logit[v], bound[kMinusLowest]);
@@ -336,7 +345,7 @@ struct General {
     for (int i = 0; i < size; ++i) out[i] = std::max(out[i], largest_lane(largest[i]));
   }
 
-  // The teachers' mean softmax, and how many classes only the teachers have.
+  // The teachers' mean softmax.
   static V teacher_mean(const RowView& row, const Block* blocks, int v) {
     V q(S(0));
     for (int t = row.students; t < row.models; ++t) {
@@ -374,7 +383,9 @@ struct General {
       const V p = probability(row, blocks, 0, v);
       const V log_p = max(lowest, blocks[0].d[v] * inverse_temperature) - log_mass;
       plus(sums.skl.first, rows::kl_term(p, q, log_p, smallest) * live);
-      plus(sums.mismatch, greater(q, V(S(0))) * (V(S(1)) - live));
+      V taught(S(0));
+      for (int t = row.students; t < row.models; ++t) taught = max(taught, blocks[t].live[v]);
+      plus(sums.mismatch, taught * (V(S(1)) - live));
     });
     out = sums;
   }
@@ -386,9 +397,9 @@ struct General {
     const V shared(static_cast<S>(s.shared)), more_i(static_cast<S>(s.more_i));
     const V minus_more_j(static_cast<S>(s.minus_more_j));
     each_vector(begin, end, [&](int v, int64_t, int) {
-      const V less = rows::probability_difference(blocks[i].tempered[v], blocks[j].tempered[v],
-                                                  shared, more_i, minus_more_j);
-      rows::add_l1(sums.skl, probability(row, blocks, i, v), probability(row, blocks, j, v), less,
+      const V e_i = blocks[i].tempered[v], e_j = blocks[j].tempered[v];
+      const V less = rows::probability_difference(e_i, e_j, shared, more_i, minus_more_j);
+      rows::add_l1(sums.skl, e_i, e_j, less,
                    sign(blocks[i], blocks[j], v, static_cast<S>(s.level)));
     });
     out = sums;
@@ -489,7 +500,8 @@ struct General {
         if (partner.slope == 0.0) return rest;
         const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
         const S seen = static_cast<S>(i < j ? level : -level);
-        return mul_add(e, cast(partner.slope) * sign(blocks[i], blocks[j], v, seen), rest);
+        const V away = sign(blocks[i], blocks[j], v, seen) - cast(partner.mean);
+        return mul_add(cast(partner.slope), e * away, rest);
       }
       if (partner.other != 0.0) {
         rest = mul_add(cast(-partner.other), blocks[j].tempered[v], rest);

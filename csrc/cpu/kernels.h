@@ -74,15 +74,23 @@ enum ModelSum : int {
   kTopTail,
   kModelSums
 };
-enum PairSum : int { kFirst, kSecond, kGap, kMismatch, kPairSums };
+enum PairSum : int { kFirst, kSecond, kGap, kOther, kMismatch, kPairSums };
 inline constexpr int kPairScalars = 4, kGradientScalars = 9, kPartnerScalars = 4;
 
 // What scales the sums of exact mode that have no bound. Of a model: the largest |d| over all its
-// classes and over its k largest, and the largest |class weight d|. Of a pair: the largest
-// |d_i - d_j| where it counts, and the largest z_i - z_j and z_j - z_i. Models x kModelBounds, then
-// pairs x kPairBounds.
+// classes and over its k largest, and the largest |class weight d|. Of a pair: the largest |term|
+// of its sums, and the largest z_i - z_j and z_j - z_i; of the pair with the teachers the largest
+// |d - d_t| where a probability is not 0, as kFirstReach. Models x kModelBounds, then pairs x
+// kPairBounds.
 enum ModelBound : int { kReach, kTopReach, kWeightedReach, kModelBounds };
-enum PairBound : int { kPairReach, kHighest, kMinusLowest, kPairBounds };
+enum PairBound : int {
+  kHighest,
+  kMinusLowest,
+  kFirstReach,
+  kSecondReach,
+  kOtherReach,
+  kPairBounds
+};
 
 // Largest and second largest logit, and the lowest index of the largest.
 struct TopTwo {
@@ -92,7 +100,8 @@ struct TopTwo {
 
 struct Kernels {
   // maxima[k] of model k over classes [begin, end); in exact mode also the second largest logits,
-  // as maxima[models + k], and, for the fused sweeps, the pair's kHighest and kMinusLowest.
+  // as maxima[models + k], and, for the fused sweeps, the smallest, negated, as maxima[2 models + k]
+  // if the sums need it, and the pair's kHighest and kMinusLowest.
   void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
   // Exact mode: the largest of each bound over classes [begin, end).
   void (*bounds)(const RowView&, int64_t begin, int64_t end, double* bounds);

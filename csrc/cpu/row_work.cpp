@@ -42,7 +42,7 @@ RowWork::RowWork(const LossInputs& in)
       scales_(sums_.size(), 1.0f),
       bounds_(in.models() * kModelBounds + in.pairs() * kPairBounds),
       peaks_(in.models(), 1.0f),
-      maxima_(in.options.exact() ? 2 * in.models() + kPairBounds : in.models()),
+      maxima_(in.options.exact() ? 3 * in.models() + kPairBounds : in.models()),
       thresholds_(in.models()),
       inverse_masses_(in.models()),
       log_masses_(in.models()),
@@ -167,6 +167,7 @@ void set_pair(float* scales, int places, const rows::PairExponents& exponents) {
   scales[kFirst] = scale_of(places, exponents.first);
   scales[kSecond] = scale_of(places, exponents.second);
   scales[kGap] = scale_of(places, exponents.gap);
+  scales[kOther] = scale_of(places, exponents.other);
 }
 
 }  // namespace
@@ -174,13 +175,26 @@ void set_pair(float* scales, int places, const rows::PairExponents& exponents) {
 // The pair's bounds, wherever this row has them from.
 const double* RowWork::pair_bounds(int p) const {
   return kernels_ == &set_.general ? &bounds_[view_.models * kModelBounds + p * kPairBounds]
-                                   : &maxima_[2 * view_.models];
+                                   : &maxima_[3 * view_.models];
+}
+
+// The largest |d| of a model; of the fused sweeps, the distance of its smallest logit.
+double RowWork::reach(int k) const {
+  if (kernels_ == &set_.general) return bounds_[k * kModelBounds + kReach];
+  return static_cast<float>(maxima_[k]) + static_cast<float>(maxima_[2 * view_.models + k]);
+}
+
+double RowWork::pair_reach(int p) const {
+  const double* bounds = pair_bounds(p);
+  return rows::pair_reach(bounds[kHighest], -bounds[kMinusLowest], in_.options.temperature);
 }
 
 void RowWork::choose_kernels() {
-  if (!in_.options.exact() || kernels_ == &set_.general || in_.pairs() == 0) return;
-  const double* bounds = pair_bounds(0);
-  if (bounds[kHighest] + bounds[kMinusLowest] >= rows::kReach) use_general();
+  if (!in_.options.exact() || kernels_ == &set_.general) return;
+  const bool uniform = in_.options.regularizer == Regularizer::kUniformSkl;
+  bool far = in_.pairs() > 0 && pair_reach(0) >= rows::kReach;
+  for (int k = 0; k < view_.models && uniform; ++k) far = far || reach(k) >= rows::kReach;
+  if (far) use_general();
 }
 
 void RowWork::set_scales() {
@@ -192,18 +206,23 @@ void RowWork::set_scales() {
     const int peak = peak_exponent(k, 1.0f);
     peaks_[k] = peak < 0 ? 0.0f : 1.0f;
     s[kMass] = s[kMoment] = s[kTopMass] = s[kTopMoment] = scale_of(places, peak);
-    s[kTemperedMass] = s[kLift] = s[kTopLift] = scale_of(places, 0);
-    s[kSpread] = s[kExcess] = scale_of(places, rows::reach_exponent(bound[kReach]));
-    s[kTopSpread] = s[kTopExcess] = scale_of(places, rows::reach_exponent(bound[kTopReach]));
+    s[kTemperedMass] = scale_of(places, 0);
+    if (in_.options.regularizer == Regularizer::kUniformSkl) {
+      s[kSpread] = scale_of(places, rows::reach_exponent(reach(k)));
+      s[kExcess] = scale_of(places, rows::excess_exponent(reach(k)));
+      s[kLift] = scale_of(places, rows::lift_exponent(reach(k)));
+      s[kTopSpread] = scale_of(places, rows::reach_exponent(bound[kTopReach]));
+      s[kTopExcess] = scale_of(places, rows::excess_exponent(bound[kTopReach]));
+      s[kTopLift] = scale_of(places, rows::lift_exponent(bound[kTopReach]));
+    }
     s[kWeightedSpread] = scale_of(places, rows::reach_exponent(bound[kWeightedReach]));
   }
   each_pair([&](int i, int j, int p) {
-    const double* bound = pair_bounds(p);
-    double reach = rows::pair_reach(bound[kHighest], -bound[kMinusLowest], in_.options.temperature);
-    // Further apart, classes that weigh nothing in either model are left out.
-    if (!(reach < rows::kReach)) reach = bound[kPairReach];
+    const double *bound = pair_bounds(p), reach = pair_reach(p);
     set_pair(&scales_[view_.models * kModelSums + p * kPairSums], places,
-             rows::skl_exponents(reach, pair_peak(i, j)));
+             reach < rows::kReach ? rows::skl_exponents(reach, pair_peak(i, j))
+                                  : rows::far_exponents(bound[kFirstReach], bound[kSecondReach],
+                                                        bound[kOtherReach]));
   });
 }
 
@@ -214,12 +233,13 @@ void RowWork::set_second_scales() {
   const int places = rows::places(classes), first_pair = view_.models * kModelSums;
   each_pair([&](int i, int j, int p) {
     set_pair(&scales_[first_pair + p * kPairSums], places,
-             rows::l1_exponents(pair_peak(i, j), classes));
+             rows::l1_exponents(std::fmax(inverse_masses_[i], inverse_masses_[j]), pair_reach(p),
+                                pair_peak(i, j), classes));
   });
   if (in_.options.teachers == 0) return;
   int peak = rows::kLeastPeak;
   for (int t = view_.students; t < view_.models; ++t) peak = std::max(peak, pair_peak(0, t));
-  const double reach = pair_bounds(0)[kPairReach] / in_.options.temperature;
+  const double reach = pair_bounds(0)[kFirstReach] / in_.options.temperature;
   scales_[first_pair + kFirst] = scale_of(places, rows::kl_exponent(reach, peak, classes));
 }
 
@@ -301,9 +321,10 @@ void RowWork::finish_sums() {
     }
     if (in_.options.temperature == 1.0) s.tempered_mass = s.mass;
   }
-  if (!in_.options.exact()) return;
-  const bool tempers = in_.options.temperature != 1.0;
+  const bool exact = in_.options.exact(), tempers = in_.options.temperature != 1.0;
   each_pair([&](int i, int j, int p) {
+    if (!exact || pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
+    if (!exact) return;
     pair(p).gap = tempers ? model(i).tempered_mass - model(j).tempered_mass
                           : model(i).tail - model(j).tail;
   });
@@ -430,14 +451,11 @@ void RowWork::set_gradient(const double* weights) {
   }
   each_pair([&](int i, int j, int p) {
     if (divergence_weights[p] == 0.0) return;
-    // L1 sums are means already; those of symmetric KL still carry the mass. Where the divergence is
-    // infinite its gradient has no value.
-    double mean_i = pair(p).first, mean_j = -pair(p).second;
-    if (o.divergence == Divergence::kSkl) {
-      mean_j = (pair(p).second - pair(p).first) / model(j).tempered_mass;
-      mean_i /= model(i).tempered_mass;
-      if (pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
-    }
+    const bool skl = o.divergence == Divergence::kSkl;
+    double mean_i = pair(p).first / model(i).tempered_mass;
+    double mean_j = -(skl ? pair(p).other : pair(p).second) / model(j).tempered_mass;
+    // Where the divergence is infinite its gradient has no value.
+    if (skl && pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
     couple(i, j, mean_i, pair(p).gap, divergence_weights[p]);
     couple(j, i, mean_j, -pair(p).gap, divergence_weights[p]);
   });
@@ -464,7 +482,7 @@ void RowWork::save(double* stats) const {
   for (int p = 0; p < in_.pairs(); ++p) {
     const bool infinite = pair(p).mismatch > 0.0 && skl;
     *stats++ = infinite ? std::numeric_limits<double>::quiet_NaN() : pair(p).first;
-    *stats++ = pair(p).second;
+    *stats++ = skl ? pair(p).other : pair(p).second;
     if (skl) *stats++ = pair(p).gap;
   }
 }
@@ -490,7 +508,7 @@ void RowWork::restore(const double* stats) {
   const bool saves_pairs = skl || in_.options.divergence == Divergence::kL1;
   for (int p = 0; p < in_.pairs() && saves_pairs; ++p) {
     pair(p).first = *stats++;
-    pair(p).second = *stats++;
+    (skl ? pair(p).other : pair(p).second) = *stats++;
     if (skl) pair(p).gap = *stats++;
     pair(p).mismatch = std::isnan(pair(p).first) ? 1.0 : 0.0;
   }

@@ -37,8 +37,8 @@ class RowWork {
   const Kernels& kernels() const { return *kernels_; }
   int sums_size() const { return static_cast<int>(sums_.size()); }
   double* maxima() { return maxima_.data(); }
-  // In exact mode the maxima are followed by as many second largest logits, and by the pair's bounds
-  // of the fused sweeps.
+  // In exact mode the maxima are followed by as many second largest logits, as many smallest ones,
+  // negated, and the pair's bounds.
   int maxima_size() const { return static_cast<int>(maxima_.size()); }
   Sum* sums() { return sums_.data(); }
   double* bounds() { return bounds_.data(); }
@@ -96,6 +96,8 @@ class RowWork {
     }
   }
   const double* pair_bounds(int p) const;
+  double reach(int k) const;
+  double pair_reach(int p) const;
   void set_second_scales();
   int pair_peak(int i, int j) const;
   bool shares_maximum(int i, int j) const;

@@ -11,7 +11,7 @@ namespace rows {
 // Symmetric KL: first = sum of e_i D, second = sum of (e_i - e_j) D, gap = sum of e_i - e_j, which
 // is mass_i - mass_j; SKL = (second - first gap / mass_i) / mass_j. Models that nearly agree have
 // small differences, and nothing large cancels.
-// L1: first = sum of s p_i, second = sum of s p_j, gap = sum of s (p_i - p_j), which is the value;
+// L1: first = sum of s e_i, second = sum of s e_j, gap = sum of s (p_i - p_j), which is the value;
 // s = sign(p_i - p_j).
 template <class A>
 struct PairSums {
@@ -25,9 +25,9 @@ CK_HD void add_skl(PairSums<A>& sums, V e_i, V less, V difference) {
 }
 
 template <class A, class V>
-CK_HD void add_l1(PairSums<A>& sums, V p_i, V p_j, V less, V sign) {
-  plus_product(sums.first, sign, p_i);
-  plus_product(sums.second, sign, p_j);
+CK_HD void add_l1(PairSums<A>& sums, V e_i, V e_j, V less, V sign) {
+  plus_product(sums.first, sign, e_i);
+  plus_product(sums.second, sign, e_j);
   plus_product(sums.gap, sign, less);
 }
 

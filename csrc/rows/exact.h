@@ -32,16 +32,18 @@ CK_HD int min(int a, int b) { return a < b ? a : b; }
 inline constexpr int kLeastExponent = kMostPlaces - 126;
 CK_HD int at_least(int exponent) { return exponent > kLeastExponent ? exponent : kLeastExponent; }
 
-// Terms that have no bound (d) are scaled by the row: they keep `places` of the binary places below
-// 2^reach_exponent(reach), for the largest |term| `reach` in the row. Up to 2^kReachBits it is the
-// same for all rows, so that one sweep finds the sum and that it will do.
-inline constexpr int kReachBits = 8;
-inline constexpr float kReach = 256.0f;
-static_assert(kReach == 1 << kReachBits);
+// Terms that have no bound (d, differences of two d) are scaled by the row: they keep `places` of
+// the binary places below 2^exponent, for the largest |term| in the row. What the largest and the
+// smallest numbers of the row say of it will do up to kReach; a row that reaches further takes a
+// sweep that finds its largest terms.
+inline constexpr double kReach = 256.0;
 
-CK_HD int reach_exponent(double reach) {
-  const int bits = bits_of(reach);
-  return bits > kReachBits ? bits : kReachBits;
+CK_HD int reach_exponent(double reach) { return at_least(bits_of(reach)); }
+
+// Where all |d| <= reach: exp(d) - 1, and its product with d.
+CK_HD int lift_exponent(double reach) { return at_least(min(bits_of(reach) + 1, 0)); }
+CK_HD int excess_exponent(double reach) {
+  return at_least(bits_of(reach) + min(bits_of(reach) + 1, 0));
 }
 
 // Where one class outweighs all others, sums of exp(d) and exp(d) d over the others keep more
@@ -55,7 +57,7 @@ CK_HD int peak_exponent(double gap) {
 
 // The exponents of a pair's sums (divergence.h).
 struct PairExponents {
-  int first, second, gap;
+  int first, second, gap, other;
 };
 
 // Bounds the distance |d_i - d_j| of a class by that of the logits' differences, of which `highest`
@@ -69,7 +71,12 @@ CK_HD double pair_reach(double highest, double lowest, double temperature) {
 // `peak` is that of the pair, below.
 CK_HD PairExponents skl_exponents(double reach, int peak) {
   const int bits = bits_of(reach);
-  return {at_least(bits + peak), at_least(bits + min(bits + 1, 0) + peak), 0};
+  const int first = at_least(bits + peak);
+  return {first, at_least(bits + min(bits + 1, 0) + peak), 0, first};
+}
+// Of a row that reaches further: the largest terms themselves.
+CK_HD PairExponents far_exponents(double first, double second, double other) {
+  return {reach_exponent(first), reach_exponent(second), 0, reach_exponent(other)};
 }
 
 // The difference of two d is 0 at a class that is the largest of both models, so where it outweighs
@@ -90,9 +97,10 @@ CK_HD int kl_exponent(double reach, int peak, int64_t classes) {
   return at_least((bits < 0 ? 2 * bits : bits) + 2 + sure_peak(peak, classes));
 }
 
-// L1: p_i - p_j, after sums over probabilities.
-CK_HD PairExponents l1_exponents(int peak, int64_t classes) {
-  return {0, 0, at_least(sure_peak(peak, classes))};
+// L1: no p is above the larger inverse mass, and no p_i - p_j above 1.3 times twice the reach of it.
+CK_HD PairExponents l1_exponents(double inverse_mass, double reach, int peak, int64_t classes) {
+  const int bits = min(bits_of(reach) + 2, sure_peak(peak, classes));
+  return {0, 0, at_least(bits_of(inverse_mass) + min(bits, 0)), 0};
 }
 
 CK_HD double power_of_two(int n) { return bits_as<double>(static_cast<int64_t>(n + 1023) << 52); }

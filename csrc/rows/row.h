@@ -37,7 +37,9 @@ struct ModelSums {
 
 // Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
 struct PairSums64 {
-  double first, second, gap, mismatch;
+  double first, second, gap;
+  double other;  // sum of e_j D, which is first - second
+  double mismatch;
 };
 
 // What the sweeps take to compare the probabilities of a pair (divergence.h): p_i > p_j where
@@ -52,7 +54,7 @@ struct PairScalars {
 // and its divergence, f = exp(d / T), D = d - d_j: f tempered_constant + sum over models j of
 //   slope_j f (D - mean_j) + shared_j (f - f_j) - other_j f_j     (symmetric KL)
 //   -other_j f_j                                                  (cross entropy, distillation)
-//   slope_j f sign(p - p_j)                                       (L1)
+//   slope_j f (sign(p - p_j) - mean_j)                            (L1)
 struct ModelGradient {
   double constant, slope, uniform;
   double top_constant, top_slope, top_uniform;
@@ -186,7 +188,8 @@ CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double 
           gap < 0.0 ? 0.0 : -more};
 }
 
-// A mean as the sweeps take it, in S, and what S has no room for.
+// A mean as the sweeps take it, in S. Where it is the difference to it that counts, so do the digits
+// that S has no room for.
 template <class S>
 CK_HD double rounded(double x) {
   return static_cast<double>(static_cast<S>(x));
@@ -202,7 +205,8 @@ CK_HD void add_divergence_gradient(ModelGradient& g, PartnerGradient& partner, d
   const double w = weight / o.temperature;
   if (o.divergence == Divergence::kL1) {
     partner.slope += w / mass_i;
-    g.tempered_constant -= w * mean / mass_i;
+    partner.mean = mean;
+    g.tempered_constant -= partner.slope * (mean - rounded<S>(mean));
     return;
   }
   if (o.divergence != Divergence::kSkl) {
@@ -216,7 +220,6 @@ CK_HD void add_divergence_gradient(ModelGradient& g, PartnerGradient& partner, d
   partner.mean = mean;
   partner.shared += w * scalars.shared;
   partner.other -= w * scalars.minus_more_j;
-  // Where D is far larger than D - mean, the digits of the mean that S lacks count.
   g.tempered_constant += w * scalars.more_i - slope * (mean - rounded<S>(mean));
 }
 
