@@ -10,10 +10,12 @@ import triton.language as tl
 from churn_kernels.triton.math import INFINITY, exp_nonpos, less_one
 from churn_kernels.triton.row import PairSums, Sums, UniformSums, pair_index
 from churn_kernels.triton.scales import (
+    REACH,
     difference,
     extremes,
     find_scales,
     integers,
+    pair_reach,
     real,
     real_each,
 )
@@ -35,12 +37,11 @@ def uniform_integers(e, d, counted, by, near: tl.constexpr, S: tl.constexpr):
         live += (lane_sum(counted[k].to(tl.int64), S),)
         if near:
             more = less_one(d[k], e[k], one)
-            scale = across(by[k], S)
-            spread += (integers(d[k] * scale, S),)
-            excess += (integers(more * scale * d[k], S),)
+            spread += (integers(d[k] * across(by[k][0], S), S),)
+            excess += (integers(more * across(by[k][1], S) * d[k], S),)
         else:
             more = e[k] - one
-        lift += (integers(more * S.unit, S),)
+        lift += (integers(more * across(by[k][2], S), S),)
     return UniformSums(live, spread, excess, lift)
 
 
@@ -48,6 +49,7 @@ def uniform_integers(e, d, counted, by, near: tl.constexpr, S: tl.constexpr):
 def pair_integers(f, d, by, S: tl.constexpr):
     first = ()
     second = ()
+    other = ()
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
@@ -55,7 +57,8 @@ def pair_integers(f, d, by, S: tl.constexpr):
                 apart = d[i] - d[j]
                 first += (integers(f[i] * across(by.first[p], S) * apart, S),)
                 second += (integers((f[i] - f[j]) * across(by.second[p], S) * apart, S),)
-    return PairSums(first, second, (), ())
+                other += (integers(f[j] * across(by.other[p], S) * apart, S),)
+    return PairSums(first, second, (), other, ())
 
 
 @triton.jit
@@ -113,11 +116,11 @@ def part_sums(z, c, weights, row, by, thresholds, last_ties, inverse_temperature
         row.maximum,
         mass,
         moment,
-        uniform_integers(es, d, alive, by.spread, not S.top, S),
+        uniform_integers(es, d, alive, by.flat, not S.top, S),
         tempered_mass,
         top_mass,
         top_moment,
-        uniform_integers(top_e, top_d, member, by.top_spread, True, S),
+        uniform_integers(top_e, top_d, member, by.top_flat, True, S),
         weighted_spread,
         (),
         lost,
@@ -162,10 +165,29 @@ def counts(totals):
 
 
 @triton.jit
-def real_uniform(a, by, S: tl.constexpr):
-    return UniformSums(
-        counts(a.live), real_each(a.spread, by), real_each(a.excess, by), real_units(a.lift, S)
-    )
+def real_uniform(a, by):
+    spread = ()
+    excess = ()
+    lift = ()
+    for k in tl.static_range(len(a.lift)):
+        if k < len(a.spread):
+            spread += (real(a.spread[k], by[k][0]),)
+            excess += (real(a.excess[k], by[k][1]),)
+        lift += (real(a.lift[k], by[k][2]),)
+    return UniformSums(counts(a.live), spread, excess, lift)
+
+
+@triton.jit
+def real_pairs(a, by, row, temperature, S: tl.constexpr):
+    """`other` is first - second where those have its digits."""
+    first, second = real_each(a.first, by.first), real_each(a.second, by.second)
+    other = ()
+    reach = ()
+    for p in tl.static_range(len(first)):
+        near = pair_reach(row, p, temperature) < REACH
+        other += (tl.where(near, first[p] - second[p], real(a.other[p], by.other[p])),)
+        reach += (tl.where(row.alone[p] > 0, INFINITY, 0.0),)
+    return PairSums(first, second, (), other, reach)
 
 
 @triton.jit
@@ -201,27 +223,19 @@ def exact_sums(
             total = tl.where(lost, float("nan"), real(sums.top_mass[k], by.unit[k]))
             top_tail += (total - peak,)
             top_mass += (total + (1.0 - peak),)
-    reach = ()
-    for p in tl.static_range(len(row.alone)):
-        reach += (tl.where(row.alone[p] > 0, INFINITY, 0.0),)
     return Sums(
         row.maximum,
         mass,
         real_each(sums.moment, by.unit),
-        real_uniform(sums.flat, by.spread, S),
+        real_uniform(sums.flat, by.flat),
         real_units(sums.tempered_mass, S),
         top_mass,
         real_each(sums.top_moment, by.unit),
-        real_uniform(sums.top_flat, by.top_spread, S),
+        real_uniform(sums.top_flat, by.top_flat),
         real_each(sums.weighted_spread, by.weighted_spread),
         (),
         counts(sums.lost),
-        PairSums(
-            real_each(sums.pair.first, by.pair.first),
-            real_each(sums.pair.second, by.pair.second),
-            (),
-            reach,
-        ),
+        real_pairs(sums.pair, by.pair, row, temperature, S),
         tail,
         top_tail,
     )

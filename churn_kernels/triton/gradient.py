@@ -78,11 +78,12 @@ def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, d, f, row, S: tl.cons
     """rest + what model j adds to the gradient of model i."""
     place: tl.constexpr = i * S.models + j
     slope = across(row.found.slopes[place], S)
+    mean = across(row.found.means[place], S)
     if S.divergence == 3:
         level = row.levels[pair_index(min(i, j), max(i, j), S.models)]
         level = across(level if i < j else -level, S)
         s = sign(d[i] - d[j], level, x[i] != -INFINITY, x[j] != -INFINITY, S)
-        rest = mul_add(f[i], slope * s, rest)
+        rest = mul_add(slope, f[i] * (s - mean), rest)
     else:
         other = across(row.found.others[place], S)
         f_j = f[j]
@@ -91,7 +92,7 @@ def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, d, f, row, S: tl.cons
             f_j = tl.where((slope != 0) | (other != 0), f_j, 0.0)
         rest = mul_add(-other, f_j, rest)
         if S.divergence == 1:
-            away = at_least_lowest(d[i] - d[j] - across(row.found.means[place], S))
+            away = at_least_lowest(d[i] - d[j] - mean)
             share = across(row.found.shares[place], S)
             rest = add_pair_gradient(rest, f[i], away, f[i] - f_j, slope, share)
     return rest

@@ -92,7 +92,7 @@ def no_pairs(S: tl.constexpr):
         gap += (lane_sum(tl.zeros((S.height, S.width), S.compute), S),)
     for _ in tl.static_range(couples):
         reach += (lane_sum(tl.zeros((S.height, S.width), S.compute), S),)
-    return PairSums(zeros(couples, S), zeros(couples, S), gap, reach)
+    return PairSums(zeros(couples, S), zeros(couples, S), gap, (), reach)
 
 
 @triton.jit
@@ -114,12 +114,12 @@ def add_pairs(a, d, raw, f, S: tl.constexpr):
                     second += (mul_add(less, difference, a.second[p]),)
                     apart = lane_max(tl.abs(raw[i] - raw[j]), S)  # not the NaN of both at -inf
                     reach += (tl.maximum(a.reach[p], apart),)
-    return PairSums(first, second, gap, reach)
+    return PairSums(first, second, gap, (), reach)
 
 
 @triton.jit
 def fold_pairs(a, S: tl.constexpr):
-    return PairSums(fold_each(a.first, S), fold_each(a.second, S), a.gap, a.reach)
+    return PairSums(fold_each(a.first, S), fold_each(a.second, S), a.gap, a.other, a.reach)
 
 
 @triton.jit
@@ -147,7 +147,7 @@ def rebase_pairs(a, mass, delta, scale, inverse_temperature, S: tl.constexpr):
                     first += (scale[i] * moved,)
                     moved_second = scale[j] * mul_add(by, a.gap[p], a.second[p])
                     second += (mul_add(less, moved, moved_second),)
-    return PairSums(first, second, gap, a.reach)
+    return PairSums(first, second, gap, (), a.reach)
 
 
 @triton.jit
@@ -156,5 +156,6 @@ def add_pair_sums(a, b):
         add_each(a.first, b.first),
         add_each(a.second, b.second),
         add_each(a.gap, b.gap),
+        add_each(a.other, b.other),
         larger_each(a.reach, b.reach),
     )

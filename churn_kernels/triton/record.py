@@ -124,6 +124,7 @@ def save_sums(record, rows, row, present, sums, S: tl.constexpr):
     save_field(record, rows, row, present, S.at_first, sums.pair.first)
     save_field(record, rows, row, present, S.at_second, sums.pair.second)
     save_field(record, rows, row, present, S.at_gap, sums.pair.gap)
+    save_field(record, rows, row, present, S.at_other, sums.pair.other)
     save_field(record, rows, row, present, S.at_reach, sums.pair.reach)
     save_field(record, rows, row, present, S.at_tail, sums.tail)
     save_field(record, rows, row, present, S.at_top_tail, sums.top_tail)
@@ -152,7 +153,8 @@ def load_sums(record, rows, row, present, S: tl.constexpr):
         PairSums(
             load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
             load_field(record, rows, row, present, S.at_second, S.at_gap - S.at_second),
-            load_field(record, rows, row, present, S.at_gap, S.at_reach - S.at_gap),
+            load_field(record, rows, row, present, S.at_gap, S.at_other - S.at_gap),
+            load_field(record, rows, row, present, S.at_other, S.at_reach - S.at_other),
             load_field(record, rows, row, present, S.at_reach, S.at_tail - S.at_reach),
         ),
         load_field(record, rows, row, present, S.at_tail, S.at_top_tail - S.at_tail),

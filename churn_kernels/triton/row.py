@@ -30,6 +30,7 @@ class PairSums(NamedTuple):
     first: tl.tuple
     second: tl.tuple
     gap: tl.tuple
+    other: tl.tuple  # exact mode: sum f_j D of symmetric KL, which is first - second
     reach: tl.tuple  # inf where a class is at -inf in one of the two only
 
 
@@ -264,13 +265,19 @@ def pair_weight(i: tl.constexpr, j: tl.constexpr, weights, S: tl.constexpr):
 def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, S: tl.constexpr):
     """E_i[d_i - d_j] (E_i[sign] for L1) of the pair (i, j), seen from i."""
     p: tl.constexpr = pair_index(min(i, j), max(i, j), S.models)
-    first, second = sums.pair.first[p], sums.pair.second[p]
-    if S.divergence == 3:  # L1's sums are means already
-        mean = first if i < j else -second
+    pair = sums.pair
+    if i < j:
+        total = pair.first[p]
+    elif S.divergence == 3:
+        total = -pair.second[p]
+    elif S.exact:
+        total = -pair.other[p]
     else:
-        mean = full((first if i < j else second - first) / sums.tempered_mass[i], S)
+        total = pair.second[p] - pair.first[p]
+    mean = total / sums.tempered_mass[i]
+    if S.divergence == 1:
         # Where the divergence is infinite its gradient has no value.
-        mean = tl.where(sums.pair.reach[p] == float("inf"), float("nan"), mean)
+        mean = tl.where(pair.reach[p] == float("inf"), float("nan"), full(mean, S))
     return mean
 
 
@@ -306,15 +313,17 @@ def divergence_gradient(
     w = weight / temperature
     mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
     zero = w * 0.0
+    if S.divergence == 3 or S.divergence == 1:
+        mean = pair_mean(sums, i, j, S)
+        # Where it is the difference to the mean that counts, so do the digits that the sweep lacks.
+        lacking = mean - mean.to(S.compute).to(S.scalar)
     if S.divergence == 3:
-        found = (-w * pair_mean(sums, i, j, S) / mass_i, w / mass_i, zero, zero, zero)
+        slope = w / mass_i
+        found = (-slope * lacking, slope, mean, zero, zero)
     elif S.divergence == 1:
         gap = sums.pair.gap[pair_index(min(i, j), max(i, j), S.models)]
         shared, more_i, minus_more_j = pair_scalars(mass_i, mass_j, gap if i < j else -gap)
-        mean = pair_mean(sums, i, j, S)
         slope = w / (temperature * mass_i)
-        # Where D is far larger than D - mean, the digits of the mean that the sweep lacks count.
-        lacking = mean - mean.to(S.compute).to(S.scalar)
         found = (w * more_i - slope * lacking, slope, mean, w * shared, zero - w * minus_more_j)
     else:
         found = (w / mass_i, zero, zero, zero, w / mass_j)

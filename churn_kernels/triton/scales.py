@@ -32,8 +32,7 @@ from churn_kernels.triton.tile import (
 )
 from churn_kernels.triton.topk import logit_of
 
-REACH = tl.constexpr(2.0**constants.kReachBits)
-REACH_BITS = tl.constexpr(constants.kReachBits)
+REACH = tl.constexpr(constants.kReach)
 LEAST_PEAK = tl.constexpr(constants.kLeastPeak)
 LEAST_EXPONENT = tl.constexpr(constants.kLeastExponent)
 ROUNDING = tl.constexpr(constants.kRounding)
@@ -56,8 +55,8 @@ class Scales(NamedTuple):
 
     unit: tl.tuple  # of exp(d) and exp(d) d
     peak: tl.tuple  # 1, or 0 where those sums count the largest class apart
-    spread: tl.tuple
-    top_spread: tl.tuple
+    flat: tl.tuple  # of each student those of UniformSums but `live`, together
+    top_flat: tl.tuple
     weighted_spread: tl.tuple
     pair: PairSums
 
@@ -109,7 +108,7 @@ def lanes_nothing(count: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def extremes(z, at, S: tl.constexpr):
     leasts: tl.constexpr = S.students if S.uniform else 0
-    pairs: tl.constexpr = S.pairs if S.couples else 0
+    pairs: tl.constexpr = S.pairs if S.divergence != 4 else 0
     # `least` is the largest of -x here.
     a = Extremes(
         lanes_nothing(S.models, S),
@@ -147,7 +146,7 @@ def extremes(z, at, S: tl.constexpr):
     highest = ()
     minus_lowest = ()
     alone = ()
-    if S.couples:
+    if pairs > 0:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
                 p: tl.constexpr = pair_index(i, j, S.models)
@@ -155,7 +154,8 @@ def extremes(z, at, S: tl.constexpr):
                 low = row_largest(a.minus_lowest[p], S)
                 highest += (high,)
                 minus_lowest += (low,)
-                alone += (find_alone(at, i, j, tl.maximum(high, low), S),)
+                if S.couples:
+                    alone += (find_alone(at, i, j, tl.maximum(high, low), S),)
     return Extremes(maximum, second, broken, least, highest, minus_lowest, alone)
 
 
@@ -178,7 +178,7 @@ def extend(a, at, block, part: tl.constexpr, z, S: tl.constexpr):
             least += (tl.maximum(a.least[k], lane_max(-x, S)),)
     highest = ()
     minus_lowest = ()
-    if S.couples:
+    if len(a.highest) > 0:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
                 p: tl.constexpr = pair_index(i, j, S.models)
@@ -246,18 +246,6 @@ def integers(x, S: tl.constexpr):
 
 
 @triton.jit
-def reach_bits(reach):
-    """The least E with reach < 2^E, from REACH_BITS on."""
-    bits = ((reach.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    return tl.maximum(bits, REACH_BITS)  # at most 128, as no term is inf
-
-
-@triton.jit
-def scale(reach, S: tl.constexpr):
-    return power(reach_bits(reach), S)
-
-
-@triton.jit
 def bits_of(x):
     """The least E of a float64 0 <= x < 2^E."""
     return (x.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
@@ -266,6 +254,20 @@ def bits_of(x):
 @triton.jit
 def exponent_scale(exponent, S: tl.constexpr):
     return power(tl.maximum(exponent, LEAST_EXPONENT), S)
+
+
+@triton.jit
+def scale(reach, S: tl.constexpr):
+    """Of terms that are at most `reach`."""
+    return exponent_scale(bits_of(reach.to(tl.float64)), S)
+
+
+@triton.jit
+def uniform_scales(reach, S: tl.constexpr):
+    """Of d, (exp(d) - 1) d and exp(d) - 1 where all |d| are at most `reach`."""
+    bits = bits_of(reach.to(tl.float64))
+    lift = tl.minimum(bits + 1, 0)
+    return exponent_scale(bits, S), exponent_scale(bits + lift, S), exponent_scale(lift, S)
 
 
 @triton.jit
@@ -312,20 +314,37 @@ def weighted_reach(at, row, class_weight, S: tl.constexpr):
 
 
 @triton.jit
-def pair_reach(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
-    """The largest |d_i - d_j| of the classes that count: not both exponentials are 0."""
-    largest = lanes_full(0.0, S.compute, S)
+def pair_reach(row, p: tl.constexpr, temperature):
+    """Bounds |d_i - d_j| by the differences of the logits, up to the rounding of each d."""
+    lowest = -row.minus_lowest[p].to(tl.float64)
+    return (row.highest[p].to(tl.float64) - lowest) + temperature * ROUNDING
+
+
+@triton.jit
+def far_terms(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
+    """The largest terms of a pair's sums, or, with teachers, |d_i - d_j| of the classes that count.
+
+    Those are the ones whose exponentials are not both 0.
+    """
+    first = lanes_full(0.0, S.compute, S)
+    second = lanes_full(0.0, S.compute, S)
+    other = lanes_full(0.0, S.compute, S)
     for block in range(0, blocks(at, S)):
         parts = load_block(at, block, True, S)
         for part in tl.static_range(S.parts):
-            a = parts[part][i].to(S.compute)
-            b = parts[part][j].to(S.compute)
-            apart = difference(a, row.maximum[i], S) - difference(b, row.maximum[j], S)
-            counts_a = tempered(a, row.maximum[i], inverse_temperature, S) > 0
-            counts_b = tempered(b, row.maximum[j], inverse_temperature, S) > 0
-            apart = tl.where(counts_a | counts_b, tl.abs(apart), 0.0)
-            largest = tl.maximum(largest, lane_max(apart, S))
-    return row_largest(largest, S)
+            x = parts[part][i].to(S.compute)
+            y = parts[part][j].to(S.compute)
+            apart = tl.abs(difference(x, row.maximum[i], S) - difference(y, row.maximum[j], S))
+            a = tempered(x, row.maximum[i], inverse_temperature, S)
+            b = tempered(y, row.maximum[j], inverse_temperature, S)
+            if S.divergence == 4:
+                apart = tl.where((a > 0) | (b > 0), apart, 0.0)
+                first = tl.maximum(first, lane_max(apart, S))
+            else:
+                first = tl.maximum(first, lane_max(a * apart, S))
+                second = tl.maximum(second, lane_max(tl.abs(a - b) * apart, S))
+                other = tl.maximum(other, lane_max(b * apart, S))
+    return row_largest(first, S), row_largest(second, S), row_largest(other, S)
 
 
 @triton.jit
@@ -368,49 +387,60 @@ def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
     """
     first = ()
     second = ()
+    other = ()
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            p: tl.constexpr = pair_index(i, j, S.models)
-            lowest = -row.minus_lowest[p].to(tl.float64)
-            rounding = temperature * ROUNDING
-            reach = (row.highest[p].to(tl.float64) - lowest) + rounding
-            far = (reach < REACH) == 0
-            if any_row(far, S):
-                counted = pair_reach(at, row, i, j, inverse_temperature, S).to(tl.float64)
-                reach = tl.where(far, counted, reach)
+            reach = pair_reach(row, pair_index(i, j, S.models), temperature)
             bits = bits_of(reach)
             peak = shared_peak(at, row, i, j, inverse_temperature, S)
-            first += (exponent_scale(bits + peak, S),)
-            second += (exponent_scale(bits + tl.minimum(bits + 1, 0) + peak, S),)
-    return PairSums(first, second, (), ())
+            a = exponent_scale(bits + peak, S)
+            b = exponent_scale(bits + tl.minimum(bits + 1, 0) + peak, S)
+            c = a
+            far = (reach < REACH) == 0
+            if any_row(far, S):
+                far_a, far_b, far_c = far_terms(at, row, i, j, inverse_temperature, S)
+                a = tl.where(far, scale(far_a, S), a)
+                b = tl.where(far, scale(far_b, S), b)
+                c = tl.where(far, scale(far_c, S), c)
+            first += (a,)
+            second += (b,)
+            other += (c,)
+    return PairSums(first, second, (), other, ())
 
 
 @triton.jit
-def second_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
-    """Of the sums over probabilities: L1's, or KL to the teachers.
+def kl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
+    """Of KL to the teachers.
 
-    Of that, with |d - d_t| / T <= reach, |D| is at most twice the reach, and a term at most q D^2
-    where that is below 1, at most p + q |D| elsewhere.
+    With |d - d_t| / T <= reach, |D| is at most twice that, and a term at most q D^2 where that is
+    below 1, at most p + q |D| elsewhere.
     """
-    if S.divergence == 4:
-        reach = row_full(0.0, S.compute, S)
-        peak = row_full(LEAST_PEAK, tl.int32, S)
-        for t in tl.static_range(1, S.models):
-            reach = tl.maximum(reach, pair_reach(at, row, 0, t, inverse_temperature, S))
-            peak = tl.maximum(peak, shared_peak(at, row, 0, t, inverse_temperature, S))
-        bits = bits_of(reach.to(tl.float64) / temperature + ROUNDING)
-        bits = tl.where(bits < 0, 2 * bits, bits) + 2
-        by = exponent_scale(bits + sure_peak(peak, at.classes), S)
-        return PairSums((by,), (), (), ())
-    else:
-        unit = ()
-        gap = ()
-        for i in tl.static_range(S.models):
-            for j in tl.static_range(i + 1, S.models):
-                unit += (row_full(S.unit, S.compute, S),)
-                peak = shared_peak(at, row, i, j, inverse_temperature, S)
-                gap += (exponent_scale(sure_peak(peak, at.classes), S),)
-        return PairSums(unit, unit, gap, ())
+    reach = row_full(0.0, S.compute, S)
+    peak = row_full(LEAST_PEAK, tl.int32, S)
+    for t in tl.static_range(1, S.models):
+        apart, _, _ = far_terms(at, row, 0, t, inverse_temperature, S)
+        reach = tl.maximum(reach, apart)
+        peak = tl.maximum(peak, shared_peak(at, row, 0, t, inverse_temperature, S))
+    bits = bits_of(reach.to(tl.float64) / temperature + ROUNDING)
+    bits = tl.where(bits < 0, 2 * bits, bits) + 2
+    by = exponent_scale(bits + sure_peak(peak, at.classes), S)
+    return PairSums((by,), (), (), (), ())
+
+
+@triton.jit
+def l1_scales(at, row, masses, temperature, inverse_temperature, S: tl.constexpr):
+    """Of L1's sums. No p is above the larger inverse mass, no difference above 2.6 reach of it."""
+    unit = ()
+    gap = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            inverse = tl.maximum(1.0 / masses[i], 1.0 / masses[j])
+            peak = shared_peak(at, row, i, j, inverse_temperature, S)
+            bits = bits_of(pair_reach(row, pair_index(i, j, S.models), temperature)) + 2
+            bits = tl.minimum(tl.minimum(bits, sure_peak(peak, at.classes)), 0)
+            unit += (row_full(S.unit, S.compute, S),)
+            gap += (exponent_scale(bits_of(inverse) + bits, S),)
+    return PairSums(unit, unit, gap, (), ())
 
 
 @triton.jit
@@ -419,24 +449,23 @@ def find_scales(
 ):
     unit = ()
     peak = ()
-    spread = ()
-    top_spread = ()
+    flat = ()
+    top_flat = ()
     weighted = ()
     for k in tl.static_range(S.models):
         bits = peak_bits(row, k, tl.full((), 1.0, tl.float64))
         unit += (power(bits, S),)
         peak += (tl.where(bits < 0, 0.0, 1.0),)
         if S.uniform and k < S.students:
+            flat += (uniform_scales(reach_of(row, k, row.least[k]), S),)
             if S.top:
                 least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
-                top_spread += (scale(reach_of(row, k, least), S),)
-            else:
-                spread += (scale(reach_of(row, k, row.least[k]), S),)
+                top_flat += (uniform_scales(reach_of(row, k, least), S),)
     if S.smooths:
         reach = weighted_reach(at, row, class_weight, S)
         for k in tl.static_range(S.students):
             weighted += (scale(reach[k], S),)
-    pair = PairSums((), (), (), ())
+    pair = PairSums((), (), (), (), ())
     if S.couples:
         pair = skl_scales(at, row, temperature, inverse_temperature, S)
-    return Scales(unit, peak, spread, top_spread, weighted, pair)
+    return Scales(unit, peak, flat, top_flat, weighted, pair)

@@ -7,7 +7,7 @@ from churn_kernels.triton.divergence import kl_term, probability_difference, sig
 from churn_kernels.triton.groups import add_pair_sums
 from churn_kernels.triton.math import INFINITY, at_least_lowest, log_pos, mul_add
 from churn_kernels.triton.row import PairSums, cast_each, pair_index, pair_levels, pair_scalars
-from churn_kernels.triton.scales import extremes, integers, real_each, second_scales
+from churn_kernels.triton.scales import extremes, integers, kl_scales, l1_scales, real_each
 from churn_kernels.triton.softmax import tempered
 from churn_kernels.triton.sums import with_pairs
 from churn_kernels.triton.tile import across, blocks, lane_max, lane_sum, load_block
@@ -60,7 +60,6 @@ def l1_terms(z, sums, by, scalars, inverse_temperature, S: tl.constexpr):
     gap = ()
     f = ()
     d = ()
-    p = ()
     alive = ()
     for k in tl.static_range(S.models):
         x = z[k].to(S.compute)
@@ -69,18 +68,17 @@ def l1_terms(z, sums, by, scalars, inverse_temperature, S: tl.constexpr):
         difference = at_least_lowest(x - across(maximum, S))
         d += (tl.where(alive[k], difference, 0.0) if S.exact else difference,)
         f += (tempered(x, maximum, inverse_temperature, S),)
-        p += (probability(x, k, sums, inverse_temperature, S),)
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            k: tl.constexpr = pair_index(i, j, S.models)
-            level, shared, more_i, minus_more_j = scalars[k]
+            p: tl.constexpr = pair_index(i, j, S.models)
+            level, shared, more_i, minus_more_j = scalars[p]
             less = probability_difference(
                 f[i], f[j], across(shared, S), across(more_i, S), across(minus_more_j, S)
             )
             s = sign(d[i] - d[j], across(level, S), alive[i], alive[j], S)
-            first += (added(s * p[i], by.first, k, S),)
-            second += (added(s * p[j], by.second, k, S),)
-            gap += (added(s * less, by.gap, k, S),)
+            first += (added(s * f[i], by.first, p, S),)
+            second += (added(s * f[j], by.second, p, S),)
+            gap += (added(s * less, by.gap, p, S),)
     return first, second, gap
 
 
@@ -90,10 +88,10 @@ def part_terms(z, sums, by, scalars, inverse_temperature, S: tl.constexpr):
     if S.divergence == 4:
         kl, alone = teacher_terms(z, sums, inverse_temperature, S)
         reach = lane_max(tl.where(alone > 0, INFINITY, 0.0), S)
-        return PairSums((added(kl, by.first, 0, S),), (), (), (reach,))
+        return PairSums((added(kl, by.first, 0, S),), (), (), (), (reach,))
     else:
         first, second, gap = l1_terms(z, sums, by, scalars, inverse_temperature, S)
-        return PairSums(first, second, gap, ())
+        return PairSums(first, second, gap, (), ())
 
 
 @triton.jit
@@ -122,10 +120,14 @@ def l1_scalars(sums, temperature, S: tl.constexpr):
 @triton.jit
 def second_sums(z, at, sums, temperature, inverse_temperature, S: tl.constexpr):
     """The row's sums, with those that need its masses."""
-    by = PairSums((), (), (), ())
+    by = PairSums((), (), (), (), ())
     scalars = ()
     if S.exact:
-        by = second_scales(at, extremes(z, at, S), temperature, inverse_temperature, S)
+        row = extremes(z, at, S)
+        if S.divergence == 4:
+            by = kl_scales(at, row, temperature, inverse_temperature, S)
+        else:
+            by = l1_scales(at, row, sums.tempered_mass, temperature, inverse_temperature, S)
     if S.divergence == 3:
         scalars = l1_scalars(sums, temperature, S)
     parts = z if S.resident else load_block(at, 0, True, S)
@@ -140,6 +142,7 @@ def second_sums(z, at, sums, temperature, inverse_temperature, S: tl.constexpr):
             total_each(pair.first),
             total_each(pair.second),
             total_each(pair.gap),
+            (),
             largest_each(pair.reach),
         )
     if S.exact:
@@ -148,5 +151,5 @@ def second_sums(z, at, sums, temperature, inverse_temperature, S: tl.constexpr):
             for t in tl.static_range(1, S.models):
                 first = (first[0] + sums.mass[t] * 0.0,)
         second, gap = real_each(pair.second, by.second), real_each(pair.gap, by.gap)
-        pair = PairSums(first, second, gap, pair.reach)
+        pair = PairSums(first, second, gap, (), pair.reach)
     return with_pairs(sums, pair)

@@ -281,7 +281,7 @@ def over_lanes(a, inverse_temperature, S: tl.constexpr):
             maximum = largest_each(a.maximum)
             a = rebase(a, maximum, inverse_temperature, S)
         masses = a.mass + a.moment + a.tempered_mass + a.top_mass + a.top_moment
-        pairs = a.pair.first + a.pair.second + a.pair.gap
+        pairs = a.pair.first + a.pair.second + a.pair.gap + a.pair.other
         flats = a.flat.live + a.flat.spread + a.flat.excess + a.flat.lift
         tops = a.top_flat.live + a.top_flat.spread + a.top_flat.excess + a.top_flat.lift
         flat = total_each(masses + pairs + flats + tops + a.weighted_spread + a.lost)
@@ -292,7 +292,8 @@ def over_lanes(a, inverse_temperature, S: tl.constexpr):
         first: tl.constexpr = top_moment + len(a.top_moment)
         second: tl.constexpr = first + len(a.pair.first)
         gap: tl.constexpr = second + len(a.pair.second)
-        live: tl.constexpr = gap + len(a.pair.gap)
+        other: tl.constexpr = gap + len(a.pair.gap)
+        live: tl.constexpr = other + len(a.pair.other)
         top_live: tl.constexpr = live + len(flats)
         weighted_spread: tl.constexpr = top_live + len(tops)
         lost: tl.constexpr = weighted_spread + len(a.weighted_spread)
@@ -312,6 +313,7 @@ def over_lanes(a, inverse_temperature, S: tl.constexpr):
                 take(flat, first, len(a.pair.first)),
                 take(flat, second, len(a.pair.second)),
                 take(flat, gap, len(a.pair.gap)),
+                take(flat, other, len(a.pair.other)),
                 largest_each(a.pair.reach),
             ),
             (),
@@ -384,7 +386,8 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
                         dead = tl.maximum(dead, row_max((a != b).to(tl.int32), S))
                 far = tl.where(dead > 0, INFINITY, 0.0)
             reach += (far,)
-    return with_pairs(sums, PairSums(sums.pair.first, sums.pair.second, sums.pair.gap, reach))
+    pair = sums.pair
+    return with_pairs(sums, PairSums(pair.first, pair.second, pair.gap, pair.other, reach))
 
 
 @triton.jit
@@ -418,7 +421,7 @@ def finish_sums(sums, broken, S: tl.constexpr):
                 else:
                     gap += (tail[i] - tail[j],)
         pair = sums.pair
-        sums = with_pairs(sums, PairSums(pair.first, pair.second, gap, pair.reach))
+        sums = with_pairs(sums, PairSums(pair.first, pair.second, gap, pair.other, pair.reach))
     return sums
 
 
