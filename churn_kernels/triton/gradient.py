@@ -35,6 +35,13 @@ def gradients(
         difference = at_least_lowest(x[k] - across(row.maximum[k], S))
         d += (tl.where(x[k] != -INFINITY, difference, 0.0) if S.exact else difference,)
         f += (tempered(x[k], row.maximum[k], inverse_temperature, S),)
+    apart = ()
+    less = ()
+    if S.d and S.divergence != 4:
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                apart += (d[i] - d[j],)
+                less += (f[i] - f[j],)
     result = ()
     for i in tl.static_range(S.students):
         e = f[i]
@@ -48,7 +55,7 @@ def gradients(
         if S.d:
             for j in tl.static_range(S.models):
                 if j != i:
-                    rest = add_partner(rest, i, j, x, d, f, row, S)
+                    rest = add_partner(rest, i, j, x, apart, less, f, row, S)
             if S.tempered:
                 rest = mul_add(f[i], across(row.found.tempered_constant[i], S), rest)
         if S.top:
@@ -74,15 +81,16 @@ def gradients(
 
 
 @triton.jit
-def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, d, f, row, S: tl.constexpr):
-    """rest + what model j adds to the gradient of model i."""
+def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, S: tl.constexpr):
+    """rest + what model j adds to the gradient of model i; `apart` and `less` are of the pairs."""
     place: tl.constexpr = i * S.models + j
+    p: tl.constexpr = pair_index(min(i, j), max(i, j), S.models)
     slope = across(row.found.slopes[place], S)
     mean = across(row.found.means[place], S)
     if S.divergence == 3:
-        level = row.levels[pair_index(min(i, j), max(i, j), S.models)]
-        level = across(level if i < j else -level, S)
-        s = sign(d[i] - d[j], level, x[i] != -INFINITY, x[j] != -INFINITY, S)
+        level = across(row.levels[p] if i < j else -row.levels[p], S)
+        difference = apart[p] if i < j else -apart[p]
+        s = sign(difference, level, x[i] != -INFINITY, x[j] != -INFINITY, S)
         rest = mul_add(slope, f[i] * (s - mean), rest)
     else:
         other = across(row.found.others[place], S)
@@ -92,7 +100,11 @@ def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, d, f, row, S: tl.cons
             f_j = tl.where((slope != 0) | (other != 0), f_j, 0.0)
         rest = mul_add(-other, f_j, rest)
         if S.divergence == 1:
-            away = at_least_lowest(d[i] - d[j] - mean)
-            share = across(row.found.shares[place], S)
-            rest = add_pair_gradient(rest, f[i], away, f[i] - f_j, slope, share)
+            away = at_least_lowest((apart[p] if i < j else -apart[p]) - mean)
+            share = across(row.found.shares[p], S)
+            if S.reduction == 0 or S.reduction == 3:
+                rest = add_pair_gradient(rest, f[i], away, f[i] - f_j, slope, share)
+            else:
+                less_i = less[p] if i < j else -less[p]
+                rest = add_pair_gradient(rest, f[i], away, less_i, slope, share)
     return rest

@@ -73,8 +73,8 @@ class Coefficients(NamedTuple):
     tempered_constant: tl.tuple
     slopes: tl.tuple  # students x models, of what a partner adds
     means: tl.tuple
-    shares: tl.tuple
     others: tl.tuple
+    shares: tl.tuple  # pairs
 
 
 class RowState(NamedTuple):
@@ -306,10 +306,18 @@ def pair_levels(sums, temperature, S: tl.constexpr):
 
 
 @triton.jit
+def pair_share(sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr):
+    """What both models of a pair take of f_i - f_j, for symmetric KL."""
+    mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
+    shared, _, _ = pair_scalars(mass_i, mass_j, sums.pair.gap[pair_index(i, j, S.models)])
+    return kept(weight, weight / temperature * shared)
+
+
+@triton.jit
 def divergence_gradient(
     sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr
 ):
-    """(tempered_constant, slope, mean, shared, other) that model j adds to model i's gradient."""
+    """(tempered_constant, slope, mean, other) that model j adds to model i's gradient."""
     w = weight / temperature
     mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
     zero = w * 0.0
@@ -319,20 +327,19 @@ def divergence_gradient(
         lacking = mean - mean.to(S.compute).to(S.scalar)
     if S.divergence == 3:
         slope = w / mass_i
-        found = (-slope * lacking, slope, mean, zero, zero)
+        found = (-slope * lacking, slope, mean, zero)
     elif S.divergence == 1:
         gap = sums.pair.gap[pair_index(min(i, j), max(i, j), S.models)]
-        shared, more_i, minus_more_j = pair_scalars(mass_i, mass_j, gap if i < j else -gap)
+        _, more_i, minus_more_j = pair_scalars(mass_i, mass_j, gap if i < j else -gap)
         slope = w / (temperature * mass_i)
-        found = (w * more_i - slope * lacking, slope, mean, w * shared, zero - w * minus_more_j)
+        found = (w * more_i - slope * lacking, slope, mean, zero - w * minus_more_j)
     else:
-        found = (w / mass_i, zero, zero, zero, w / mass_j)
+        found = (w / mass_i, zero, zero, w / mass_j)
     return (
         kept(weight, found[0]),
         kept(weight, found[1]),
         kept(weight, found[2]),
         kept(weight, found[3]),
-        kept(weight, found[4]),
     )
 
 
@@ -359,8 +366,8 @@ def cast_coefficients(found, dtype: tl.constexpr):
         cast_each(found.tempered_constant, dtype),
         cast_each(found.slopes, dtype),
         cast_each(found.means, dtype),
-        cast_each(found.shares, dtype),
         cast_each(found.others, dtype),
+        cast_each(found.shares, dtype),
     )
 
 
@@ -407,15 +414,16 @@ def coefficients(
         both = zero
         if S.d:
             for j in tl.static_range(S.models):
-                added = (zero, zero, zero, zero, zero)
+                added = (zero, zero, zero, zero)
                 if j != i:
                     weight = pair_weight(i, j, d, S)
                     added = divergence_gradient(sums, i, j, weight, temperature, S)
                 both += added[0]
                 slopes += (added[1],)
                 means += (added[2],)
-                shares += (added[3],)
-                others += (added[4],)
+                others += (added[3],)
+                if S.divergence == 1 and i < j:
+                    shares += (pair_share(sums, i, j, weight, temperature, S),)
         constant += (c if S.tempered else c + both,)
         slope += (s,)
         tempered_constant += (both,)
@@ -437,6 +445,6 @@ def coefficients(
         tempered_constant,
         slopes,
         means,
-        shares,
         others,
+        shares,
     )
