@@ -1,6 +1,6 @@
 """Sums of SKL to uniform and of pairs of models: tuples that only some options fill.
 
-Tiles are added to lane by lane and folded as in `sums`; a pair's gap and reach are by lane at once.
+Sums of products are tiles, folded at the end of a block, the others by lane, as in `sums`.
 """
 
 import triton
@@ -8,13 +8,15 @@ import triton.language as tl
 
 from churn_kernels.triton.math import less_one, mul_add, polynomial, where_near
 from churn_kernels.triton.row import PairSums, UniformSums, pair_index
-from churn_kernels.triton.tile import fold_each, lane_max, lane_sum, zeros
+from churn_kernels.triton.tile import fold_each, lane_max, lane_sum, lane_zeros, zeros
 from churn_kernels.triton.tuples import add_each, larger_each, take
 
 
 @triton.jit
 def no_uniform(lifts: tl.constexpr, spreads: tl.constexpr, S: tl.constexpr):
-    return UniformSums(zeros(lifts, S), zeros(spreads, S), zeros(spreads, S), zeros(lifts, S))
+    return UniformSums(
+        lane_zeros(lifts, S), lane_zeros(spreads, S), zeros(spreads, S), lane_zeros(lifts, S)
+    )
 
 
 @triton.jit
@@ -26,23 +28,21 @@ def add_to_uniform(a, e, d, counted, S: tl.constexpr):
     lift = ()
     for k in tl.static_range(len(a.lift)):
         one = counted[k].to(S.compute)
-        live += (a.live[k] + one,)
+        live += (a.live[k] + lane_sum(one, S),)
         if k < len(a.spread):
             more = less_one(d[k], e[k], one)
             distance = d[k] * S.distance
-            spread += (a.spread[k] + distance,)
+            spread += (a.spread[k] + lane_sum(distance, S),)
             excess += (mul_add(more, distance, a.excess[k]),)
         else:
             more = e[k] - one
-        lift += (a.lift[k] + more,)
+        lift += (a.lift[k] + lane_sum(more, S),)
     return UniformSums(live, spread, excess, lift)
 
 
 @triton.jit
 def fold_uniform(a, S: tl.constexpr):
-    return UniformSums(
-        fold_each(a.live, S), fold_each(a.spread, S), fold_each(a.excess, S), fold_each(a.lift, S)
-    )
+    return UniformSums(a.live, a.spread, fold_each(a.excess, S), a.lift)
 
 
 @triton.jit
@@ -86,12 +86,7 @@ def take_uniform(values, start: tl.constexpr, lifts: tl.constexpr, spreads: tl.c
 def no_pairs(S: tl.constexpr):
     couples: tl.constexpr = S.pairs if S.couples else 0
     gaps: tl.constexpr = S.pairs if S.gaps else 0
-    gap = ()
-    reach = ()
-    for _ in tl.static_range(gaps):
-        gap += (lane_sum(tl.zeros((S.height, S.width), S.compute), S),)
-    for _ in tl.static_range(couples):
-        reach += (lane_sum(tl.zeros((S.height, S.width), S.compute), S),)
+    gap, reach = lane_zeros(gaps, S), lane_zeros(couples, S)
     return PairSums(zeros(couples, S), zeros(couples, S), gap, (), reach)
 
 
