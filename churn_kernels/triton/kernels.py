@@ -13,18 +13,17 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.batch import (
-    COUNTERS,
     labels,
     repeat,
     target_weights,
     unit_weights,
+    weight_of_classes,
     weighted,
 )
 from churn_kernels.triton.exact import exact_sums
 from churn_kernels.triton.gradient import gradients
 from churn_kernels.triton.math import canonical, cast_exactly, scalar
 from churn_kernels.triton.record import (
-    load_field,
     load_sums,
     load_top_k,
     save_field,
@@ -51,8 +50,6 @@ from churn_kernels.triton.tile import (
     load_block,
     load_places,
     load_weights,
-    row_full,
-    row_sum,
     rows_of_program,
     store_ends,
     store_part,
@@ -151,20 +148,6 @@ def write_rows(z, at, out, target, class_weight, row, inverse_temperature, S: tl
         write_ends(at, out, target, class_weight, row, inverse_temperature, S)
 
 
-@triton.jit
-def class_weights(at, class_weight, counts, S: tl.constexpr):
-    """Sum of the weights of all classes."""
-    if S.exact:  # there is one order-free sum for all rows
-        return tl.load(counts + 2 * COUNTERS) + row_full(0.0, S.scalar, S)
-    else:
-        total = row_full(0.0, S.scalar, S)
-        for block in range(0, blocks(at, S)):
-            for part in tl.static_range(S.parts):
-                c = classes_of(at, block, part, S)
-                total += row_sum(load_weights(class_weight, at, c, S).to(S.scalar), S)
-        return total
-
-
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index", "wanted"])
 def rows_kernel(
     logits,  # models x (N, C)
@@ -218,10 +201,6 @@ def rows_kernel(
             sums = find_mismatches(z, at, sums, S)
     if S.sweeps_twice:
         sums = second_sums(z, at, sums, temperature, inverse_temperature, S)
-    total_weight = tl.full((), classes, S.scalar)
-    if S.smooths and S.weighted:
-        total_weight = class_weights(at, class_weight, counts, S)
-        save_field(record, rows, row, present, S.at_total_weight, (total_weight,))
 
     save_sums(record, rows, row, present, sums, S)
     save_top_k(record, rows, row, present, thresholds, last_ties, S)
@@ -245,7 +224,7 @@ def rows_kernel(
             repeat(r, S.students),
             repeat(d, S.pairs),
             target_weights(class_weight, y, active, S),
-            total_weight,
+            weight_of_classes(counts, classes, S),
             smoothing,
             classes,
             temperature,
@@ -290,9 +269,6 @@ def gradient_kernel(
     inverse_temperature = (1.0 / temperature).to(S.compute)
     sums = load_sums(record, rows, row, present, S)
     thresholds, last_ties = load_top_k(record, rows, row, present, S)
-    total_weight = tl.full((), classes, S.scalar)
-    if S.smooths and S.weighted:
-        total_weight = load_field(record, rows, row, present, S.at_total_weight, 1)[0]
 
     ce, r, d = unit_weights(
         counts, counters, rows, ce_weight, regularizer_weight, divergence_weight, S
@@ -321,7 +297,7 @@ def gradient_kernel(
         by_r,
         by_d,
         target_weights(class_weight, y, active, S),
-        total_weight,
+        weight_of_classes(counts, classes, S),
         smoothing,
         classes,
         temperature,

@@ -158,7 +158,7 @@ def load_sums(record, rows, row, present, S: tl.constexpr):
             load_field(record, rows, row, present, S.at_reach, S.at_tail - S.at_reach),
         ),
         load_field(record, rows, row, present, S.at_tail, S.at_top_tail - S.at_tail),
-        load_field(record, rows, row, present, S.at_top_tail, S.at_total_weight - S.at_top_tail),
+        load_field(record, rows, row, present, S.at_top_tail, S.at_winner - S.at_top_tail),
     )
     if S.tempered:
         tempered = load_field(record, rows, row, present, S.at_tempered_mass, models)

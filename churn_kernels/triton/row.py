@@ -410,7 +410,7 @@ def coefficients(
         if S.ce:
             one_w = kept(ce[i], ce[i] * (1.0 - smoothing) * target_weight)
             eps_w = kept(ce[i], ce[i] * smoothing / classes)
-            c += kept(ce[i], (one_w + eps_w * total_weight) / sums.mass[i])
+            c += kept(ce[i], (one_w + eps_w * total_weight).to(S.scalar) / sums.mass[i])
         both = zero
         if S.d:
             for j in tl.static_range(S.models):
@@ -431,8 +431,8 @@ def coefficients(
         top_constant += (tc,)
         top_slope += (ts,)
         top_uniform += (tu,)
-        soft += (eps_w,)
-        hard += (one_w,)
+        soft += (eps_w.to(S.scalar),)
+        hard += (one_w.to(S.scalar),)
     return Coefficients(
         constant,
         slope,

@@ -67,7 +67,6 @@ _FIELDS = (
     "reach",
     "tail",
     "top_tail",
-    "total_weight",
     "winner",
     "runner_up",
 )
@@ -100,7 +99,8 @@ def make_spec(
     sweeps_twice = options.divergence in (DIVERGENCES["l1"], DISTILLATION)
     tempered = options.temperature != 1.0 and options.divergence != 0
     lifts = uniform and not (top and options.renormalize_top_k)
-    scalar64 = exact or weighted or dtype == torch.float64
+    compute = tl.float64 if dtype == torch.float64 else tl.float32
+    scalar = tl.float64 if exact else compute
     present = {
         "maximum": models,
         "mass": models,
@@ -127,7 +127,6 @@ def make_spec(
         "reach": pairs * (options.divergence != DIVERGENCES["l1"]),
         "tail": models * exact,
         "top_tail": students * (top and exact),
-        "total_weight": int(smooths and weighted),
         "winner": models * report,
         "runner_up": students * report,
     }
@@ -147,8 +146,9 @@ def make_spec(
         models=models,
         students=students,
         pairs=pairs,
-        compute=tl.float64 if dtype == torch.float64 else tl.float32,
-        scalar=tl.float64 if scalar64 else tl.float32,  # of a row; class weights add up in float64
+        compute=compute,
+        scalar=scalar,  # of a row
+        weight=tl.float64 if weighted else scalar,  # of class weights and what they are times
         exact=exact,
         # What sums over distances of logits are times, so that they do not overflow; exact mode's
         # have scales of their own.
