@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.math import INFINITY, exp_nonpos, less_one
-from churn_kernels.triton.row import PairSums, Sums, UniformSums, pair_index
+from churn_kernels.triton.row import PairSums, Sums, UniformSums
 from churn_kernels.triton.scales import (
     REACH,
     difference,
@@ -53,11 +53,10 @@ def pair_integers(f, d, by, S: tl.constexpr):
     if S.couples:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 apart = d[i] - d[j]
-                first += (integers(f[i] * across(by.first[p], S) * apart, S),)
-                second += (integers((f[i] - f[j]) * across(by.second[p], S) * apart, S),)
-                other += (integers(f[j] * across(by.other[p], S) * apart, S),)
+                first += (integers(f[i] * across(by.first[len(first)], S) * apart, S),)
+                second += (integers((f[i] - f[j]) * across(by.second[len(second)], S) * apart, S),)
+                other += (integers(f[j] * across(by.other[len(other)], S) * apart, S),)
     return PairSums(first, second, (), other, ())
 
 
@@ -185,7 +184,7 @@ def real_pairs(a, by, row, temperature, S: tl.constexpr):
     reach = ()
     for p in tl.static_range(len(first)):
         near = pair_reach(row, p, temperature) < REACH
-        other += (tl.where(near, first[p] - second[p], real(a.other[p], by.other[p])),)
+        other += (tl.where(near, first[p] - second[p], real(a.other[p], by.other[len(other)])),)
         reach += (tl.where(row.alone[p] > 0, INFINITY, 0.0),)
     return PairSums(first, second, (), other, reach)
 

@@ -1,22 +1,20 @@
 """Sums of SKL to uniform and of pairs of models: tuples that only some options fill.
 
-Sums of products are tiles, folded at the end of a block, the others by lane, as in `sums`.
+They are tiles, folded at the end of a block, as in `sums`; but a pair's reach is by lane at once.
 """
 
 import triton
 import triton.language as tl
 
 from churn_kernels.triton.math import less_one, mul_add, polynomial, where_near
-from churn_kernels.triton.row import PairSums, UniformSums, pair_index
-from churn_kernels.triton.tile import fold_each, lane_max, lane_sum, lane_zeros, zeros
+from churn_kernels.triton.row import PairSums, UniformSums
+from churn_kernels.triton.tile import fold_each, lane_max, zeros
 from churn_kernels.triton.tuples import add_each, larger_each, take
 
 
 @triton.jit
 def no_uniform(lifts: tl.constexpr, spreads: tl.constexpr, S: tl.constexpr):
-    return UniformSums(
-        lane_zeros(lifts, S), lane_zeros(spreads, S), zeros(spreads, S), lane_zeros(lifts, S)
-    )
+    return UniformSums(zeros(lifts, S), zeros(spreads, S), zeros(spreads, S), zeros(lifts, S))
 
 
 @triton.jit
@@ -28,21 +26,23 @@ def add_to_uniform(a, e, d, counted, S: tl.constexpr):
     lift = ()
     for k in tl.static_range(len(a.lift)):
         one = counted[k].to(S.compute)
-        live += (a.live[k] + lane_sum(one, S),)
+        live += (a.live[k] + one,)
         if k < len(a.spread):
             more = less_one(d[k], e[k], one)
             distance = d[k] * S.distance
-            spread += (a.spread[k] + lane_sum(distance, S),)
+            spread += (a.spread[k] + distance,)
             excess += (mul_add(more, distance, a.excess[k]),)
         else:
             more = e[k] - one
-        lift += (a.lift[k] + lane_sum(more, S),)
+        lift += (a.lift[k] + more,)
     return UniformSums(live, spread, excess, lift)
 
 
 @triton.jit
 def fold_uniform(a, S: tl.constexpr):
-    return UniformSums(a.live, a.spread, fold_each(a.excess, S), a.lift)
+    return UniformSums(
+        fold_each(a.live, S), fold_each(a.spread, S), fold_each(a.excess, S), fold_each(a.lift, S)
+    )
 
 
 @triton.jit
@@ -86,8 +86,10 @@ def take_uniform(values, start: tl.constexpr, lifts: tl.constexpr, spreads: tl.c
 def no_pairs(S: tl.constexpr):
     couples: tl.constexpr = S.pairs if S.couples else 0
     gaps: tl.constexpr = S.pairs if S.gaps else 0
-    gap, reach = lane_zeros(gaps, S), lane_zeros(couples, S)
-    return PairSums(zeros(couples, S), zeros(couples, S), gap, (), reach)
+    reach = ()
+    for _ in tl.static_range(couples):
+        reach += (lane_max(tl.zeros((S.height, S.width), S.compute), S),)
+    return PairSums(zeros(couples, S), zeros(couples, S), zeros(gaps, S), (), reach)
 
 
 @triton.jit
@@ -100,21 +102,20 @@ def add_pairs(a, d, raw, f, S: tl.constexpr):
     if S.gaps:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 less = f[i] - f[j]
-                gap += (a.gap[p] + lane_sum(less, S),)
+                gap += (a.gap[len(gap)] + less,)
                 if S.couples:
                     difference = (d[i] - d[j]) * S.distance
-                    first += (mul_add(f[i], difference, a.first[p]),)
-                    second += (mul_add(less, difference, a.second[p]),)
+                    first += (mul_add(f[i], difference, a.first[len(first)]),)
+                    second += (mul_add(less, difference, a.second[len(second)]),)
                     apart = lane_max(tl.abs(raw[i] - raw[j]), S)  # not the NaN of both at -inf
-                    reach += (tl.maximum(a.reach[p], apart),)
+                    reach += (tl.maximum(a.reach[len(reach)], apart),)
     return PairSums(first, second, gap, (), reach)
 
 
 @triton.jit
 def fold_pairs(a, S: tl.constexpr):
-    return PairSums(fold_each(a.first, S), fold_each(a.second, S), a.gap, a.other, a.reach)
+    return PairSums(fold_each(a.first, S), fold_each(a.second, S), fold_each(a.gap, S), (), a.reach)
 
 
 @triton.jit
@@ -130,17 +131,16 @@ def rebase_pairs(a, mass, delta, scale, inverse_temperature, S: tl.constexpr):
     if S.gaps:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 by = delta[i] - delta[j]
                 x = by * inverse_temperature if S.tempered else by
                 less = scale[j] * x * polynomial(x, "series_1_terms")
                 less = where_near(x, less, scale[i] - scale[j])
-                gap += (mul_add(less, mass[i], scale[j] * a.gap[p]),)
+                gap += (mul_add(less, mass[i], scale[j] * a.gap[len(gap)]),)
                 if S.couples:
                     by = by * S.distance
-                    moved = mul_add(by, mass[i], a.first[p])
+                    moved = mul_add(by, mass[i], a.first[len(first)])
                     first += (scale[i] * moved,)
-                    moved_second = scale[j] * mul_add(by, a.gap[p], a.second[p])
+                    moved_second = scale[j] * mul_add(by, a.gap[len(second)], a.second[len(second)])
                     second += (mul_add(less, moved, moved_second),)
     return PairSums(first, second, gap, (), a.reach)
 

@@ -192,8 +192,9 @@ def is_bounded(dtype: torch.dtype, vector: int) -> bool:
 
 
 def sweep_warps(options: LossOptions, models: int) -> int:
-    """Half where the exact sums of many pairs do not fit the registers that all warps leave."""
-    return SWEEP_WARPS // 2 if options.mode == EXACT and models > 3 else SWEEP_WARPS
+    """Half where exact sums, of many pairs or of top k, do not fit what all warps leave."""
+    many = models > 3 or options.top_k > 0
+    return SWEEP_WARPS // 2 if options.mode == EXACT and many else SWEEP_WARPS
 
 
 class Call:

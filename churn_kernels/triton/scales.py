@@ -149,9 +149,8 @@ def extremes(z, at, S: tl.constexpr):
     if pairs > 0:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
-                high = row_largest(a.highest[p], S)
-                low = row_largest(a.minus_lowest[p], S)
+                high = row_largest(a.highest[len(highest)], S)
+                low = row_largest(a.minus_lowest[len(minus_lowest)], S)
                 highest += (high,)
                 minus_lowest += (low,)
                 if S.couples:
@@ -181,11 +180,12 @@ def extend(a, at, block, part: tl.constexpr, z, S: tl.constexpr):
     if len(a.highest) > 0:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                p: tl.constexpr = pair_index(i, j, S.models)
                 # Neither sees the NaN of a class at -inf in both.
                 apart = z[i].to(S.compute) - z[j].to(S.compute)
-                highest += (tl.maximum(a.highest[p], lane_max(apart, S)),)
-                minus_lowest += (tl.maximum(a.minus_lowest[p], lane_max(-apart, S)),)
+                highest += (tl.maximum(a.highest[len(highest)], lane_max(apart, S)),)
+                minus_lowest += (
+                    tl.maximum(a.minus_lowest[len(minus_lowest)], lane_max(-apart, S)),
+                )
     return Extremes(maximum, second, (), least, highest, minus_lowest, ())
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from churn_kernels.triton.divergence import kl_term, probability_difference, sign
 from churn_kernels.triton.groups import add_pair_sums
 from churn_kernels.triton.math import INFINITY, at_least_lowest, log_pos, mul_add
-from churn_kernels.triton.row import PairSums, cast_each, pair_index, pair_levels, pair_scalars
+from churn_kernels.triton.row import PairSums, cast_each, pair_levels, pair_scalars
 from churn_kernels.triton.scales import extremes, integers, kl_scales, l1_scales, real_each
 from churn_kernels.triton.softmax import tempered
 from churn_kernels.triton.sums import with_pairs
@@ -70,15 +70,14 @@ def l1_terms(z, sums, by, scalars, inverse_temperature, S: tl.constexpr):
         f += (tempered(x, maximum, inverse_temperature, S),)
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            p: tl.constexpr = pair_index(i, j, S.models)
-            level, shared, more_i, minus_more_j = scalars[p]
+            level, shared, more_i, minus_more_j = scalars[len(gap)]
             less = probability_difference(
                 f[i], f[j], across(shared, S), across(more_i, S), across(minus_more_j, S)
             )
             s = sign(d[i] - d[j], across(level, S), alive[i], alive[j], S)
-            first += (added(s * f[i], by.first, p, S),)
-            second += (added(s * f[j], by.second, p, S),)
-            gap += (added(s * less, by.gap, p, S),)
+            first += (added(s * f[i], by.first, len(first), S),)
+            second += (added(s * f[j], by.second, len(second), S),)
+            gap += (added(s * less, by.gap, len(gap), S),)
     return first, second, gap
 
 
@@ -110,10 +109,9 @@ def l1_scalars(sums, temperature, S: tl.constexpr):
     scalars = ()
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            k: tl.constexpr = pair_index(i, j, S.models)
             mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
-            shared, more_i, minus_more_j = pair_scalars(mass_i, mass_j, sums.pair.gap[k])
-            scalars += (cast_each((levels[k], shared, more_i, minus_more_j), S.compute),)
+            shared, more_i, minus_more_j = pair_scalars(mass_i, mass_j, sums.pair.gap[len(scalars)])
+            scalars += (cast_each((levels[len(scalars)], shared, more_i, minus_more_j), S.compute),)
     return scalars
 
 

@@ -31,8 +31,6 @@ from churn_kernels.triton.tile import (
     classes_of,
     fold_each,
     lane_max,
-    lane_sum,
-    lane_zeros,
     load_block,
     load_weights,
     row_full,
@@ -48,7 +46,7 @@ ANY_TIE = tl.constexpr(2**30 - 1)  # behind every class: all ties belong
 
 @triton.jit
 def no_sums(maximum, S: tl.constexpr):
-    """The sums over nothing: of products class by class of a tile, of others by lane."""
+    """The sums over nothing, class by class of a tile."""
     tops: tl.constexpr = S.students if S.top else 0
     spreads: tl.constexpr = S.students if S.uniform and not S.top else 0
     lifts: tl.constexpr = S.students if S.lifts else 0
@@ -56,16 +54,16 @@ def no_sums(maximum, S: tl.constexpr):
     smooths: tl.constexpr = S.students if S.smooths else 0
     return Sums(
         maximum,
-        lane_zeros(S.models, S),
+        zeros(S.models, S),
         zeros(S.models, S),
         no_uniform(lifts, spreads, S),
-        lane_zeros(S.models if S.tempered else 0, S),
-        lane_zeros(tops, S),
+        zeros(S.models if S.tempered else 0, S),
+        zeros(tops, S),
         zeros(tops, S),
         no_uniform(uniform_tops, uniform_tops, S),
-        lane_zeros(smooths, S),
-        lane_zeros(smooths, S),
-        lane_zeros(smooths, S),
+        zeros(smooths, S),
+        zeros(smooths, S),
+        zeros(smooths, S),
         no_pairs(S),
         (),
         (),
@@ -99,11 +97,11 @@ def add_part(a, z, c, weights, thresholds, last_ties, inverse_temperature, S: tl
         e = exp_nonpos(raw[k])  # exp(-inf) = 0: a class at -inf weighs nothing
         es += (e,)
         d += (at_least_lowest(raw[k]),)
-        mass += (a.mass[k] + lane_sum(e, S),)
+        mass += (a.mass[k] + e,)
         moment += (mul_add(e, d[k], a.moment[k]),)
         if S.tempered:
             f += (exp_nonpos(raw[k] * inverse_temperature),)
-            tempered_mass += (a.tempered_mass[k] + lane_sum(f[k], S),)
+            tempered_mass += (a.tempered_mass[k] + f[k],)
         else:
             f += (e,)
         if k < S.students:
@@ -116,15 +114,15 @@ def add_part(a, z, c, weights, thresholds, last_ties, inverse_temperature, S: tl
                 member += (inside & live[k],)
                 top_d += (tl.where(member[k], d[k], 0.0),)
                 top_e += (tl.where(member[k], e, 0.0),)
-                top_mass += (a.top_mass[k] + lane_sum(top_e[k], S),)
+                top_mass += (a.top_mass[k] + top_e[k],)
                 top_moment += (mul_add(top_e[k], d[k], a.top_moment[k]),)
             if S.smooths:
                 w = tl.where(live[k], weights, 0.0)
                 term = weigh(w, d[k] * S.distance, S)
-                weighted_spread += (a.weighted_spread[k] + lane_sum(term, S),)
-                weight_live += (a.weight_live[k] + lane_sum(w * S.distance, S),)
+                weighted_spread += (a.weighted_spread[k] + term,)
+                weight_live += (a.weight_live[k] + w * S.distance,)
                 dead = (x == -INFINITY) & (weights != 0)
-                lost += (a.lost[k] + lane_sum(dead.to(S.compute), S),)
+                lost += (a.lost[k] + dead.to(S.compute),)
     return Sums(
         a.maximum,
         mass,
@@ -161,16 +159,16 @@ def block_sums(
         a = add_part(a, z[part], c, weights, thresholds, last_ties, inverse_temperature, S)
     return Sums(
         maximum,
-        a.mass,
+        fold_each(a.mass, S),
         fold_each(a.moment, S),
         fold_uniform(a.flat, S),
-        a.tempered_mass,
-        a.top_mass,
+        fold_each(a.tempered_mass, S),
+        fold_each(a.top_mass, S),
         fold_each(a.top_moment, S),
         fold_uniform(a.top_flat, S),
-        a.weighted_spread,
-        a.weight_live,
-        a.lost,
+        fold_each(a.weighted_spread, S),
+        fold_each(a.weight_live, S),
+        fold_each(a.lost, S),
         fold_pairs(a.pair, S),
         (),
         (),

@@ -276,15 +276,6 @@ def zeros(count: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def lane_zeros(count: tl.constexpr, S: tl.constexpr):
-    """A zero by lane for each of `count` sums."""
-    values = ()
-    for _ in tl.static_range(count):
-        values += (lane_sum(tl.zeros((S.height, S.width), S.compute), S),)
-    return values
-
-
-@triton.jit
 def fold_each(a, S: tl.constexpr):
     """Sum over the classes of each lane, of each entry."""
     folded = ()
