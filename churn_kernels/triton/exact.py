@@ -184,7 +184,7 @@ def real_pairs(a, by, row, temperature, S: tl.constexpr):
     reach = ()
     for p in tl.static_range(len(first)):
         near = pair_reach(row, p, temperature) < REACH
-        other += (tl.where(near, first[p] - second[p], real(a.other[p], by.other[len(other)])),)
+        other += (tl.where(near, first[p] - second[p], real(a.other[p], by.other[p])),)
         reach += (tl.where(row.alone[p] > 0, INFINITY, 0.0),)
     return PairSums(first, second, (), other, reach)
 
