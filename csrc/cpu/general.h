@@ -478,38 +478,42 @@ struct General {
       const Block& block = blocks[i];
       const V e = block.e[v], live = block.live[v];
       const V d = max(cast(kWeightless), block.d[v]);
-      V rest = uniform * live;
-      for (int j = 0; j < row.models && couples; ++j) {
-        if (j != i) rest = add_partner(rest, j, v);
+      V inner = mul_add(slope, d, constant), rest = uniform * live;
+      if (couples && tempers) {
+        V coupled = tempered_constant;
+        add_partners(coupled, rest, v);
+        rest = mul_add(block.tempered[v], coupled, rest);
+      } else if (couples) {
+        add_partners(inner, rest, v);
       }
-      if (couples && tempers) rest = mul_add(block.tempered[v], tempered_constant, rest);
       if (top) {
         const V more = rows::softmax_gradient(e, d, top_constant, top_slope, top_uniform);
         const V member = members(row, i, block.logit[v], live, c);
         rest = rest + where_equal(member, V(S(1)), more, V(S(0)));
       }
       if (smooths) rest = mul_add(minus_smoothing, class_weights(row, c, n), rest);
-      return mul_add(e, mul_add(slope, d, constant), rest);
+      return mul_add(e, inner, rest);
     }
 
-    // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
-    V add_partner(V rest, int j, int v) const {
-      const rows::PartnerGradient& partner = partners[j];
-      const V e = blocks[i].tempered[v];
-      if (row.options->divergence == Divergence::kL1) {
-        if (partner.slope == 0.0) return rest;
-        const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
-        const S seen = static_cast<S>(i < j ? level : -level);
-        const V away = sign(blocks[i], blocks[j], v, seen) - cast(partner.mean);
-        return mul_add(cast(partner.slope), e * away, rest);
+    void add_partners(V& inner, V& rest, int v) const {
+      for (int j = 0; j < row.models; ++j) {
+        // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+        const rows::PartnerGradient& partner = partners[j];
+        if (j == i) continue;
+        if (row.options->divergence == Divergence::kL1) {
+          if (partner.slope == 0.0) continue;
+          const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
+          const V s = sign(blocks[i], blocks[j], v, static_cast<S>(i < j ? level : -level));
+          inner = rows::add_to_inner(inner, s - cast(partner.mean), cast(partner.slope));
+        } else if (partner.shared != 0.0 || partner.other != 0.0) {
+          const V e = blocks[i].tempered[v], e_j = blocks[j].tempered[v], none(S(0));
+          rest = rows::add_to_rest(rest, e - e_j, e_j, cast(partner.shared), cast(-partner.other));
+          if (row.options->divergence != Divergence::kSkl) continue;
+          // Where the class has no weight, what overflows does not count either.
+          const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
+          inner = rows::add_to_inner(inner, where_equal(e, none, none, away), cast(partner.slope));
+        }
       }
-      if (partner.other != 0.0) {
-        rest = mul_add(cast(-partner.other), blocks[j].tempered[v], rest);
-      }
-      if (partner.slope == 0.0) return rest;
-      const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
-      return rows::add_pair_gradient(rest, e, max(V(kLowest<S>), away), e - blocks[j].tempered[v],
-                                     cast(partner.slope), cast(partner.shared));
     }
   };
 

@@ -268,7 +268,7 @@ void find_two_largest(RowWork& work, const Schedule& schedule) {
 
 void find_maxima(RowWork& work, const Schedule& schedule) {
   if (work.view().options->exact()) return find_two_largest(work, schedule);
-  find_largest(schedule, work.view().models, work.maxima(),
+  find_largest(schedule, work.maxima_size(), work.maxima(),
                -std::numeric_limits<double>::infinity(),
                [&](int64_t begin, int64_t end, double* largest) {
                  work.kernels().maxima(work.view(), begin, end, largest);

@@ -51,12 +51,15 @@ CK_HD V kl_term(V p, V q, V log_p, V smallest) {
   return zero_below(q, smallest, where_near(D, near, far)) + without_q;
 }
 
-// What symmetric KL adds to the gradient of a class of model i, away = D - mean and less = e_i - e_j
-// seen from i; the row's scalars carry the weights. The product with e_i comes first, so that a
-// class without weight adds 0 however large the slope.
+// A partner's part in the gradient of a class of model i, e_i inner + rest; `away` = D - mean (L1:
+// sign - mean) and less = e_i - e_j are seen from i, and the row's scalars carry the weights.
 template <class V>
-CK_HD V add_pair_gradient(V rest, V e_i, V away, V less, V slope, V shared) {
-  return mul_add(slope, e_i * away, mul_add(shared, less, rest));
+CK_HD V add_to_inner(V inner, V away, V slope) {
+  return mul_add(slope, away, inner);
+}
+template <class V>
+CK_HD V add_to_rest(V rest, V less, V e_j, V shared, V minus_other) {
+  return mul_add(shared, less, mul_add(minus_other, e_j, rest));
 }
 
 }  // namespace rows
