@@ -17,7 +17,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -198,15 +198,12 @@ def differences(p: Softmax, q: Softmax) -> tuple[Wide, Wide]:
     """log p - log q and p - q, with the digits that the two have in common cancelled first."""
     first = p.p.argmax(1)[:, None]
     apart = (p.z - q.z) - np.take_along_axis(p.z - q.z, first, 1)
-    # log p - log q at the first model's largest class is the rest of its E_p[q / p] = 1.
-    offset = np.log((p.p * np.exp(-np.maximum(apart, -11000))).sum(1, keepdims=True))
-    small = np.log1p((p.p * np.expm1(-np.maximum(apart, -11000))).sum(1, keepdims=True))
-    offset = np.where(np.abs(small) < 1, small, offset)
-    offset = np.where(np.isfinite(offset), offset, p.log_p.max() * 0)
-    log_ratio = apart + offset
-    exact = p.log_p - q.log_p
-    log_ratio = np.where(np.abs(exact) < 1, log_ratio, exact)
-    p_less_q = np.where(np.abs(log_ratio) < 1, -p.p * np.expm1(-log_ratio), p.p - q.p)
+    # What that is at the first model's largest class follows of E_p[q / p] = 1.
+    offset = np.log1p((p.p * np.expm1(-np.maximum(apart, -11000))).sum(1, keepdims=True))
+    plain = p.log_p - q.log_p
+    log_ratio = np.where(np.abs(plain) < 1, apart + offset, plain)
+    near = np.clip(log_ratio, -1, 1)
+    p_less_q = np.where(np.abs(log_ratio) < 1, -p.p * np.expm1(-near), p.p - q.p)
     return log_ratio, p_less_q
 
 
@@ -387,11 +384,13 @@ class Errors(NamedTuple):
         return max(self.ours[mode], ROUNDING) / max(self.eager, ROUNDING)
 
 
-def measure(most_rows: int, seed: int = 1) -> Iterator[Errors]:
+def measure(
+    most_rows: int, widths: Sequence[int] = CLASSES, seed: int = 1
+) -> Iterator[Errors]:
     """Of each term, kind and number of classes."""
     g = torch.Generator().manual_seed(seed)
     for kind, make in kinds(g).items():
-        for classes in CLASSES:
+        for classes in widths:
             rows = max(2, min(most_rows, ELEMENTS // classes))
             a, b = make(rows, classes)
             y = torch.randint(classes, (rows,), generator=g)
