@@ -139,7 +139,8 @@ struct Fused {
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
     const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
-    rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap])};
+    rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap]),
+                           A(pair_scales[kOther])};
     V check(S(0));  // NaN where there is one, of which fixed point knows nothing
     V maximum[K], peak[K];
     const T* z[K];
@@ -157,9 +158,12 @@ struct Fused {
         if constexpr (kExact) check = check + e[k];
       }
       if constexpr (K == 2) {
-        const V less = e[0] - e[1];
-        rows::add_skl(pair, e[0], less, d[0] - d[1]);
-        if constexpr (!kExact) plus(pair.gap, less);  // exact masses have all its digits
+        const V less = e[0] - e[1], D = d[0] - d[1];
+        rows::add_skl(pair, e[0], less, D);
+        if constexpr (!kExact) {  // exact sums have all digits of their differences
+          plus(pair.gap, less);
+          plus_product(pair.other, e[1], D);
+        }
       }
     };
     const auto add_uniform = [&](const V* d, const V* e, const V& live) {
@@ -205,7 +209,10 @@ struct Fused {
       Sum* s = out + K * kModelSums;
       pair.first.add_to(s[kFirst]);
       pair.second.add_to(s[kSecond]);
-      if constexpr (!kExact) pair.gap.add_to(s[kGap]);
+      if constexpr (!kExact) {
+        pair.gap.add_to(s[kGap]);
+        pair.other.add_to(s[kOther]);
+      }
     }
   }
 

@@ -160,24 +160,23 @@ struct General {
   // One pair's (rows::PairSums64).
   struct PairSums {
     rows::PairSums<A> skl;
-    A other, mismatch;
+    A mismatch;
 
     explicit PairSums(const float* s)
-        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap])},
-          other(s[kOther]),
-          mismatch(s[kMismatch]) {}
+        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap]), A(s[kOther])}, mismatch(s[kMismatch]) {}
 
     // `unit` is what the sums over D are times.
     void add_to(Sum* out, double unit) const {
-      Sum sums[2] = {};
-      skl.first.add_to(sums[0]);
-      skl.second.add_to(sums[1]);
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (kExact) out[kFirst + i].fixed += sums[i].fixed;
-        else out[kFirst + i].real += sums[i].real / unit;
-      }
+      const auto add = [&](const A& sum, Sum& total) {
+        Sum part{};
+        sum.add_to(part);
+        if constexpr (kExact) total.fixed += part.fixed;
+        else total.real += part.real / unit;
+      };
+      add(skl.first, out[kFirst]);
+      add(skl.second, out[kSecond]);
+      add(skl.other, out[kOther]);
       skl.gap.add_to(out[kGap]);
-      other.add_to(out[kOther]);
       mismatch.add_to(out[kMismatch]);
     }
   };
@@ -279,12 +278,10 @@ struct General {
     PairSums sums = out;
     const V unit(kUnit);
     each_vector(begin, end, [&](int v, int64_t, int) {
-      const V less = i.tempered[v] - j.tempered[v];
-      rows::add_skl(sums.skl, i.tempered[v], less, i.d[v] * unit - j.d[v] * unit);
-      // Exact masses have all digits of their gap; but of a row that reaches far the sum over model
-      // j has a scale of its own.
-      if constexpr (kExact) plus_product(sums.other, j.tempered[v], i.d[v] - j.d[v]);
-      else plus(sums.skl.gap, less);
+      const V less = i.tempered[v] - j.tempered[v], D = i.d[v] * unit - j.d[v] * unit;
+      rows::add_skl(sums.skl, i.tempered[v], less, D);
+      plus_product(sums.skl.other, j.tempered[v], D);
+      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact masses have all its digits
       const V differ = i.live[v] - j.live[v];
       plus_product(sums.mismatch, differ, differ);
     });

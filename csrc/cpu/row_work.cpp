@@ -313,8 +313,8 @@ void RowWork::finish_sums() {
   }
   const bool exact = in_.options.exact(), tempers = in_.options.temperature != 1.0;
   each_pair([&](int i, int j, int p) {
-    if (!exact || pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
     if (!exact) return;
+    if (pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
     pair(p).gap = tempers ? model(i).tempered_mass - model(j).tempered_mass
                           : model(i).tail - model(j).tail;
   });

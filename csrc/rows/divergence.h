@@ -8,14 +8,14 @@ namespace ck {
 inline namespace CK_ISA {
 namespace rows {
 
-// Symmetric KL: first = sum of e_i D, second = sum of (e_i - e_j) D, gap = sum of e_i - e_j, which
-// is mass_i - mass_j; SKL = (second - first gap / mass_i) / mass_j. Models that nearly agree have
-// small differences, and nothing large cancels.
+// Symmetric KL: first = sum of e_i D, other = sum of e_j D, second = sum of (e_i - e_j) D and gap =
+// sum of e_i - e_j. The first two give the means of D, and SKL = (second - first gap / mass_i) /
+// mass_j: models that nearly agree have small differences, and nothing large cancels.
 // L1: first = sum of s e_i, second = sum of s e_j, gap = sum of s (p_i - p_j), which is the value;
 // s = sign(p_i - p_j).
 template <class A>
 struct PairSums {
-  A first, second, gap;
+  A first, second, gap, other;
 };
 
 template <class A, class V>
