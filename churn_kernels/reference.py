@@ -105,13 +105,18 @@ def _cross_entropy(
     if label is None:
         return torch.zeros_like(z[:, 0])
     surprise = -torch.log_softmax(z, dim=1)
-    if weight is not None:  # a class of weight 0 adds 0, also where it is at -inf
-        surprise = torch.where(weight == 0, 0.0, surprise * weight)
-    ce = surprise.gather(1, label[:, None]).squeeze(1)
-    smooth = surprise.mean(1)
-    if label_smoothing in (0, 1):  # what has no weight is left out, never 0 * inf
-        return smooth if label_smoothing else ce
-    return (1 - label_smoothing) * ce + label_smoothing * smooth
+    hard = _weighed(surprise.gather(1, label[:, None]).squeeze(1), weight, label)
+    if label_smoothing == 0:  # what has no weight is left out, never 0 * inf
+        return hard
+    smooth = _weighed(surprise, weight, slice(None)).mean(1)
+    return smooth if label_smoothing == 1 else (1 - label_smoothing) * hard + label_smoothing * smooth
+
+
+def _weighed(surprise: Tensor, weight: Tensor | None, classes: Tensor | slice) -> Tensor:
+    """Times the weights of these classes; one of weight 0 adds 0, also where it is at -inf."""
+    if weight is None:
+        return surprise
+    return torch.where(weight[classes] == 0, 0.0, surprise * weight[classes])
 
 
 def _inside(z: Tensor) -> Tensor:
@@ -184,8 +189,9 @@ def _l1(a: Tensor, b: Tensor) -> Tensor:
 
 def _kl_to_fixed(p: Tensor, p_inside: Tensor, z: Tensor) -> Tensor:
     """KL(p || softmax(z)) with p held fixed, (N,); its gradient softmax(z) - p is always finite."""
-    log_q = torch.log_softmax(z, dim=1)
+    p, log_q = p.detach(), torch.log_softmax(z, dim=1)
     kl = (torch.xlogy(p, p) - torch.where(p == 0, 0.0, p * log_q)).sum(1)
+    kl = kl - kl.detach().clamp(max=0)  # rounding may leave less than 0 of models that agree
     infinite = torch.where((p_inside & ~_inside(z)).any(1), torch.inf, 0.0)
     return kl + infinite
 

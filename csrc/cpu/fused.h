@@ -43,18 +43,6 @@ struct Fused {
     }
   }
 
-  static double minus_smallest(const RowView& row, int k, int64_t begin, int64_t end) {
-    const T* z = logits(row, k);
-    V best(-std::numeric_limits<S>::infinity());
-    int64_t c = begin;
-    for (; c + kWidth <= end; c += kWidth) best = max(V(S(0)) - load(z + c), best);
-    if (c < end) {
-      const V rest = load_first(z + c, static_cast<int>(end - c), std::numeric_limits<S>::infinity());
-      best = max(V(S(0)) - rest, best);
-    }
-    return largest_lane(best);
-  }
-
   // The largest difference of the two models' logits, and the largest the other way round.
   static void differences(const RowView& row, int64_t begin, int64_t end, double* out) {
     const T *a = logits(row, 0), *b = logits(row, 1);
@@ -77,26 +65,34 @@ struct Fused {
   static void maxima(const RowView& row, int64_t begin, int64_t end, double* out) {
     if constexpr (kExact) {
       two_largest(row, begin, end, out);
-      if (row.options->regularizer == Regularizer::kUniformSkl) {
-        for (int k = 0; k < K; ++k) out[2 * K + k] = minus_smallest(row, k, begin, end);
-      }
       if constexpr (K == 2) differences(row, begin, end, out + 3 * K);
-      return;
+      if (row.options->regularizer != Regularizer::kUniformSkl) return;
     }
     for (int k = 0; k < K; ++k) {
       const T* z = logits(row, k);
-      V best[kUnroll];
-      for (V& b : best) b = V(-std::numeric_limits<S>::infinity());
+      V best[kUnroll], least[kUnroll];
+      const V none(-std::numeric_limits<S>::infinity());
+      for (int u = 0; u < kUnroll; ++u) best[u] = none, least[u] = V(S(0)) - none;
+      const auto step = [&](int u, V x) {
+        best[u] = max(best[u], x);
+        least[u] = min(least[u], x);
+      };
       int64_t c = begin;
       for (; c + kUnroll * kWidth <= end; c += kUnroll * kWidth) {
-        for (int u = 0; u < kUnroll; ++u) best[u] = max(best[u], load(z + c + u * kWidth));
+        for (int u = 0; u < kUnroll; ++u) step(u, load(z + c + u * kWidth));
       }
-      for (; c + kWidth <= end; c += kWidth) best[0] = max(best[0], load(z + c));
+      for (; c + kWidth <= end; c += kWidth) step(0, load(z + c));
       if (c < end) {
-        best[1] = max(best[1], load_first(z + c, static_cast<int>(end - c),
-                                          -std::numeric_limits<S>::infinity()));
+        const int n = static_cast<int>(end - c);
+        best[1] = max(best[1], load_first(z + c, n, -std::numeric_limits<S>::infinity()));
+        least[1] = min(least[1], load_first(z + c, n, std::numeric_limits<S>::infinity()));
       }
-      out[k] = largest_lane(max(max(best[0], best[1]), max(best[2], best[3])));
+      for (int u = 1; u < kUnroll; ++u) {
+        best[0] = max(best[0], best[u]);
+        least[0] = min(least[0], least[u]);
+      }
+      if constexpr (!kExact) out[k] = largest_lane(best[0]);
+      out[(kExact ? 2 : 1) * K + k] = largest_lane(V(S(0)) - least[0]);
     }
   }
 
@@ -143,7 +139,8 @@ struct Fused {
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
     const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
-    rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap])};
+    rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap]),
+                           A(pair_scales[kOther])};
     V check(S(0));  // NaN where there is one, of which fixed point knows nothing
     V maximum[K], peak[K];
     const T* z[K];
@@ -161,9 +158,12 @@ struct Fused {
         if constexpr (kExact) check = check + e[k];
       }
       if constexpr (K == 2) {
-        const V less = e[0] - e[1];
-        rows::add_skl(pair, e[0], less, d[0] - d[1]);
-        if constexpr (!kExact) plus(pair.gap, less);  // exact masses have all its digits
+        const V less = e[0] - e[1], D = d[0] - d[1];
+        rows::add_skl(pair, e[0], less, D);
+        if constexpr (!kExact) {  // exact sums have all digits of their differences
+          plus(pair.gap, less);
+          plus_product(pair.other, e[1], D);
+        }
       }
     };
     const auto add_uniform = [&](const V* d, const V* e, const V& live) {
@@ -209,7 +209,10 @@ struct Fused {
       Sum* s = out + K * kModelSums;
       pair.first.add_to(s[kFirst]);
       pair.second.add_to(s[kSecond]);
-      if constexpr (!kExact) pair.gap.add_to(s[kGap]);
+      if constexpr (!kExact) {
+        pair.gap.add_to(s[kGap]);
+        pair.other.add_to(s[kOther]);
+      }
     }
   }
 
@@ -253,14 +256,13 @@ struct Fused {
         }
       }
       for (int k = 0; k < K; ++k) {
-        X rest = uniform[k];
-        if constexpr (K == 2) {
-          rest = mul_add(minus_other[k], e[1 - k], rest);
-          rest = rows::add_pair_gradient(rest, e[k], d[0] - d[1] - mean[k], e[0] - e[1], own[k],
-                                         shared[k]);
-        }
         const X near = max(X(static_cast<S>(kWeightless)), d[k]);
-        g[k] = rows::softmax_gradient(e[k], near, constant[k], slope[k], rest);
+        X inner = mul_add(slope[k], near, constant[k]), rest = uniform[k];
+        if constexpr (K == 2) {
+          inner = rows::add_to_inner(inner, d[0] - d[1] - mean[k], own[k]);
+          rest = rows::add_to_rest(rest, e[0] - e[1], e[1 - k], shared[k], minus_other[k]);
+        }
+        g[k] = mul_add(e[k], inner, rest);
       }
     }
   };

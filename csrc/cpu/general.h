@@ -160,24 +160,23 @@ struct General {
   // One pair's (rows::PairSums64).
   struct PairSums {
     rows::PairSums<A> skl;
-    A other, mismatch;
+    A mismatch;
 
     explicit PairSums(const float* s)
-        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap])},
-          other(s[kOther]),
-          mismatch(s[kMismatch]) {}
+        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap]), A(s[kOther])}, mismatch(s[kMismatch]) {}
 
     // `unit` is what the sums over D are times.
     void add_to(Sum* out, double unit) const {
-      Sum sums[2] = {};
-      skl.first.add_to(sums[0]);
-      skl.second.add_to(sums[1]);
-      for (int i = 0; i < 2; ++i) {
-        if constexpr (kExact) out[kFirst + i].fixed += sums[i].fixed;
-        else out[kFirst + i].real += sums[i].real / unit;
-      }
+      const auto add = [&](const A& sum, Sum& total) {
+        Sum part{};
+        sum.add_to(part);
+        if constexpr (kExact) total.fixed += part.fixed;
+        else total.real += part.real / unit;
+      };
+      add(skl.first, out[kFirst]);
+      add(skl.second, out[kSecond]);
+      add(skl.other, out[kOther]);
       skl.gap.add_to(out[kGap]);
-      other.add_to(out[kOther]);
       mismatch.add_to(out[kMismatch]);
     }
   };
@@ -279,12 +278,10 @@ struct General {
     PairSums sums = out;
     const V unit(kUnit);
     each_vector(begin, end, [&](int v, int64_t, int) {
-      const V less = i.tempered[v] - j.tempered[v];
-      rows::add_skl(sums.skl, i.tempered[v], less, i.d[v] * unit - j.d[v] * unit);
-      // Exact masses have all digits of their gap; but of a row that reaches far the sum over model
-      // j has a scale of its own.
-      if constexpr (kExact) plus_product(sums.other, j.tempered[v], i.d[v] - j.d[v]);
-      else plus(sums.skl.gap, less);
+      const V less = i.tempered[v] - j.tempered[v], D = i.d[v] * unit - j.d[v] * unit;
+      rows::add_skl(sums.skl, i.tempered[v], less, D);
+      plus_product(sums.skl.other, j.tempered[v], D);
+      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact masses have all its digits
       const V differ = i.live[v] - j.live[v];
       plus_product(sums.mismatch, differ, differ);
     });
@@ -478,38 +475,42 @@ struct General {
       const Block& block = blocks[i];
       const V e = block.e[v], live = block.live[v];
       const V d = max(cast(kWeightless), block.d[v]);
-      V rest = uniform * live;
-      for (int j = 0; j < row.models && couples; ++j) {
-        if (j != i) rest = add_partner(rest, j, v);
+      V inner = mul_add(slope, d, constant), rest = uniform * live;
+      if (couples && tempers) {
+        V coupled = tempered_constant;
+        add_partners(coupled, rest, v);
+        rest = mul_add(block.tempered[v], coupled, rest);
+      } else if (couples) {
+        add_partners(inner, rest, v);
       }
-      if (couples && tempers) rest = mul_add(block.tempered[v], tempered_constant, rest);
       if (top) {
         const V more = rows::softmax_gradient(e, d, top_constant, top_slope, top_uniform);
         const V member = members(row, i, block.logit[v], live, c);
         rest = rest + where_equal(member, V(S(1)), more, V(S(0)));
       }
       if (smooths) rest = mul_add(minus_smoothing, class_weights(row, c, n), rest);
-      return mul_add(e, mul_add(slope, d, constant), rest);
+      return mul_add(e, inner, rest);
     }
 
-    // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
-    V add_partner(V rest, int j, int v) const {
-      const rows::PartnerGradient& partner = partners[j];
-      const V e = blocks[i].tempered[v];
-      if (row.options->divergence == Divergence::kL1) {
-        if (partner.slope == 0.0) return rest;
-        const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
-        const S seen = static_cast<S>(i < j ? level : -level);
-        const V away = sign(blocks[i], blocks[j], v, seen) - cast(partner.mean);
-        return mul_add(cast(partner.slope), e * away, rest);
+    void add_partners(V& inner, V& rest, int v) const {
+      for (int j = 0; j < row.models; ++j) {
+        // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+        const rows::PartnerGradient& partner = partners[j];
+        if (j == i) continue;
+        if (row.options->divergence == Divergence::kL1) {
+          if (partner.slope == 0.0) continue;
+          const double level = pair_scalars(row, std::min(i, j), std::max(i, j)).level;
+          const V s = sign(blocks[i], blocks[j], v, static_cast<S>(i < j ? level : -level));
+          inner = rows::add_to_inner(inner, s - cast(partner.mean), cast(partner.slope));
+        } else if (partner.shared != 0.0 || partner.other != 0.0) {
+          const V e = blocks[i].tempered[v], e_j = blocks[j].tempered[v], none(S(0));
+          rest = rows::add_to_rest(rest, e - e_j, e_j, cast(partner.shared), cast(-partner.other));
+          if (row.options->divergence != Divergence::kSkl) continue;
+          // Where the class has no weight, what overflows does not count either.
+          const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
+          inner = rows::add_to_inner(inner, where_equal(e, none, none, away), cast(partner.slope));
+        }
       }
-      if (partner.other != 0.0) {
-        rest = mul_add(cast(-partner.other), blocks[j].tempered[v], rest);
-      }
-      if (partner.slope == 0.0) return rest;
-      const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
-      return rows::add_pair_gradient(rest, e, max(V(kLowest<S>), away), e - blocks[j].tempered[v],
-                                     cast(partner.slope), cast(partner.shared));
     }
   };
 

@@ -99,9 +99,9 @@ struct TopTwo {
 };
 
 struct Kernels {
-  // maxima[k] of model k over classes [begin, end); in exact mode also the second largest logits,
-  // as maxima[models + k], and, for the fused sweeps, the smallest, negated, as maxima[2 models + k]
-  // if the sums need it, and the pair's kHighest and kMinusLowest.
+  // maxima[k] of model k over classes [begin, end). In exact mode the second largest logits follow.
+  // The fused sweeps add the smallest, negated (in exact mode only if the sums need them), and in
+  // exact mode the pair's kHighest and kMinusLowest.
   void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
   // Exact mode: the largest of each bound over classes [begin, end).
   void (*bounds)(const RowView&, int64_t begin, int64_t end, double* bounds);

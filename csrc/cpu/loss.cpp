@@ -52,7 +52,7 @@ Batch count_rows(const LossInputs& in) {
     batch.active = in.rows;
     return batch;
   }
-  BatchSums weight(in.options.exact() && in.class_weight, 1);
+  rows::Superaccumulator exact{};
   for (int64_t row = 0; row < in.rows; ++row) {
     const int64_t y = in.target[row];
     if (y == in.options.ignore_index) continue;
@@ -63,9 +63,10 @@ Batch count_rows(const LossInputs& in) {
                               "; pass ignore_index for rows without a label");
     }
     ++batch.active;
-    weight.add(0, in.weight_of(y));
+    in.options.exact() ? exact.add(static_cast<float>(in.weight_of(y)))
+                       : void(batch.weight += in.weight_of(y));
   }
-  batch.weight = weight.total(0);
+  if (in.options.exact()) batch.weight = exact.round<double>();
   return batch;
 }
 
@@ -85,11 +86,13 @@ std::vector<double> term_weights(const LossInputs& in, const Batch* batch) {
   return weights;
 }
 
-// Sum of terms [begin, end) times their weights.
-double weighted(const std::vector<double>& weights, const double* terms, int begin, int end) {
+// Sum of terms [begin, end) times their weights, without those that the options switch off: such a
+// term may be infinite. A weight that is 0 because it was divided by infinity counts.
+double weighted(const std::vector<double>& weights, const std::vector<double>& row_weights,
+                const double* terms, int begin, int end) {
   double total = 0.0;
   for (int i = begin; i < end; ++i) {
-    if (weights[i] != 0.0) total += weights[i] * terms[i];  // a term without weight may be infinite
+    if (row_weights[i] != 0.0) total += weights[i] * terms[i];
   }
   return total;
 }
@@ -111,7 +114,7 @@ class Reduced {
   int sums() const { return in_.options.exact() ? 3 : in_.row_terms(); }
 
   double row_loss(const double* terms) const {
-    return weighted(row_weights_, terms, 0, in_.row_terms());
+    return weighted(row_weights_, row_weights_, terms, 0, in_.row_terms());
   }
   void add(const double* terms, BatchSums& sums) const {
     const int width = in_.row_terms();
@@ -120,19 +123,19 @@ class Reduced {
       return;
     }
     sums.add(0, row_loss(terms));
-    sums.add(1, weighted(row_weights_, terms, 0, in_.students()));
-    sums.add(2, weighted(row_weights_, terms, in_.students(), width));
+    sums.add(1, weighted(row_weights_, row_weights_, terms, 0, in_.students()));
+    sums.add(2, weighted(row_weights_, row_weights_, terms, in_.students(), width));
   }
   double value(const BatchSums& sums) const {
     if (mean_ && batch_.active == 0) return std::numeric_limits<double>::quiet_NaN();
     if (!in_.options.exact()) {
       std::vector<double> totals(in_.row_terms());
       for (size_t i = 0; i < totals.size(); ++i) totals[i] = sums.total(static_cast<int>(i));
-      return weighted(weights_, totals.data(), 0, in_.row_terms());
+      return weighted(weights_, row_weights_, totals.data(), 0, in_.row_terms());
     }
     if (!mean_) return sums.rounded(0);
     const double rows = static_cast<double>(batch_.active);
-    return in_.class_weight && weights_[0] != 0.0
+    return in_.class_weight && row_weights_[0] != 0.0
                ? sums.total(1) / batch_.weight + sums.total(2) / rows
                : sums.total(0) / rows;
   }
@@ -268,7 +271,7 @@ void find_two_largest(RowWork& work, const Schedule& schedule) {
 
 void find_maxima(RowWork& work, const Schedule& schedule) {
   if (work.view().options->exact()) return find_two_largest(work, schedule);
-  find_largest(schedule, work.view().models, work.maxima(),
+  find_largest(schedule, work.maxima_size(), work.maxima(),
                -std::numeric_limits<double>::infinity(),
                [&](int64_t begin, int64_t end, double* largest) {
                  work.kernels().maxima(work.view(), begin, end, largest);

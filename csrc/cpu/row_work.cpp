@@ -42,7 +42,7 @@ RowWork::RowWork(const LossInputs& in)
       scales_(sums_.size(), 1.0f),
       bounds_(in.models() * kModelBounds + in.pairs() * kPairBounds),
       peaks_(in.models(), 1.0f),
-      maxima_(in.options.exact() ? 3 * in.models() + kPairBounds : in.models()),
+      maxima_(in.options.exact() ? 3 * in.models() + kPairBounds : 2 * in.models()),
       thresholds_(in.models()),
       inverse_masses_(in.models()),
       log_masses_(in.models()),
@@ -181,7 +181,9 @@ const double* RowWork::pair_bounds(int p) const {
 // The largest |d| of a model; of the fused sweeps, the distance of its smallest logit.
 double RowWork::reach(int k) const {
   if (kernels_ == &set_.general) return bounds_[k * kModelBounds + kReach];
-  return static_cast<float>(maxima_[k]) + static_cast<float>(maxima_[2 * view_.models + k]);
+  const double minus_least = maxima_[(in_.options.exact() ? 2 : 1) * view_.models + k];
+  if (in_.dtype == DType::kFloat64) return maxima_[k] + minus_least;
+  return static_cast<float>(maxima_[k]) + static_cast<float>(minus_least);
 }
 
 double RowWork::pair_reach(int p) const {
@@ -190,10 +192,13 @@ double RowWork::pair_reach(int p) const {
 }
 
 void RowWork::choose_kernels() {
-  if (!in_.options.exact() || kernels_ == &set_.general) return;
-  const bool uniform = in_.options.regularizer == Regularizer::kUniformSkl;
-  bool far = in_.pairs() > 0 && pair_reach(0) >= rows::kReach;
-  for (int k = 0; k < view_.models && uniform; ++k) far = far || reach(k) >= rows::kReach;
+  if (kernels_ == &set_.general) return;
+  constexpr double kFar = 0x1p60;
+  const bool exact = in_.options.exact();
+  bool far = exact && in_.pairs() > 0 && pair_reach(0) >= rows::kReach;
+  if (!exact || in_.options.regularizer == Regularizer::kUniformSkl) {
+    for (int k = 0; k < view_.models; ++k) far = far || reach(k) >= (exact ? rows::kReach : kFar);
+  }
   if (far) use_general();
 }
 
@@ -276,29 +281,14 @@ void RowWork::select_top_k() {
   }
 }
 
-// Whether sums of floats are those of logits that lie near enough to each other for the fused
-// sweeps, whose products are not kept from overflowing; false of infinities and NaN.
-bool RowWork::within_reach() const {
-  constexpr double kFar = 0x1p100;
-  bool within = true;
-  for (int k = 0; k < view_.models; ++k) within = within && std::abs(model(k).moment) < kFar;
-  each_pair([&](int, int, int p) {
-    within = within && std::abs(pair(p).first) < kFar && std::abs(pair(p).second) < kFar;
-  });
-  return within;
-}
-
 bool RowWork::falls_back() {
   if (kernels_ == &set_.general) return false;
-  bool fused = true;
-  if (in_.options.exact()) {
-    for (int k = 0; k < view_.models; ++k) {
-      fused = fused && sums_[k * kModelSums + kBroken].fixed == 0;
-    }
-  } else {
-    fused = within_reach();
+  bool broken = false;
+  for (int k = 0; k < view_.models; ++k) {
+    broken = broken || (in_.options.exact() ? sums_[k * kModelSums + kBroken].fixed != 0
+                                            : std::isnan(model(k).moment));
   }
-  if (fused) return false;
+  if (!broken) return false;
   use_general();
   clear_sums();
   return true;
@@ -323,8 +313,8 @@ void RowWork::finish_sums() {
   }
   const bool exact = in_.options.exact(), tempers = in_.options.temperature != 1.0;
   each_pair([&](int i, int j, int p) {
-    if (!exact || pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
     if (!exact) return;
+    if (pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
     pair(p).gap = tempers ? model(i).tempered_mass - model(j).tempered_mass
                           : model(i).tail - model(j).tail;
   });
@@ -426,7 +416,7 @@ void RowWork::set_gradient(const double* weights) {
   std::fill(partners_.begin(), partners_.end(), rows::PartnerGradient{});
   for (int k = 0; k < students; ++k) {
     rows::ModelGradient& g = gradient_[k] = {};
-    if (target_ >= 0 && weights[k] != 0.0) {
+    if (target_ >= 0 && o.ce_weight != 0.0) {
       rows::add_cross_entropy_gradient(g, model(k), weights[k], target_weight(), total_weight_,
                                        o.label_smoothing, static_cast<double>(in_.all_classes()));
     }

@@ -37,8 +37,7 @@ class RowWork {
   const Kernels& kernels() const { return *kernels_; }
   int sums_size() const { return static_cast<int>(sums_.size()); }
   double* maxima() { return maxima_.data(); }
-  // In exact mode the maxima are followed by as many second largest logits, as many smallest ones,
-  // negated, and the pair's bounds.
+  // As Kernels::maxima has them.
   int maxima_size() const { return static_cast<int>(maxima_.size()); }
   Sum* sums() { return sums_.data(); }
   double* bounds() { return bounds_.data(); }
@@ -49,13 +48,14 @@ class RowWork {
 
   void clear_sums();
   void select_top_k();
-  // After the maxima: leaves rows to the general kernel whose exact sums need scales of their own.
+  // After the maxima: leaves rows to the general kernel in which a class is at -inf or two logits are
+  // far apart: products may overflow, and exact sums need scales of their own.
   void choose_kernels();
   // Whether the row's sums are scaled by its bounds, which the caller is then to find.
   bool needs_bounds() const { return in_.options.exact() && kernels_ == &set_.general; }
   void set_scales();
   // After the first sums; true if the row must be summed again by the general kernel, because it
-  // holds a class at -inf (or a NaN) or logits too far apart for the fused one.
+  // holds a NaN.
   bool falls_back();
   void finish_sums();
   void prepare_second_sweep();
@@ -86,7 +86,6 @@ class RowWork {
   }
   const rows::PairSums64& pair(int p) const { return const_cast<RowWork*>(this)->pair(p); }
   void use_general();
-  bool within_reach() const;
   void prepare_scalars();
   // Calls f(i, j, pair) for each pair of students.
   template <class F>

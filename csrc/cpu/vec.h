@@ -104,6 +104,11 @@ template <class S>
 CK_HD Vec<S> mul_add(const Vec<S>& a, const Vec<S>& b, const Vec<S>& c) {
   return each<S>([&](int i) { return native::mul_add<S>(a.part[i], b.part[i], c.part[i]); });
 }
+// Lane by lane the smaller; b where either is NaN.
+template <class S>
+CK_HD Vec<S> min(const Vec<S>& a, const Vec<S>& b) {
+  return each<S>([&](int i) { return a.part[i] < b.part[i] ? a.part[i] : b.part[i]; });
+}
 // Lane by lane the larger; b where either is NaN.
 template <class S>
 CK_HD Vec<S> max(const Vec<S>& a, const Vec<S>& b) {

@@ -8,14 +8,14 @@ namespace ck {
 inline namespace CK_ISA {
 namespace rows {
 
-// Symmetric KL: first = sum of e_i D, second = sum of (e_i - e_j) D, gap = sum of e_i - e_j, which
-// is mass_i - mass_j; SKL = (second - first gap / mass_i) / mass_j. Models that nearly agree have
-// small differences, and nothing large cancels.
+// Symmetric KL: first = sum of e_i D, other = sum of e_j D, second = sum of (e_i - e_j) D and gap =
+// sum of e_i - e_j. The first two give the means of D, and SKL = (second - first gap / mass_i) /
+// mass_j: models that nearly agree have small differences, and nothing large cancels.
 // L1: first = sum of s e_i, second = sum of s e_j, gap = sum of s (p_i - p_j), which is the value;
 // s = sign(p_i - p_j).
 template <class A>
 struct PairSums {
-  A first, second, gap;
+  A first, second, gap, other;
 };
 
 template <class A, class V>
@@ -51,12 +51,15 @@ CK_HD V kl_term(V p, V q, V log_p, V smallest) {
   return zero_below(q, smallest, where_near(D, near, far)) + without_q;
 }
 
-// What symmetric KL adds to the gradient of a class of model i, away = D - mean and less = e_i - e_j
-// seen from i; the row's scalars carry the weights. The product with e_i comes first, so that a
-// class without weight adds 0 however large the slope.
+// A partner's part in the gradient of a class of model i, e_i inner + rest; `away` = D - mean (L1:
+// sign - mean) and less = e_i - e_j are seen from i, and the row's scalars carry the weights.
 template <class V>
-CK_HD V add_pair_gradient(V rest, V e_i, V away, V less, V slope, V shared) {
-  return mul_add(slope, e_i * away, mul_add(shared, less, rest));
+CK_HD V add_to_inner(V inner, V away, V slope) {
+  return mul_add(slope, away, inner);
+}
+template <class V>
+CK_HD V add_to_rest(V rest, V less, V e_j, V shared, V minus_other) {
+  return mul_add(shared, less, mul_add(minus_other, e_j, rest));
 }
 
 }  // namespace rows

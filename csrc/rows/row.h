@@ -37,9 +37,7 @@ struct ModelSums {
 
 // Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
 struct PairSums64 {
-  double first, second, gap;
-  double other;  // sum of e_j D, which is first - second
-  double mismatch;
+  double first, second, gap, other, mismatch;
 };
 
 // What the sweeps take to compare the probabilities of a pair (divergence.h): p_i > p_j where

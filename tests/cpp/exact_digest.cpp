@@ -22,7 +22,7 @@ struct Digest {  // FNV-1a over words
 
 int main(int count, char** arguments) {
   const uint32_t step = count > 1 ? static_cast<uint32_t>(std::atoi(arguments[1])) : 1;
-  Digest exp32, log32, exp64, log64, fma, fixed;
+  Digest exp32, log32, exp64, log64, fma, fixed, series;
   for (uint32_t bits = 0x80000000u; bits <= 0xc2ae0000u; bits += step) {
     exp32.add(bits_as<uint32_t>(exp_nonpos(bits_as<float>(bits))));
   }
@@ -36,6 +36,9 @@ int main(int count, char** arguments) {
     const float y = bits_as<float>(mixed & 0xbfffffff), z = -x * y;
     fma.add(bits_as<uint32_t>(canonical(mul_add(x, y, z))));
     fma.add(bits_as<uint32_t>(canonical(mul_add(x, y, bits_as<float>(mixed >> 3)))));
+    const float near = static_cast<float>(static_cast<int32_t>(mixed)) * 0x1p-32f;
+    series.add(bits_as<uint32_t>(exp_series<1>(near)));
+    series.add(bits_as<uint32_t>(exp_series<2>(near)));
     fixed.add(static_cast<uint64_t>(places(bits)) << 32 | static_cast<uint64_t>(reach_exponent(x)));
   }
   exp32.print("exp32");
@@ -44,4 +47,5 @@ int main(int count, char** arguments) {
   log64.print("log64");
   fma.print("fma");
   fixed.print("fixed");
+  series.print("series");
 }

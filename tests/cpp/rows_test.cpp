@@ -96,7 +96,7 @@ double row_error() {
   ck::LossOptions options{};
   options.divergence = ck::Divergence::kSkl;
   options.temperature = 1.0;
-  const double got = divergence({pair.first, pair.second, pair.gap, 0.0}, s_a, s_b, options);
+  const double got = divergence({pair.first, pair.second, pair.gap, 0.0, 0.0}, s_a, s_b, options);
   return std::fmax(std::fabs(double(entropy(s_a) - h)), std::fabs(double(got - skl)));
 }
 
