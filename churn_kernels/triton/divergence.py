@@ -39,12 +39,3 @@ def kl_term(p, q, log_p, S: tl.constexpr):
     near = q * (difference * difference * polynomial(difference, "series_2_terms"))
     far = (p - q) - q * difference
     return tl.where(q < smallest, p, where_near(difference, near, far))
-
-
-@triton.jit
-def add_pair_gradient(rest, e_i, away, less, slope, shared):
-    """What symmetric KL adds to a class of model i: away = D - mean and less = e_i - e_j.
-
-    The product with e_i comes first: a class without weight adds 0 however large the slope.
-    """
-    return mul_add(slope, e_i * away, mul_add(shared, less, rest))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.divergence import add_pair_gradient, sign
+from churn_kernels.triton.divergence import sign
 from churn_kernels.triton.math import (
     INFINITY,
     WEIGHTLESS,
@@ -49,15 +49,17 @@ def gradients(
             e = exp_nonpos(x[i] - across(row.maximum[i], S), S.exact)
         # exp is 0 far above WEIGHTLESS; no product with a coefficient overflows.
         near = tl.maximum(d[i], WEIGHTLESS)
+        inner = mul_add(across(row.found.slope[i], S), near, across(row.found.constant[i], S))
         rest = tl.zeros_like(x[i])
         if S.uniform and not S.top:
             rest = tl.where(x[i] != -INFINITY, across(row.found.uniform[i], S), 0.0)
         if S.d:
-            for j in tl.static_range(S.models):
-                if j != i:
-                    rest = add_partner(rest, i, j, x, apart, less, f, row, S)
             if S.tempered:
-                rest = mul_add(f[i], across(row.found.tempered_constant[i], S), rest)
+                coupled = across(row.found.tempered_constant[i], S) + tl.zeros_like(x[i])
+                coupled, rest = add_partners(coupled, rest, i, x, apart, less, f, row, S)
+                rest = mul_add(f[i], coupled, rest)
+            else:
+                inner, rest = add_partners(inner, rest, i, x, apart, less, f, row, S)
         if S.top:
             member = in_top_k(
                 order_key(x[i]), c, across(row.thresholds[i], S), across(row.last_ties[i], S)
@@ -72,8 +74,7 @@ def gradients(
             rest += tl.where(member & (x[i] != -INFINITY), more, 0.0)
         if S.smooths:
             rest = mul_add(-across(row.found.smoothing[i], S), weights, rest)
-        slope, constant = across(row.found.slope[i], S), across(row.found.constant[i], S)
-        g = softmax_gradient(e, near, constant, slope, rest)
+        g = mul_add(e, inner, rest)
         if S.ce and labelled:
             g -= tl.where(c == across(target, S), across(row.found.target[i], S), 0.0)
         result += (canonical(g) if S.exact else g,)
@@ -81,8 +82,18 @@ def gradients(
 
 
 @triton.jit
-def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, S: tl.constexpr):
-    """rest + what model j adds to the gradient of model i; `apart` and `less` are of the pairs."""
+def add_partners(inner, rest, i: tl.constexpr, x, apart, less, f, row, S: tl.constexpr):
+    """The partners' part in f_i inner + rest; `apart` and `less` are of the pairs."""
+    for j in tl.static_range(S.models):
+        if j != i:
+            inner, rest = add_partner(inner, rest, i, j, x, apart, less, f, row, S)
+    return inner, rest
+
+
+@triton.jit
+def add_partner(
+    inner, rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, S: tl.constexpr
+):
     place: tl.constexpr = i * S.models + j
     p: tl.constexpr = pair_index(min(i, j), max(i, j), S.models)
     slope = across(row.found.slopes[place], S)
@@ -91,7 +102,7 @@ def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, 
         level = across(row.levels[p] if i < j else -row.levels[p], S)
         difference = apart[p] if i < j else -apart[p]
         s = sign(difference, level, x[i] != -INFINITY, x[j] != -INFINITY, S)
-        rest = mul_add(slope, f[i] * (s - mean), rest)
+        inner = mul_add(slope, s - mean, inner)
     else:
         other = across(row.found.others[place], S)
         f_j = f[j]
@@ -100,11 +111,11 @@ def add_partner(rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, 
             f_j = tl.where((slope != 0) | (other != 0), f_j, 0.0)
         rest = mul_add(-other, f_j, rest)
         if S.divergence == 1:
-            away = at_least_lowest((apart[p] if i < j else -apart[p]) - mean)
-            share = across(row.found.shares[p], S)
+            less_i = less[p] if i < j else -less[p]
             if S.reduction == 0 or S.reduction == 3:
-                rest = add_pair_gradient(rest, f[i], away, f[i] - f_j, slope, share)
-            else:
-                less_i = less[p] if i < j else -less[p]
-                rest = add_pair_gradient(rest, f[i], away, less_i, slope, share)
-    return rest
+                less_i = f[i] - f_j
+            rest = mul_add(across(row.found.shares[p], S), less_i, rest)
+            # Where the class has no weight, what overflows does not count either.
+            away = tl.where(f[i] == 0, 0.0, (apart[p] if i < j else -apart[p]) - mean)
+            inner = mul_add(slope, away, inner)
+    return inner, rest

@@ -115,7 +115,13 @@ def add_pairs(a, d, raw, f, S: tl.constexpr):
 
 @triton.jit
 def fold_pairs(a, S: tl.constexpr):
-    return PairSums(fold_each(a.first, S), fold_each(a.second, S), fold_each(a.gap, S), (), a.reach)
+    return PairSums(
+        fold_each(a.first, S),
+        fold_each(a.second, S),
+        fold_each(a.gap, S),
+        (),
+        a.reach,
+    )
 
 
 @triton.jit

@@ -272,7 +272,7 @@ def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, S: tl.constexpr):
         total = -pair.second[p]
     elif S.exact:
         total = -pair.other[p]
-    else:
+    else:  # one sum more would not fit the registers of a resident row
         total = pair.second[p] - pair.first[p]
     mean = total / sums.tempered_mass[i]
     if S.divergence == 1:
