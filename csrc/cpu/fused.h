@@ -256,8 +256,9 @@ struct Fused {
         }
       }
       for (int k = 0; k < K; ++k) {
-        const X near = max(X(static_cast<S>(kWeightless)), d[k]);
-        X inner = mul_add(slope[k], near, constant[k]), rest = uniform[k];
+        // Of one model exact sums take rows of any reach.
+        if constexpr (kExact && K == 1) d[k] = max(X(static_cast<S>(kWeightless)), d[k]);
+        X inner = mul_add(slope[k], d[k], constant[k]), rest = uniform[k];
         if constexpr (K == 2) {
           inner = rows::add_to_inner(inner, d[0] - d[1] - mean[k], own[k]);
           rest = rows::add_to_rest(rest, e[0] - e[1], e[1 - k], shared[k], minus_other[k]);

@@ -170,6 +170,24 @@ CK_HD Vec<S> add_to_exponent(const Vec<S>& p, const Vec<S>& shifted) {
                        ((Native<U>)shifted.part[i] << rows::Format<S>::kMantissaBits));
   });
 }
+#if defined(__AVX512F__)
+// In two instructions; what is not below the limit has a normal result.
+CK_HD Vec<float> power_unless_below(const Vec<float>& x, const Vec<float>& limit,
+                                    const Vec<float>& p, const Vec<float>& n, const Vec<float>&) {
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.part[0], (__m512)limit.part[0], _CMP_NLT_UQ);
+  Vec<float> r;
+  r.part[0] = (Native<float>)_mm512_maskz_scalef_ps(kept, (__m512)p.part[0], (__m512)n.part[0]);
+  return r;
+}
+CK_HD Vec<double> power_unless_below(const Vec<double>& x, const Vec<double>& limit,
+                                     const Vec<double>& p, const Vec<double>& n,
+                                     const Vec<double>&) {
+  const __mmask8 kept = _mm512_cmp_pd_mask((__m512d)x.part[0], (__m512d)limit.part[0], _CMP_NLT_UQ);
+  Vec<double> r;
+  r.part[0] = (Native<double>)_mm512_maskz_scalef_pd(kept, (__m512d)p.part[0], (__m512d)n.part[0]);
+  return r;
+}
+#endif
 template <class S>
 CK_HD Vec<S> split_exponent(const Vec<S>& x, Vec<S>& k) {
   using Int = typename rows::Format<S>::Int;
