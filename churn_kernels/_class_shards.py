@@ -97,6 +97,8 @@ class ShardOps:
         """Loss, statistics and terms of the whole rows."""
         options, want = LossOptions(*arguments[:-1]), arguments[-1]
         self._shard = shard = _agree(logits, target, class_weight, options, self._exchange)
+        if target is not None:
+            _checks.several_classes(shard.classes)
         if class_weight is not None:
             class_weight = _checks.class_weight(class_weight, logits[0], shard.classes)
         if options.top_k:

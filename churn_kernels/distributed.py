@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _blocks, _checks
 from churn_kernels._class_shards import Merge
 from churn_kernels.exact import sum_across
 
@@ -49,8 +49,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
     Every process passes the logits of some classes, (N, C_r): the classes follow each other in the
     order of the group's ranks, C = sum_r C_r, in as uneven parts as you like, C_r >= 1. `target`
     holds classes of [0, C), `class_weight` is (C,); both, and all else, are the same everywhere.
-    All members of the group call the same losses in the same order. The block is the process's,
-    all its threads included:
+    All members of the group call the same losses in the same order. The block is that of the thread
+    and asyncio task that opens it:
 
         with ck.distributed.class_parallel():
             loss = ck.codistillation_loss([my_classes_a, my_classes_b], target)
@@ -76,11 +76,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
     Source: vocabulary-parallel cross entropy (Shoeybi et al. 2019, "Megatron-LM"), made exact.
     """
     _check_group("class_parallel", group, "the losses outside of the block in one process")
-    before, _backend.class_exchange = _backend.class_exchange, _GroupExchange(group)
-    try:
+    with _blocks.block(class_exchange=_GroupExchange(group)):
         yield
-    finally:
-        _backend.class_exchange = before
 
 
 class _GroupExchange:

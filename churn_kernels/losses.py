@@ -5,9 +5,9 @@ the backend that `_backend` picks. Losses are in nats, float32 (float64 for floa
 gradients have the logits' dtype. No input is ever modified.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,29 @@ from churn_kernels._options import (
 
 # Distinct argument sets whose checked options are kept: a ramp makes a new one each step.
 _CACHED_OPTIONS = 256
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _tells_the_compiler(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose errors reach the user from under torch.compile(fullgraph=True), too.
+
+    There an exception becomes a break of the graph, whose text does not say what was raised first.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            torch._dynamo.graph_break(msg=str(error))
+            raise
+
+    return call
 
 
 class LossTerms(NamedTuple):
@@ -60,6 +83,7 @@ class RowTerms(NamedTuple):
     """(N, P) the divergence D of each pair, (0, 1), (0, 2), .., (1, 2), .."""
 
 
+@_tells_the_compiler
 def codistillation_loss(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -134,11 +158,12 @@ def codistillation_loss(
         temperature,
         reduction,
     )
-    models = _checks.models("logits", logits)
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
+    models, batch = _checks.models("logits", logits)
+    loss, terms = _evaluate(models, batch, target, class_weight, options, mode, return_terms)
     return (loss, _loss_terms(models, terms, options)) if return_terms else loss
 
 
+@_tells_the_compiler
 def codistillation_terms(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -176,12 +201,13 @@ def codistillation_terms(
         temperature,
         "none",
     )._replace(reduction=ROW_TERMS)
-    models = _checks.models("logits", logits)
-    rows, _ = _backend.evaluate(models, target, class_weight, options, mode, False)
+    models, batch = _checks.models("logits", logits)
+    rows, _ = _evaluate(models, batch, target, class_weight, options, mode, False)
     count = _model_count(models)
-    return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=1))
+    return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=-1))
 
 
+@_tells_the_compiler
 def regularized_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -209,7 +235,7 @@ def regularized_cross_entropy(
     Gradient: flows to `logits`; once.
     Raises: as `codistillation_loss`.
     """
-    _checks.matrix("logits", logits)
+    _checks.one_model("logits", logits)
     _checks.target_given(target)
     return codistillation_loss(
         [logits],
@@ -227,6 +253,7 @@ def regularized_cross_entropy(
     )
 
 
+@_tells_the_compiler
 def symmetric_kl(
     p_logits: Tensor,
     q_logits: Tensor,
@@ -247,13 +274,15 @@ def symmetric_kl(
     Gradient: flows to both arguments, once; detach one to hold it fixed.
     Raises: TypeError, ValueError if the two do not match, or for an unknown reduction.
     """
-    _checks.matrix("p_logits", p_logits)
-    _checks.matrix("q_logits", q_logits)
+    _checks.one_model("p_logits", p_logits)
+    _checks.one_model("q_logits", q_logits)
     _checks.same("q_logits", q_logits, "p_logits", p_logits)
     options = _cached(_symmetric_kl_options, reduction)
-    return _backend.evaluate([p_logits, q_logits], None, None, options, mode, False)[0]
+    models, batch = _checks.rows(p_logits, q_logits)
+    return _evaluate(models, batch, None, None, options, mode, False)[0]
 
 
+@_tells_the_compiler
 def softmax_entropy(
     logits: Tensor,
     *,
@@ -276,6 +305,7 @@ def softmax_entropy(
     return _one_regularizer(logits, "entropy", 1.0, top_k, renormalize_top_k, reduction, mode)
 
 
+@_tells_the_compiler
 def uniform_skl(
     logits: Tensor,
     *,
@@ -301,6 +331,7 @@ def uniform_skl(
     return _one_regularizer(logits, "uniform_skl", -1.0, top_k, renormalize_top_k, reduction, mode)
 
 
+@_tells_the_compiler
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -331,15 +362,10 @@ def distillation_loss(
     Gradient: flows to `student_logits` only, once.
     Raises: as `codistillation_loss`.
     """
-    _checks.matrix("student_logits", student_logits)
-    if isinstance(teacher_logits, Tensor) and teacher_logits.dim() == 2:
-        teachers = [teacher_logits]
-    else:
-        teachers = _checks.models("teacher_logits", teacher_logits)
-        if teachers[0].dim() == 3:
-            teachers = list(teachers[0].unbind(0))
+    _checks.one_model("student_logits", student_logits)
+    teachers = _teachers(teacher_logits, student_logits.dim())
     for teacher in teachers:
-        _checks.matrix("teacher_logits", teacher)
+        _checks.one_model("teacher_logits", teacher)
         _checks.same("teacher_logits", teacher, "student_logits", student_logits)
     options = _cached(
         _distillation_options,
@@ -350,9 +376,24 @@ def distillation_loss(
         temperature,
         reduction,
     )
-    models = [student_logits, *(teacher.detach() for teacher in teachers)]
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
+    models, batch = _checks.rows(student_logits, *(teacher.detach() for teacher in teachers))
+    loss, terms = _evaluate(models, batch, target, class_weight, options, mode, return_terms)
     return (loss, _loss_terms(models, terms, options)) if return_terms else loss
+
+
+def _teachers(logits: Tensor | Sequence[Tensor], dims: int) -> Sequence[Tensor]:
+    """One teacher's logits, of as many dimensions as the student's, or those of several."""
+    if not isinstance(logits, Tensor):
+        return _checks.sequence("teacher_logits", logits)
+    if logits.is_nested or logits.dim() == dims:
+        return [logits]
+    if logits.dim() != dims + 1 or logits.shape[0] == 0:
+        raise ValueError(
+            f"teacher_logits must be a tensor of the student's shape, a sequence of such, or at "
+            f"least one stacked along dimension 0, got one tensor of shape {tuple(logits.shape)}; "
+            f"pass one for each row and class of student_logits"
+        )
+    return logits.unbind(0)
 
 
 def _one_regularizer(
@@ -365,9 +406,26 @@ def _one_regularizer(
     mode: str | None,
 ) -> Tensor:
     """A regulariser alone, of one model."""
-    _checks.matrix("logits", logits)
+    _checks.one_model("logits", logits)
     options = _cached(_regularizer_options, regularizer, sign, top_k, renormalize_top_k, reduction)
-    return _backend.evaluate([logits], None, None, options, mode, False)[0]
+    models, batch = _checks.rows(logits)
+    return _evaluate(models, batch, None, None, options, mode, False)[0]
+
+
+def _evaluate(
+    models: Sequence[Tensor],
+    batch: Sequence[int] | None,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    options: LossOptions,
+    mode: str | None,
+    with_terms: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and the terms; what is kept by row, in the shape the rows came in."""
+    loss, terms = _backend.evaluate(models, batch, target, class_weight, options, mode, with_terms)
+    if batch is not None and loss.dim():
+        loss = loss.reshape(*batch, *loss.shape[1:])
+    return loss, terms
 
 
 # Scalar arguments to options: checked once for each distinct set ----------------------------------
@@ -398,19 +456,19 @@ def _codistillation_options(
     temperature: float,
     reduction: str,
 ) -> LossOptions:
-    alpha = _checks.share("alpha", alpha, below_one=True)
+    alpha = _checks.option("alpha", alpha)
     return LossOptions(
         ce_weight=1.0 - alpha,
         regularizer_weight=alpha,
-        divergence_weight=_checks.weight("beta", beta),
-        regularizer=_checks.choice("regularizer", regularizer, REGULARIZERS),
-        top_k=_checks.top_k(top_k),
-        renormalize_top_k=_checks.flag("renormalize_top_k", renormalize_top_k),
-        divergence=_checks.choice("divergence", divergence, DIVERGENCES),
-        label_smoothing=_checks.share("label_smoothing", label_smoothing),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
-        temperature=_checks.positive("temperature", temperature),
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
+        divergence_weight=_checks.option("beta", beta),
+        regularizer=REGULARIZERS[_checks.option("regularizer", regularizer)],
+        top_k=_checks.option("top_k", top_k) or 0,
+        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
+        divergence=DIVERGENCES[_checks.option("divergence", divergence)],
+        label_smoothing=_checks.option("label_smoothing", label_smoothing),
+        ignore_index=_checks.option("ignore_index", ignore_index),
+        temperature=_checks.option("temperature", temperature),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
     )
 
 
@@ -420,7 +478,7 @@ def _symmetric_kl_options(reduction: str) -> LossOptions:
         ce_weight=0.0,
         divergence_weight=1.0,
         divergence=DIVERGENCES["skl"],
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
     )
 
 
@@ -432,9 +490,9 @@ def _regularizer_options(
         ce_weight=0.0,
         regularizer_weight=sign,
         regularizer=REGULARIZERS[regularizer],
-        top_k=_checks.top_k(top_k),
-        renormalize_top_k=_checks.flag("renormalize_top_k", renormalize_top_k),
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
+        top_k=_checks.option("top_k", top_k) or 0,
+        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
     )
 
 
@@ -447,17 +505,17 @@ def _distillation_options(
     temperature: float,
     reduction: str,
 ) -> LossOptions:
-    alpha = _checks.share("alpha", alpha)
-    temperature = _checks.positive("temperature", temperature)
+    alpha = _checks.share("alpha", alpha)  # nothing but the teachers to learn from is something
+    temperature = _checks.option("temperature", temperature)
     return LossOptions(
         ce_weight=1.0 - alpha,
         divergence_weight=alpha * temperature**2,
         divergence=DISTILLATION,
         teachers=teachers,
-        label_smoothing=_checks.share("label_smoothing", label_smoothing),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
+        label_smoothing=_checks.option("label_smoothing", label_smoothing),
+        ignore_index=_checks.option("ignore_index", ignore_index),
         temperature=temperature,
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _backend, _blocks, _checks
 from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 
 CALIBRATION_BINS = 15
@@ -122,9 +122,10 @@ def churn_report(
 
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
-            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1.
-        target: (N,) int64 labels in [0, C) on the runs' device, or None: accuracy, ece,
-            churn_correct, churn_incorrect and negative_flips are then None.
+            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. Of tensors (..., C)
+            every (C,) is a row.
+        target: (N,) or (...) int64 labels in [0, C) on the runs' device, or None: accuracy,
+            ece, churn_correct, churn_incorrect and negative_flips are then None.
         schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
         top_k: entropy of each row's `top_k` largest probabilities, renormalised to sum to 1
             (1 <= top_k <= C); None: of the whole softmax. Equal probabilities make the choice
@@ -137,21 +138,21 @@ def churn_report(
         ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
         a label out of range.
     """
-    if _backend.class_exchange is not None:
+    if _blocks.choices().class_exchange is not None:
         raise ValueError(
             "churn_report takes whole rows, got a block of class_parallel; call it outside the "
             "block"
         )
-    logits = _checked_runs(runs)
+    logits, batch = _checked_runs(runs)
     rows, classes = logits[0].shape
     if target is not None:
-        _check_target(target, logits[0])
+        target = _checked_target(target, logits[0], batch)
     alpha = _checks.number("schurn_alpha", schurn_alpha)
     if alpha <= 0:
         raise ValueError(
             f"schurn_alpha must be > 0, got {alpha}; 1 is the value of the paper's tables"
         )
-    k = _checks.top_k(top_k)
+    k = _checks.option("top_k", top_k) or 0
     _checks.top_k_fits(k, classes)
     fused = _can_fuse(logits)
     block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
@@ -175,8 +176,9 @@ def prediction_confidence(logits: Tensor) -> Tensor:
         logits: (..., C), C >= 1, floating dtype.
     Returns: float64 (...) in [0, 1]; a missing second class counts as probability 0.
     Gradient: none.
-    Raises: ValueError if there is no class.
+    Raises: ValueError if there is no class; TypeError for a sparse or nested tensor.
     """
+    _checks.dense("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(
             f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}; "
@@ -195,8 +197,8 @@ def expected_calibration_error(
     probability, the last one closed (Guo et al. 2017).
 
     Args:
-        logits: (N, C) of one run, N >= 1, floating dtype.
-        target: (N,) int64 labels in [0, C), on the logits' device.
+        logits: (N, C) or (..., C) of one run, N >= 1, floating dtype.
+        target: (N,) or (...) int64 labels in [0, C), on the logits' device.
         bins: number of bins, at least 1.
     Returns: float64 scalar in [0, 1].
     Gradient: none.
@@ -205,7 +207,8 @@ def expected_calibration_error(
     if _checks.integer("bins", bins) < 1:
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
-    _check_target(target, logits)
+    (logits,), batch = _checks.rows(logits)
+    target = _checked_target(target, logits, batch)
     probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
     _check_rows("logits", probability[None], 0)
     sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
@@ -375,9 +378,11 @@ def _block_rows(asked: int | None, runs: int, width: int) -> int:
     return asked
 
 
-def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
+def _checked_runs(runs: Iterable[Tensor] | Tensor) -> tuple[list[Tensor], torch.Size | None]:
+    """The runs' logits (N, C), and the shape in which the rows came, if not (N,)."""
     wanted = "runs must be a sequence of logit tensors (N, C) or one tensor (R, N, C)"
     if isinstance(runs, Tensor):
+        _checks.dense("runs", runs)
         if runs.ndim != 3:
             raise ValueError(
                 f"{wanted}, got a tensor of shape {tuple(runs.shape)}; "
@@ -395,12 +400,12 @@ def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
         )
     for index, run in enumerate(logits):
         _check_run(f"runs[{index}]", run, logits[0])
-    return logits
+    return _checks.rows(*logits)
 
 
 def _check_run(name: str, run: Any, first: Any) -> None:
-    _checks.matrix(name, run)
-    if run.shape[0] == 0:
+    _checks.one_model(name, run)
+    if run.shape[:-1].numel() == 0:
         raise ValueError(
             f"{name} must have at least one row, got shape {tuple(run.shape)}; "
             "a share of no rows has no value"
@@ -415,33 +420,21 @@ def _check_run(name: str, run: Any, first: Any) -> None:
             f"{name} must be on the first run's device, {first.device}, got {run.device}; "
             f"pass {name}.to({first.device!s})"
         )
+    _checks.has_values(name, run)
 
 
-def _check_target(target: Any, run: Tensor) -> None:
-    rows, classes = run.shape
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(
-            f"target must be an int64 tensor of class indices or None, got {got}; "
-            "convert it with .long()"
-        )
-    if target.shape != (rows,):
-        raise ValueError(
-            f"target must have shape (N,) = ({rows},), got {tuple(target.shape)}; "
-            "pass one label per row"
-        )
-    if target.device != run.device:
-        raise ValueError(
-            f"target must be on the runs' device, {run.device}, got {target.device}; "
-            "pass target.to(runs[0].device)"
-        )
-    outside = (target < 0) | (target >= classes)
+def _checked_target(target: Any, logits: Tensor, batch: torch.Size | None) -> Tensor:
+    """The labels (N,), every one a class."""
+    labels = _checks.target(target, logits, batch)
+    classes = logits.shape[-1]
+    outside = (labels < 0) | (labels >= classes)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"target must hold class indices in [0, {classes}), got {int(target[row])} at row "
+        raise _checks.TargetError(
+            f"target must hold class indices in [0, {classes}), got {int(labels[row])} at row "
             f"{row}; leave rows without a label out of target and of every run"
         )
+    return labels
 
 
 def _check_rows(name: str, probability: Tensor, start: int) -> None:
