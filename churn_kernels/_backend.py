@@ -242,7 +242,7 @@ def evaluate(
         target = _checks.target(target, first, batch)
     name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0], chosen)
     if mode is None:
-        mode = modes.chosen()
+        mode = modes.chosen(block)
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
     if mode == "exact":
@@ -258,7 +258,7 @@ def evaluate(
         _checks.top_k_fits(options.top_k, first.shape[-1])
     if name == "reference":
         return reference.loss(logits, target, class_weight, options)
-    strength = modes.MODES.index(mode or modes.get_reduction_mode())
+    strength = modes.MODES.index(mode or modes.of_torch())
     if strength:
         options = options._replace(mode=strength)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)

@@ -39,6 +39,7 @@ class _State(NamedTuple):
 _NONE = _State(Choices(), ())
 _open: ContextVar[_State] = ContextVar("churn_kernels", default=_NONE)
 _traced: Choices | None = None  # in a block that torch.compile traces
+_used = False  # whether there ever was a block: without, nothing is handed over
 
 _KEY = "churn_kernels"  # of PyTorch's thread-local objects
 _this = sys.modules[__name__]
@@ -48,7 +49,7 @@ def choices() -> Choices:
     """What the blocks choose that are open in this thread and task."""
     if torch.compiler.is_compiling():
         return _this.current if _traced is None else _traced
-    return _state().choices
+    return _state().choices if _used else _NONE.choices
 
 
 def __getattr__(name: str) -> Choices:
@@ -67,6 +68,8 @@ def _state() -> _State:
 
 
 def _keep(blocks: tuple[dict[str, Any], ...]) -> None:
+    global _used
+    _used = True
     chosen: dict[str, Any] = {}
     for block in blocks:
         chosen |= block

@@ -184,8 +184,8 @@ def models(name: str, logits: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], 
     for other in logits[1:]:
         if (
             not isinstance(other, Tensor)
-            or other.is_nested
             or other.layout is not _STRIDED
+            or other.is_nested
             or other.shape != shape
             or other.dtype != dtype
             or other.device != device
@@ -328,23 +328,23 @@ def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor
         logits: those of the first model, (N, C), or of all, (K, N, C).
         batch: the shape in which the rows came, if not (N,).
     """
-    shape = (logits.shape[-2],) if batch is None else tuple(batch)
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"target must be an int64 tensor of shape {shape}, got {type(value).__name__}; "
-            f"pass torch.as_tensor(target)"
+            f"target must be an int64 tensor of shape {_rows_shape(logits, batch)}, got "
+            f"{type(value).__name__}; pass torch.as_tensor(target)"
         )
     dense("target", value)
     if value.dtype != torch.int64:
+        dims = 1 if batch is None else len(batch)
         remedy = "pass target.long()"
-        if value.is_floating_point() and value.dim() > len(shape) and value.shape[-1] > 1:
+        if value.is_floating_point() and value.dim() > dims and value.shape[-1] > 1:
             remedy = (
                 "pass class indices; class probabilities are not supported: for one-hot rows pass "
                 "target.argmax(-1), for others distillation_loss with teacher_logits=target.log()"
             )
         raise TypeError(f"target must be int64 class indices, got {_short(value.dtype)}; {remedy}")
-    if value.shape != shape:
-        _refuse_shape(tuple(value.shape), shape, logits, batch)
+    if value.shape != (logits.shape[-2:-1] if batch is None else batch):
+        _refuse_shape(tuple(value.shape), logits, batch)
     if value.device != logits.device:
         raise ValueError(
             f"target must be on the logits' device, {logits.device}, got {value.device}; "
@@ -353,10 +353,13 @@ def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor
     return value if batch is None else value.flatten()
 
 
-def _refuse_shape(
-    got: tuple[int, ...], shape: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None
-) -> NoReturn:
+def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
+    return (logits.shape[-2],) if batch is None else tuple(batch)
+
+
+def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
     """Raise for a target of another shape than the rows'; the shapes show what was meant."""
+    shape = _rows_shape(logits, batch)
     full = (*shape, logits.shape[-1]) if logits.dim() == 2 else tuple(logits.shape)
     single = "logits" if logits.dim() == 2 else "[logits]"
     wants = f"target must have shape {shape}, one class for each row of the logits"

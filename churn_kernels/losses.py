@@ -3,51 +3,19 @@
 Every function maps its arguments onto one set of options (`_options.LossOptions`) and hands it to
 the backend that `_backend` picks. Losses are in nats, float32 (float64 for float64 logits);
 gradients have the logits' dtype. No input is ever modified.
+
+Logits (..., C) with a target (...) are taken as rows (N, C) with a target (N,): views, copied only
+where the strides allow none. What is kept by row comes back in the shape (...).
 """
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
-from churn_kernels._options import (
-    DISTILLATION,
-    DIVERGENCES,
-    REDUCTIONS,
-    REGULARIZERS,
-    ROW_TERMS,
-    LossOptions,
-    pair_count,
-)
-
-# Distinct argument sets whose checked options are kept: a ramp makes a new one each step.
-_CACHED_OPTIONS = 256
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _tells_the_compiler(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose errors reach the user from under torch.compile(fullgraph=True), too.
-
-    There an exception becomes a break of the graph, whose text does not say what was raised first.
-    """
-
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
-        try:
-            return function(*args, **kwargs)
-        except (TypeError, ValueError, NotImplementedError) as error:
-            torch._dynamo.graph_break(msg=str(error))
-            raise
-
-    return call
+from churn_kernels import _arguments, _backend, _checks
+from churn_kernels._compiler import tells_the_compiler
+from churn_kernels._options import ROW_TERMS, LossOptions, pair_count
 
 
 class LossTerms(NamedTuple):
@@ -83,7 +51,7 @@ class RowTerms(NamedTuple):
     """(N, P) the divergence D of each pair, (0, 1), (0, 2), .., (1, 2), .."""
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def codistillation_loss(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -109,9 +77,10 @@ def codistillation_loss(
 
     Args:
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
-            device, contiguous or not; or one (K, N, C) tensor. A class at -inf is outside its
-            model's classes.
-        target: (N,) int64 class indices; None: no cross entropy.
+            device, contiguous or not; or one (K, N, C) tensor. Tensors (..., C) of one shape, with
+            a target (...), are rows in as many dimensions. A class at -inf is outside its model's
+            classes.
+        target: (N,) or (...) int64 class indices, for C >= 2; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.
         regularizer: "entropy", R = H(p) = -sum p log p (Eq. 6); or "uniform_skl",
@@ -134,8 +103,8 @@ def codistillation_loss(
         mode: reduction mode (see `ck.reduction_mode`); None: the current default.
         return_terms: also return `LossTerms`.
     Returns:
-        The loss, () or (N,) with reduction="none"; or (loss, LossTerms) with return_terms=True. The
-        mean over no rows is NaN.
+        The loss, () or with reduction="none" (N,) or (...); or (loss, LossTerms) with
+        return_terms=True. The mean over no rows is NaN.
     Gradient: flows to every tensor of `logits`, for any upstream gradient; once (differentiate
         twice inside `with ck.backend("reference")`). A NaN or an all -inf row poisons its own loss
         and gradient only.
@@ -145,8 +114,8 @@ def codistillation_loss(
             CHURN_DEBUG=1 in the environment, since looking synchronises: without, the row is NaN.
         NotImplementedError: a mode that cannot be kept.
     """
-    options = _cached(
-        _codistillation_options,
+    options = _arguments.options(
+        _arguments.codistillation,
         alpha,
         beta,
         regularizer,
@@ -163,7 +132,7 @@ def codistillation_loss(
     return (loss, _loss_terms(models, terms, options)) if return_terms else loss
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def codistillation_terms(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -184,12 +153,13 @@ def codistillation_terms(
     can be differentiated, at the cost of one more pass over the logits.
 
     Args: as in `codistillation_loss`.
-    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2.
+    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2; of
+        logits (..., C) with (...) in the place of N.
     Gradient: flows to every tensor of `logits` from every entry; once.
     Raises: as `codistillation_loss`.
     """
-    options = _cached(
-        _codistillation_options,
+    options = _arguments.options(
+        _arguments.codistillation,
         0.0,
         1.0,
         regularizer,
@@ -207,7 +177,7 @@ def codistillation_terms(
     return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=-1))
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def regularized_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -228,8 +198,8 @@ def regularized_cross_entropy(
     `codistillation_loss` with K = 1 (Bhojanapalli et al. 2021, Eq. 6 and 7).
 
     Args:
-        logits: (N, C).
-        target: (N,) int64 class indices.
+        logits: (N, C) or (..., C).
+        target: (N,) or (...) int64 class indices.
         The others as in `codistillation_loss`.
     Returns: as `codistillation_loss`; the terms hold one model and no pair.
     Gradient: flows to `logits`; once.
@@ -253,7 +223,7 @@ def regularized_cross_entropy(
     )
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def symmetric_kl(
     p_logits: Tensor,
     q_logits: Tensor,
@@ -266,23 +236,23 @@ def symmetric_kl(
     Bhojanapalli et al. 2021, Eq. 9.
 
     Args:
-        p_logits, q_logits: (N, C) logits of the same shape, dtype and device.
+        p_logits, q_logits: (N, C) or (..., C) logits of the same shape, dtype and device.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the divergence in nats, () or (N,) with reduction="none". A class at -inf in both
-        contributes nothing; at -inf in one only, the divergence is +inf.
+    Returns: the divergence in nats, () or with reduction="none" (N,) or (...). A class at -inf in
+        both contributes nothing; at -inf in one only, the divergence is +inf.
     Gradient: flows to both arguments, once; detach one to hold it fixed.
     Raises: TypeError, ValueError if the two do not match, or for an unknown reduction.
     """
     _checks.one_model("p_logits", p_logits)
     _checks.one_model("q_logits", q_logits)
     _checks.same("q_logits", q_logits, "p_logits", p_logits)
-    options = _cached(_symmetric_kl_options, reduction)
+    options = _arguments.options(_arguments.symmetric_kl, reduction)
     models, batch = _checks.rows(p_logits, q_logits)
     return _evaluate(models, batch, None, None, options, mode, False)[0]
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def softmax_entropy(
     logits: Tensor,
     *,
@@ -294,18 +264,18 @@ def softmax_entropy(
     """Entropy of the softmax, H(p) = -sum p log p (Bhojanapalli et al. 2021, Eq. 6).
 
     Args:
-        logits: (N, C).
+        logits: (N, C) or (..., C).
         top_k, renormalize_top_k: over the k largest probabilities, as in `codistillation_loss`.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the entropy in nats, () or (N,) with reduction="none".
+    Returns: the entropy in nats, () or with reduction="none" (N,) or (...).
     Gradient: flows to `logits`; once.
     Raises: TypeError, ValueError for a wrong argument.
     """
     return _one_regularizer(logits, "entropy", 1.0, top_k, renormalize_top_k, reduction, mode)
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def uniform_skl(
     logits: Tensor,
     *,
@@ -320,18 +290,18 @@ def uniform_skl(
     The regulariser "uniform_skl" of `codistillation_loss` is minus this.
 
     Args:
-        logits: (N, C). U is uniform over the classes that are not at -inf.
+        logits: (N, C) or (..., C). U is uniform over the classes that are not at -inf.
         top_k, renormalize_top_k: over the k largest probabilities, as in `codistillation_loss`.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the divergence in nats, () or (N,) with reduction="none".
+    Returns: the divergence in nats, () or with reduction="none" (N,) or (...).
     Gradient: flows to `logits`; once.
     Raises: TypeError, ValueError for a wrong argument.
     """
     return _one_regularizer(logits, "uniform_skl", -1.0, top_k, renormalize_top_k, reduction, mode)
 
 
-@_tells_the_compiler
+@tells_the_compiler
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -351,9 +321,9 @@ def distillation_loss(
     Mean over rows of (1 - alpha) CE(s) + alpha T^2 KL(mean_m softmax(t_m / T) || softmax(s / T)).
 
     Args:
-        student_logits: (N, C).
-        teacher_logits: (N, C), M tensors (N, C), or one (M, N, C) tensor.
-        target: (N,) int64 class indices; None: no cross entropy.
+        student_logits: (N, C) or (..., C).
+        teacher_logits: of the same shape, M such tensors, or one tensor (M, N, C) or (M, ..., C).
+        target: (N,) or (...) int64 class indices; None: no cross entropy.
         alpha: weight of the distillation term, in [0, 1].
         temperature: T > 0, divides all logits in the distillation term.
         The others as in `codistillation_loss`.
@@ -367,8 +337,8 @@ def distillation_loss(
     for teacher in teachers:
         _checks.one_model("teacher_logits", teacher)
         _checks.same("teacher_logits", teacher, "student_logits", student_logits)
-    options = _cached(
-        _distillation_options,
+    options = _arguments.options(
+        _arguments.distillation,
         alpha,
         len(teachers),
         label_smoothing,
@@ -407,7 +377,9 @@ def _one_regularizer(
 ) -> Tensor:
     """A regulariser alone, of one model."""
     _checks.one_model("logits", logits)
-    options = _cached(_regularizer_options, regularizer, sign, top_k, renormalize_top_k, reduction)
+    options = _arguments.options(
+        _arguments.regularizer, regularizer, sign, top_k, renormalize_top_k, reduction
+    )
     models, batch = _checks.rows(logits)
     return _evaluate(models, batch, None, None, options, mode, False)[0]
 
@@ -426,97 +398,6 @@ def _evaluate(
     if batch is not None and loss.dim():
         loss = loss.reshape(*batch, *loss.shape[1:])
     return loss, terms
-
-
-# Scalar arguments to options: checked once for each distinct set ----------------------------------
-
-
-def _cached(build: Any, *arguments: Any) -> LossOptions:
-    """`build(*arguments)`, out of its cache where it can be."""
-    if (
-        not torch.compiler.is_compiling()
-    ):  # the compiler traces through a cache, and warns that it does
-        try:
-            return build(*arguments)
-        except TypeError:
-            pass  # an argument that cannot be hashed cannot be right: let its check say so
-    return build.__wrapped__(*arguments)
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _codistillation_options(
-    alpha: float,
-    beta: float,
-    regularizer: str,
-    top_k: int | None,
-    renormalize_top_k: bool,
-    divergence: str,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    reduction: str,
-) -> LossOptions:
-    alpha = _checks.option("alpha", alpha)
-    return LossOptions(
-        ce_weight=1.0 - alpha,
-        regularizer_weight=alpha,
-        divergence_weight=_checks.option("beta", beta),
-        regularizer=REGULARIZERS[_checks.option("regularizer", regularizer)],
-        top_k=_checks.option("top_k", top_k) or 0,
-        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
-        divergence=DIVERGENCES[_checks.option("divergence", divergence)],
-        label_smoothing=_checks.option("label_smoothing", label_smoothing),
-        ignore_index=_checks.option("ignore_index", ignore_index),
-        temperature=_checks.option("temperature", temperature),
-        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
-    )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _symmetric_kl_options(reduction: str) -> LossOptions:
-    return LossOptions(
-        ce_weight=0.0,
-        divergence_weight=1.0,
-        divergence=DIVERGENCES["skl"],
-        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
-    )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _regularizer_options(
-    regularizer: str, sign: float, top_k: int | None, renormalize_top_k: bool, reduction: str
-) -> LossOptions:
-    return LossOptions(
-        ce_weight=0.0,
-        regularizer_weight=sign,
-        regularizer=REGULARIZERS[regularizer],
-        top_k=_checks.option("top_k", top_k) or 0,
-        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
-        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
-    )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _distillation_options(
-    alpha: float,
-    teachers: int,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    reduction: str,
-) -> LossOptions:
-    alpha = _checks.share("alpha", alpha)  # nothing but the teachers to learn from is something
-    temperature = _checks.option("temperature", temperature)
-    return LossOptions(
-        ce_weight=1.0 - alpha,
-        divergence_weight=alpha * temperature**2,
-        divergence=DISTILLATION,
-        teachers=teachers,
-        label_smoothing=_checks.option("label_smoothing", label_smoothing),
-        ignore_index=_checks.option("ignore_index", ignore_index),
-        temperature=temperature,
-        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
-    )
 
 
 # The ops' outputs to named terms ------------------------------------------------------------------

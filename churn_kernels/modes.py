@@ -58,10 +58,14 @@ def _from_environment() -> str | None:
 default: str | None = _from_environment()
 
 
-def chosen() -> str | None:
-    """The mode that a block or the process chose; None: PyTorch's own switch decides."""
-    mode = _blocks.choices().mode
-    return default if mode == _blocks.UNSET else mode
+def chosen(block: _blocks.Choices) -> str | None:
+    """The mode that these blocks or the process chose; None: PyTorch's own switch decides."""
+    return default if block.mode == _blocks.UNSET else block.mode
+
+
+def of_torch() -> str:
+    """The mode that PyTorch's own switch asks for."""
+    return "run_to_run" if torch.are_deterministic_algorithms_enabled() else "fast"
 
 
 def get_reduction_mode() -> str:
@@ -71,10 +75,7 @@ def get_reduction_mode() -> str:
     `set_reduction_mode` or the environment variable CHURN_REDUCTION_MODE set last; where they left
     it to PyTorch, `"run_to_run"` if `torch.are_deterministic_algorithms_enabled()`, else `"fast"`.
     """
-    mode = chosen()
-    if mode is not None:
-        return mode
-    return "run_to_run" if torch.are_deterministic_algorithms_enabled() else "fast"
+    return chosen(_blocks.choices()) or of_torch()
 
 
 def set_reduction_mode(mode: str | None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from churn_kernels import _checks, losses
+from churn_kernels._compiler import tells_the_compiler
 
 
 class _LossModule(nn.Module):
@@ -60,16 +61,21 @@ class _LossModule(nn.Module):
                     f"{type(self).__name__}() must be given {name}, got none; pass {name}=..., "
                     f"as {self._function.__name__} takes it"
                 )
-        self._options = {name: self._check_of[name](name, value) for name, value in options.items()}
+        self._options = {name: self._checked(name, value) for name, value in options.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._check_of:
-            self._options = {**self._options, name: self._check_of[name](name, value)}
+            self._options = {**self._options, name: self._checked(name, value)}
             return
         if name == "class_weight" and value is not None:
             value = _checks.class_weights(value)
         super().__setattr__(name, value)
 
+    @tells_the_compiler
+    def _checked(self, name: str, value: object) -> Any:
+        return self._check_of[name](name, value)
+
+    @tells_the_compiler
     def _refuse_unknown(self, options: Mapping[str, Any]) -> None:
         known = [*self._defaults, *["class_weight"] * self._weighs_classes]
         for name in options:
@@ -103,7 +109,7 @@ class _LossModule(nn.Module):
                 f"{type(state).__name__}; load what state_dict() returned"
             )
         self._refuse_unknown(state)
-        checked = {name: self._check_of[name](name, value) for name, value in state.items()}
+        checked = {name: self._checked(name, value) for name, value in state.items()}
         self._options = {**self._options, **checked}
 
     def _load_from_state_dict(

@@ -26,7 +26,7 @@ from parity import (
 from processes import run
 
 import churn_kernels as ck
-from churn_kernels import _class_shards, _ops
+from churn_kernels import _blocks, _class_shards, _ops
 from churn_kernels._options import LossOptions
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
@@ -202,6 +202,31 @@ def test_transforms_of_torch_func():
     examples = [torch.stack([z, z * 2]) for z in logits]
     want = torch.func.vmap(whole)(*examples)
     assert bytes_of(torch.func.vmap(shard)(*examples)) == bytes_of(want)
+
+
+def test_each_thread_has_a_block_of_its_own():
+    """Two threads with a shard each, through the public functions, one shard of a single class."""
+    logits = torch.randn(2, 2, 3, 5, generator=seeded("blocks"))
+    target = torch.randint(5, (2, 3), generator=seeded("blocks"))
+    parts = logits.split([1, 4], -1)
+    meeting = Meeting(2)
+
+    def one(place):
+        with _blocks.block(class_exchange=meeting.at(place)):
+            return ck.codistillation_loss(list(parts[place]), target, alpha=0.1, reduction="none")
+
+    with ThreadPoolExecutor(2) as pool:
+        losses = list(pool.map(one, range(2)))
+    whole = ck.codistillation_loss(list(logits), target, alpha=0.1, reduction="none", mode="exact")
+    assert whole.shape == (2, 3)
+    assert [bytes_of(loss) for loss in losses] == [bytes_of(whole)] * 2
+
+
+def test_rows_of_one_class_in_all_processes_are_refused():
+    options = LossOptions(mode=3)
+    target = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes where there is a"):
+        _class_shards.evaluate([torch.zeros(4, 1)], target, None, options, False, Meeting(1).at(0))
 
 
 # Over processes -----------------------------------------------------------------------------------
