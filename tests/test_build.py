@@ -103,6 +103,13 @@ class TestFacts:
         assert symbols.stdout.strip() == ""
 
 
+# An editable install would still offer the compiled module of its own tree.
+ALONE = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+"""
+
+
 class TestVersion:
     def test_is_that_of_the_project(self):
         assert _version.version() == ck.__version__
@@ -120,7 +127,7 @@ class TestVersion:
         project = "churn-kernels" if checkout else "another"
         text = f'[project]\nname = "{project}"\nversion = "7.8.9"\n'
         (tmp_path / "pyproject.toml").write_text(text)
-        program = "import churn_kernels as ck; print(ck.__version__, ck.__file__)"
+        program = ALONE + "import churn_kernels as ck; print(ck.__version__, ck.__file__)"
         done = run(
             *(sys.executable, "-c", program),
             folder=tmp_path,
@@ -146,10 +153,10 @@ class TestVersion:
 
 
 class TestWithoutLibrary:
-    PROGRAM = """
-import json, sys, warnings
-# An editable install would still offer the compiled module of its own tree.
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+    PROGRAM = (
+        ALONE
+        + """
+import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import churn_kernels as ck, torch
@@ -165,6 +172,7 @@ print(json.dumps({
     "warnings": [str(w.message) for w in caught if "churn_kernels" in str(w.message)],
 }))
 """
+    )
 
     @pytest.fixture
     def package(self, tmp_path):
