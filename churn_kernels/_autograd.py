@@ -11,7 +11,7 @@ Three ways, for three kinds of calls:
   takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from churn_kernels import _ops
+from churn_kernels._inference import saveable
 from churn_kernels._ops import OpSet
 from churn_kernels._options import (
     REDUCTIONS,
@@ -99,6 +100,10 @@ def _traced(
     outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
     an order, so exact mode stays with the op, and hands it its weights as tensors.
     """
+    # torch.func cannot transform the op's registered formula, but `_Loss` as a whole.
+    transformed = torch._C._are_functorch_transforms_active() and _let_into_graphs()
+    if options.mode == EXACT and transformed:
+        return ops.loss_in_transforms(logits, target, class_weight, options, want)
     if options.mode == EXACT:
         one = torch.ones((), dtype=torch.float64, device="cpu")
         weights = [weight * one if weight != 0 else None for weight in options[: len(WEIGHTS)]]
@@ -108,7 +113,10 @@ def _traced(
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
     )
-    by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
+    if transformed:
+        by_row, terms = ops.loss_in_transforms(logits, target, class_weight, unweighted, want)
+    else:
+        by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
     models = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
     students = models - options.teachers
     pairs = pair_count(students, options.teachers)
@@ -118,6 +126,20 @@ def _traced(
     )
     loss = reduce_terms(ce, r, d, rows, ce_rows, target is not None, options)
     return loss.to(by_row.dtype), terms
+
+
+# What a graph calls as it is instead of looking into it.
+_IN_GRAPHS: list[Callable[..., Any]] = []
+
+
+def _let_into_graphs() -> bool:
+    for function in _IN_GRAPHS:
+        torch._dynamo.allow_in_graph(function)
+    return True
+
+
+# The compiler calls it while it traces; see `_backend._gpu_problem`.
+_let_into_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _FusedLoss(Function):
@@ -133,11 +155,11 @@ class _FusedLoss(Function):
         want: int,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        loss, _, terms, ctx.gradients = _call(ops, logits, target, class_weight, options, want)
+        loss, _, terms, gradients = _call(ops, logits, target, class_weight, options, want)
         ctx.ops, ctx.options = ops, options
-        # The stored gradients need none of these. A second backward pass does, and autograd now
-        # notices logits that were changed in place, whichever pass it is.
-        ctx.save_for_backward(target, class_weight, *logits)
+        # Nothing reads target and weights again, and the logits are for the graph of a second
+        # derivative, which raises: autograd is to notice where they are changed in place.
+        ctx.save_for_backward(*saveable(target, class_weight, *logits), *gradients)
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
         return loss, terms
@@ -146,17 +168,15 @@ class _FusedLoss(Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        target, class_weight, *logits = ctx.saved_tensors
-        ops, gradients = ctx.ops, ctx.gradients
-        if gradients is None or torch.is_grad_enabled():
-            options = ctx.options
-            stats = _call(ops, logits, target, class_weight, options, WANT_STATS)[1]
-            gradients = _LossBackward.apply(
-                ops, target, class_weight, options, stats, upstream, *logits
-            )
+        tensors = ctx.saved_tensors[2:]
+        models = len(ctx.needs_input_grad) - len(_BEFORE_LOGITS)
+        gradients = tensors[models:]
+        exact = ctx.options.mode == EXACT
+        if _hands_over(upstream):
+            ctx.ops.scale_(gradients, upstream, exact)
         else:
-            ctx.gradients = None  # handed out below, to be changed by whoever holds them
-            ops.scale_(gradients, upstream, ctx.options.mode == EXACT)
+            scale = partial(_scaled_copies, ctx.ops, exact, models)
+            gradients = _Gradients.apply(scale, upstream, *tensors)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
 
@@ -179,7 +199,7 @@ class _Loss(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.ops, target, class_weight, ctx.options, _, *logits = inputs
         _, stats, terms = output
-        ctx.save_for_backward(target, class_weight, stats, *logits)
+        ctx.save_for_backward(*saveable(target, class_weight, stats, *logits))
         ctx.mark_non_differentiable(stats, terms)
         ctx.set_materialize_grads(False)
 
@@ -187,10 +207,8 @@ class _Loss(Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        target, class_weight, stats, *logits = ctx.saved_tensors
-        gradients = _LossBackward.apply(
-            ctx.ops, target, class_weight, ctx.options, stats, upstream, *logits
-        )
+        compute = partial(_gradients, ctx.ops, ctx.options)
+        gradients = _Gradients.apply(compute, upstream, *ctx.saved_tensors)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
     @staticmethod
@@ -199,23 +217,25 @@ class _Loss(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        return _one_by_one(_Loss, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Loss.apply, info.batch_size, in_dims, inputs)
 
 
-class _LossBackward(Function):
+class _Gradients(Function):
     """The gradients, as a function of their own: differentiating them raises instead of lying."""
 
     @staticmethod
     def forward(
-        ops: OpSet,
-        target: Tensor | None,
-        class_weight: Tensor | None,
-        options: LossOptions,
-        stats: Tensor,
-        upstream: Tensor,
-        *logits: Tensor,
+        compute: Callable[..., Sequence[Tensor]], upstream: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return tuple(_gradients(ops, logits, target, class_weight, stats, upstream, options))
+        if not torch._C._functorch.is_legacy_batchedtensor(upstream):
+            return tuple(compute(upstream, *tensors))
+        # is_grads_batched=True: a batch of upstreams at the one level that there is
+        batch = torch._remove_batch_dim(upstream, 1, 1, 0)
+        each = [compute(one, *tensors) for one in batch.unbind(0)]
+        return tuple(
+            torch._add_batch_dim(torch.stack(gradients), 0, 1)
+            for gradients in zip(*each, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,17 +251,35 @@ class _LossBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        return _one_by_one(_LossBackward, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Gradients.apply, info.batch_size, in_dims, inputs)
+
+
+def _hands_over(upstream: Tensor) -> bool:
+    """Whether this backward pass is the graph's last, so that what was saved may be changed."""
+    return not (
+        torch._C._autograd._get_current_graph_task_keep_graph()
+        or torch.is_grad_enabled()
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    )
+
+
+def _scaled_copies(
+    ops: OpSet, exact: bool, models: int, upstream: Tensor, *tensors: Tensor
+) -> list[Tensor]:
+    """The gradients, which are behind the models' logits, times the upstream."""
+    gradients = [gradient.clone() for gradient in tensors[models:]]
+    ops.scale_(gradients, upstream, exact)
+    return gradients
 
 
 def _gradients(
     ops: OpSet,
-    logits: Sequence[Tensor],
+    options: LossOptions,
+    upstream: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
     stats: Tensor,
-    upstream: Tensor,
-    options: LossOptions,
+    *logits: Tensor,
 ) -> list[Tensor]:
     """The gradients from the row statistics, with the bits of those that came with the loss."""
     if options.mode != EXACT or not comes_with_gradients(options, logits):
@@ -277,7 +315,7 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor
 
 
 def _one_by_one(
-    function: Any, examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+    function: Callable[..., Any], examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """torch.vmap's rule: one call for each example, stacked."""
     results = []
@@ -286,7 +324,7 @@ def _one_by_one(
             value.select(dim, example) if isinstance(value, Tensor) and dim is not None else value
             for value, dim in zip(inputs, in_dims, strict=True)
         ]
-        results.append(function.apply(*arguments))
+        results.append(function(*arguments))
     outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
     return outputs, (0,) * len(outputs)
 
@@ -312,7 +350,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
     without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
     if upstream is None:
         return [None] * len(logits), *without_gradient
-    gradients = _gradients(ops, logits, target, class_weight, stats, upstream, ctx.options)
+    gradients = _gradients(ops, ctx.options, upstream, target, class_weight, stats, *logits)
     return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
 
 
@@ -322,4 +360,15 @@ def differentiable(ops: OpSet) -> OpSet:
     weighed = _ops.with_tensor_weights(ops)
     for one in (ops, weighed):
         torch.library.register_autograd(one.loss, partial(_backward, one), setup_context=_save)
-    return ops._replace(loss_tensor_weights=weighed.loss)
+
+    def in_transforms(
+        logits: Sequence[Tensor],
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: Sequence[Any],
+        want: int,
+    ) -> tuple[Tensor, Tensor]:
+        return evaluate_by_rows(ops, logits, target, class_weight, LossOptions(*options), want)
+
+    _IN_GRAPHS.append(in_transforms)
+    return ops._replace(loss_tensor_weights=weighed.loss, loss_in_transforms=in_transforms)

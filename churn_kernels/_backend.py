@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from churn_kernels import _autograd, _checks, _class_shards, _constants, _ops, modes, reference
+from churn_kernels._inference import saveable_in_graph
 from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
@@ -236,6 +237,9 @@ def evaluate(
         class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     if options.top_k:
         _checks.top_k_fits(options.top_k, first.shape[-1])
+    if torch.compiler.is_compiling():
+        logits = [saveable_in_graph(z) for z in logits]
+        target, class_weight = map(saveable_in_graph, (target, class_weight))
     if name == "reference":
         return reference.loss(logits, target, class_weight, options)
     strength = modes.MODES.index(mode or modes.get_reduction_mode())

@@ -246,7 +246,7 @@ class ExactSum:
             self._collect()
             self._held[words.device] = _Held(words, tensors, elements)
         else:
-            held.words += words
+            held.words = held.words + words  # made in inference mode they cannot be changed
 
     def _take(self, total: int, specials: tuple[int, ...]) -> None:
         self._total += total
