@@ -55,7 +55,7 @@ def evaluate(
     """The loss on these ops, differentiable, and the terms (empty if not asked for)."""
     want = WANT_TERMS if with_terms else 0
     if torch.compiler.is_compiling():
-        return _traced(ops, logits, target, class_weight, options, want | WANT_STATS)
+        return _traced(ops, logits, target, class_weight, options, with_terms)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         pass  # whoever watches the tensors does not ask them for a gradient
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
@@ -64,7 +64,7 @@ def evaluate(
     elif comes_with_gradients(options, logits):
         want |= WANT_GRADIENTS
         return _FusedLoss.apply(ops, target, class_weight, options, want, *logits)
-    return evaluate_by_rows(ops, logits, target, class_weight, options, want)
+    return evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
 
 
 def evaluate_by_rows(
@@ -73,10 +73,10 @@ def evaluate_by_rows(
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
-    want: int,
+    with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, with gradients out of row statistics; `ops` need no more than the loss's."""
-    want |= WANT_STATS
+    want = WANT_STATS | (WANT_TERMS if with_terms else 0)
     loss, _, terms = _Loss.apply(ops, target, class_weight, options, want, *logits)
     return loss, terms
 
@@ -92,7 +92,7 @@ def _traced(
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
-    want: int,
+    with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss as torch.compile is to see it: the op's row terms, weighed by PyTorch.
 
@@ -100,10 +100,11 @@ def _traced(
     outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
     an order, so exact mode stays with the op, and hands it its weights as tensors.
     """
+    want = WANT_STATS | (WANT_TERMS if with_terms else 0)
     # torch.func cannot transform the op's registered formula, but `_Loss` as a whole.
     transformed = torch._C._are_functorch_transforms_active() and _let_into_graphs()
     if options.mode == EXACT and transformed:
-        return ops.loss_in_transforms(logits, target, class_weight, options, want)
+        return ops.loss_in_transforms(logits, target, class_weight, options, with_terms)
     if options.mode == EXACT:
         one = torch.ones((), dtype=torch.float64, device="cpu")
         weights = [weight * one if weight != 0 else None for weight in options[: len(WEIGHTS)]]
@@ -114,7 +115,7 @@ def _traced(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
     )
     if transformed:
-        by_row, terms = ops.loss_in_transforms(logits, target, class_weight, unweighted, want)
+        by_row, terms = ops.loss_in_transforms(logits, target, class_weight, unweighted, with_terms)
     else:
         by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
     models = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
@@ -366,9 +367,11 @@ def differentiable(ops: OpSet) -> OpSet:
         target: Tensor | None,
         class_weight: Tensor | None,
         options: Sequence[Any],
-        want: int,
+        with_terms: bool,
     ) -> tuple[Tensor, Tensor]:
-        return evaluate_by_rows(ops, logits, target, class_weight, LossOptions(*options), want)
+        return evaluate_by_rows(
+            ops, logits, target, class_weight, LossOptions(*options), with_terms
+        )
 
     _IN_GRAPHS.append(in_transforms)
     return ops._replace(loss_tensor_weights=weighed.loss, loss_in_transforms=in_transforms)

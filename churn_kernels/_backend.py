@@ -16,7 +16,7 @@ is imported. So is TRITON_INTERPRET: Triton then runs its kernels in Python, to 
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -202,6 +202,7 @@ def evaluate(
     options: LossOptions,
     mode: str | None,
     with_terms: bool,
+    share: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check what depends on the tensors, pick a backend, and compute the loss and the terms.
 
@@ -209,6 +210,7 @@ def evaluate(
         logits: checked, K tensors (N, C) or one (K, N, C).
         target, class_weight: as the user passed them.
         options: checked, but for what depends on the tensors' shapes.
+        share: makes the ops of all rows out of those of some, and the exact sums' (`_row_shards`).
     Returns: the loss as `options.reduction` says, and the terms, if they were asked for.
     """
     if class_exchange is not None:
@@ -216,7 +218,7 @@ def evaluate(
         if torch.compiler.is_compiling():  # the processes talk to each other in between
             evaluate_shard = torch.compiler.disable(_evaluate_shard)
         return evaluate_shard(
-            logits, target, class_weight, options, mode, with_terms, class_exchange
+            logits, target, class_weight, options, mode, with_terms, class_exchange, share
         )
     first = logits[0]
     if target is not None:
@@ -245,6 +247,9 @@ def evaluate(
     strength = modes.MODES.index(mode or modes.get_reduction_mode())
     if strength:
         options = options._replace(mode=strength)
+    if share is not None:
+        ops = share(_OPS[name], _OPS[name])
+        return _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
 
 
@@ -256,6 +261,7 @@ def _evaluate_shard(
     mode: str | None,
     with_terms: bool,
     exchange: _class_shards.Exchange,
+    share: Callable[..., Any] | None,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
     try:
@@ -264,7 +270,10 @@ def _evaluate_shard(
         _class_shards.refuse(exchange)  # the others wait to hear of this process
         raise
     options = options._replace(mode=modes.EXACT)
-    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, exchange)
+    ops: Any = _class_shards.ShardOps(exchange)
+    if share is not None:
+        ops = share(ops, _OPS["cpu"])
+    return _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
 
 
 def _check_shard(

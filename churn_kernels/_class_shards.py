@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from churn_kernels import _checks
-from churn_kernels._autograd import evaluate_by_rows
-from churn_kernels._options import WANT_TERMS, LossOptions
+from churn_kernels._options import LossOptions
 
 Merge = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,6 +30,7 @@ class Exchange(Protocol):
     """How the processes that hold a row's shards tell each other of them."""
 
     place: int  # of this process in the order of the classes
+    ranks: list[int]  # of all in that order
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every process's x, of one shape, in the order of their classes."""
@@ -130,24 +130,6 @@ class ShardOps:
     def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
         """In place times a factor."""
         torch.ops.churn_kernels.scale_(gradients, upstream, exact)
-
-
-def evaluate(
-    logits: Sequence[Tensor],
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    options: LossOptions,
-    with_terms: bool,
-    exchange: Exchange,
-) -> tuple[Tensor, Tensor]:
-    """The loss of the rows whose classes `exchange` brings together, and the terms.
-
-    Args: as of `_backend.evaluate`, whose checks are done but for those that take the number of all
-        classes; options.mode is exact.
-    Raises: ValueError if the processes' arguments do not fit each other: in each of them.
-    """
-    want = WANT_TERMS if with_terms else 0
-    return evaluate_by_rows(ShardOps(exchange), logits, target, class_weight, options, want)
 
 
 _MARK = 0x636B_7368  # tells a loss from another collective that a process has come to

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from churn_kernels import _backend, _checks
 from churn_kernels._class_shards import Merge
+from churn_kernels._placements import is_placed
 from churn_kernels.exact import sum_across
 
 
@@ -29,10 +30,16 @@ def exact_sum(x: Tensor, group: Any = None) -> Tensor:
     Gradient: this process's upstream gradient, for every element of its x, in x's dtype. Nothing is
         sent: where every process computes the same loss from the sum, each gets the gradient of
         that one loss, not of the losses of all.
-    Raises: TypeError as `churn_kernels.exact_sum`; RuntimeError where torch.distributed is missing
-        or was not initialised; ValueError if this process is not in the group.
+    Raises: TypeError as `churn_kernels.exact_sum`, and for a DTensor; RuntimeError where
+        torch.distributed is missing or was not initialised; ValueError if this process is not in
+        the group.
     """
     x = _checks.summand("x", x)
+    if is_placed(x):
+        raise TypeError(
+            "x must be a Tensor, what this process adds to the sum, got a DTensor; pass "
+            "x.to_local(), or call churn_kernels.exact_sum(x) for the sum of the whole DTensor"
+        )
     _check_group("exact_sum", group, "churn_kernels.exact_sum in one process")
 
     def all_reduce(words: Tensor) -> Tensor:
@@ -89,6 +96,7 @@ class _GroupExchange:
     def __init__(self, group: Any) -> None:
         self._group = group
         self.place = dist.get_rank(group)
+        self.ranks = dist.get_process_group_ranks(group)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         everyone = [torch.empty_like(x) for _ in range(dist.get_world_size(self._group))]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _checks, _dtensor
 from churn_kernels._options import (
     DISTILLATION,
     DIVERGENCES,
@@ -135,7 +135,7 @@ def codistillation_loss(
         reduction,
     )
     models = _checks.models("logits", logits)
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
+    loss, terms = _dtensor.evaluate(models, target, class_weight, options, mode, return_terms)
     return (loss, _loss_terms(models, terms, options)) if return_terms else loss
 
 
@@ -177,7 +177,7 @@ def codistillation_terms(
         "none",
     )._replace(reduction=ROW_TERMS)
     models = _checks.models("logits", logits)
-    rows, _ = _backend.evaluate(models, target, class_weight, options, mode, False)
+    rows, _ = _dtensor.evaluate(models, target, class_weight, options, mode, False)
     count = _model_count(models)
     return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=1))
 
@@ -251,7 +251,8 @@ def symmetric_kl(
     _checks.matrix("q_logits", q_logits)
     _checks.same("q_logits", q_logits, "p_logits", p_logits)
     options = _cached(_symmetric_kl_options, reduction)
-    return _backend.evaluate([p_logits, q_logits], None, None, options, mode, False)[0]
+    models, names = [p_logits, q_logits], ("p_logits", "q_logits")
+    return _dtensor.evaluate(models, None, None, options, mode, False, names)[0]
 
 
 def softmax_entropy(
@@ -337,7 +338,7 @@ def distillation_loss(
     else:
         teachers = _checks.models("teacher_logits", teacher_logits)
         if teachers[0].dim() == 3:
-            teachers = list(teachers[0].unbind(0))
+            teachers = _dtensor.unstack("teacher_logits", teachers[0])
     for teacher in teachers:
         _checks.matrix("teacher_logits", teacher)
         _checks.same("teacher_logits", teacher, "student_logits", student_logits)
@@ -351,7 +352,10 @@ def distillation_loss(
         reduction,
     )
     models = [student_logits, *(teacher.detach() for teacher in teachers)]
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
+    names = "student_logits", "teacher_logits"
+    loss, terms = _dtensor.evaluate(
+        models, target, class_weight, options, mode, return_terms, names
+    )
     return (loss, _loss_terms(models, terms, options)) if return_terms else loss
 
 
@@ -367,7 +371,7 @@ def _one_regularizer(
     """A regulariser alone, of one model."""
     _checks.matrix("logits", logits)
     options = _cached(_regularizer_options, regularizer, sign, top_k, renormalize_top_k, reduction)
-    return _backend.evaluate([logits], None, None, options, mode, False)[0]
+    return _dtensor.evaluate([logits], None, None, options, mode, False)[0]
 
 
 # Scalar arguments to options: checked once for each distinct set ----------------------------------

@@ -13,7 +13,7 @@ Sums over rows are int64 counts and float64 sums on both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _backend, _checks, _dtensor
 from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 
 CALIBRATION_BINS = 15
@@ -146,6 +146,8 @@ def churn_report(
     rows, classes = logits[0].shape
     if target is not None:
         _check_target(target, logits[0])
+    named = [(f"runs[{index}]", run) for index, run in enumerate(logits)]
+    logits, target, together = _dtensor.held(named, target)
     alpha = _checks.number("schurn_alpha", schurn_alpha)
     if alpha <= 0:
         raise ValueError(
@@ -154,16 +156,22 @@ def churn_report(
     k = _checks.top_k(top_k)
     _checks.top_k_fits(k, classes)
     fused = _can_fuse(logits)
+    here = logits[0].shape[0]
     block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
 
     totals = _Totals(len(logits), logits[0].device)
-    for start in range(0, rows, block):
-        part = [run[start : start + block] for run in logits]  # R x (B, C)
-        results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
-        _check_rows("runs[{run}]", results.probability, start)
-        if k:
-            results = results._replace(entropy=torch.stack([_top_k_entropy(z, k) for z in part]))
-        totals.add(results, None if target is None else target[start : start + block])
+    with together.agreement(logits[0].device):
+        if target is not None:
+            _check_classes(target, classes)
+        for start in range(0, here, block):
+            part = [run[start : start + block] for run in logits]  # R x (B, C)
+            results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
+            _check_rows("runs[{run}]", results.probability, start)
+            if k:
+                entropy = torch.stack([_top_k_entropy(z, k) for z in part])
+                results = results._replace(entropy=entropy)
+            totals.add(results, None if target is None else target[start : start + block])
+    totals.add_up(together.total)
     return totals.report(rows, labelled=target is not None)
 
 
@@ -182,7 +190,9 @@ def prediction_confidence(logits: Tensor) -> Tensor:
             f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}; "
             "pass one logit per class in the last dimension"
         )
-    return _confidence(torch.softmax(logits.to(torch.float64), dim=-1))
+    return _dtensor.map_rows(
+        "logits", logits, lambda z: _confidence(torch.softmax(z.to(torch.float64), dim=-1))
+    )
 
 
 @torch.no_grad()
@@ -206,10 +216,14 @@ def expected_calibration_error(
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
     _check_target(target, logits)
-    probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
-    _check_rows("logits", probability[None], 0)
+    classes = logits.shape[1]
+    (logits,), target, together = _dtensor.held([("logits", logits)], target)
+    with together.agreement(logits.device):
+        _check_classes(target, classes)
+        probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
+        _check_rows("logits", probability[None], 0)
     sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
-    return _calibration_error(*sums)[0]
+    return _calibration_error(*map(together.total, sums))[0]
 
 
 class _RowResults(NamedTuple):
@@ -300,6 +314,11 @@ class _Totals:
         self.bin_right += hits
         self.bin_mass += mass
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other processes have of their rows."""
+        for name, value in vars(self).items():
+            setattr(self, name, total(value))
+
     def report(self, rows: int, *, labelled: bool) -> ChurnReport:
         wrong = rows - self.right
         # The two halves were summed over different strides; their mean is symmetric to the bit.
@@ -383,7 +402,7 @@ def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
                 f"{wanted}, got a tensor of shape {tuple(runs.shape)}; "
                 "stack the runs' logits with torch.stack"
             )
-        logits = list(runs.unbind(0))
+        logits = _dtensor.unstack("runs", runs)
     elif isinstance(runs, Iterable) and not isinstance(runs, str | bytes | dict):
         logits = list(runs)
     else:
@@ -418,7 +437,7 @@ def _check_run(name: str, run: Any, first: Any) -> None:
 
 
 def _check_target(target: Any, run: Tensor) -> None:
-    rows, classes = run.shape
+    rows = run.shape[0]
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(
@@ -435,6 +454,9 @@ def _check_target(target: Any, run: Tensor) -> None:
             f"target must be on the runs' device, {run.device}, got {target.device}; "
             "pass target.to(runs[0].device)"
         )
+
+
+def _check_classes(target: Tensor, classes: int) -> None:
     outside = (target < 0) | (target >= classes)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])

@@ -26,7 +26,7 @@ from parity import (
 from processes import run
 
 import churn_kernels as ck
-from churn_kernels import _class_shards, _ops
+from churn_kernels import _autograd, _class_shards, _ops
 from churn_kernels._options import LossOptions
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
@@ -77,7 +77,8 @@ def in_shards(logits, target, weight, options, cuts, upstream, together=reduce):
 
     def one(place):
         mine = shards[place]
-        loss, terms = _class_shards.evaluate(mine, target, weight, options, True, meeting.at(place))
+        ops = _class_shards.ShardOps(meeting.at(place))
+        loss, terms = _autograd.evaluate_by_rows(ops, mine, target, weight, options, True)
         students = mine[: len(mine) - options.teachers]
         return loss.detach(), terms, torch.autograd.grad(loss, students, upstream)
 
