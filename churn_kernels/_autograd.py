@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from churn_kernels import _ops
-from churn_kernels._inference import saveable
+from churn_kernels._inference import saveable, saveable_in_graph
 from churn_kernels._ops import OpSet
 from churn_kernels._options import (
     REDUCTIONS,
@@ -37,6 +37,8 @@ from churn_kernels._reduction import reduce_terms, row_counts
 from churn_kernels.modes import EXACT
 
 _requires_grad = attrgetter("requires_grad")
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # of this backward pass
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
@@ -101,6 +103,7 @@ def _traced(
     an order, so exact mode stays with the op, and hands it its weights as tensors.
     """
     want = WANT_STATS | (WANT_TERMS if with_terms else 0)
+    logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
     # torch.func cannot transform the op's registered formula, but `_Loss` as a whole.
     transformed = torch._C._are_functorch_transforms_active() and _let_into_graphs()
     if options.mode == EXACT and transformed:
@@ -169,16 +172,16 @@ class _FusedLoss(Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        tensors = ctx.saved_tensors[2:]
-        models = len(ctx.needs_input_grad) - len(_BEFORE_LOGITS)
-        gradients = tensors[models:]
+        needed = ctx.needs_input_grad[len(_BEFORE_LOGITS) :]
+        _, _, *tensors = ctx.saved_tensors
+        gradients = tensors[len(needed) :]
         exact = ctx.options.mode == EXACT
-        if _hands_over(upstream):
-            ctx.ops.scale_(gradients, upstream, exact)
-        else:
-            scale = partial(_scaled_copies, ctx.ops, exact, models)
+        if _keeps_graph() or torch.is_grad_enabled() or _is_batched(upstream):
+            scale = partial(_scaled_copies, ctx.ops, exact, len(needed))
             gradients = _Gradients.apply(scale, upstream, *tensors)
-        return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
+        else:  # nobody will ask for them again: they may be changed and handed out
+            ctx.ops.scale_(gradients, upstream, exact)
+        return _BEFORE_LOGITS + _wanted(gradients, needed)
 
 
 class _Loss(Function):
@@ -228,7 +231,7 @@ class _Gradients(Function):
     def forward(
         compute: Callable[..., Sequence[Tensor]], upstream: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        if not torch._C._functorch.is_legacy_batchedtensor(upstream):
+        if not _is_batched(upstream):
             return tuple(compute(upstream, *tensors))
         # is_grads_batched=True: a batch of upstreams at the one level that there is
         batch = torch._remove_batch_dim(upstream, 1, 1, 0)
@@ -253,15 +256,6 @@ class _Gradients(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
         return _one_by_one(_Gradients.apply, info.batch_size, in_dims, inputs)
-
-
-def _hands_over(upstream: Tensor) -> bool:
-    """Whether this backward pass is the graph's last, so that what was saved may be changed."""
-    return not (
-        torch._C._autograd._get_current_graph_task_keep_graph()
-        or torch.is_grad_enabled()
-        or torch._C._functorch.is_legacy_batchedtensor(upstream)
-    )
 
 
 def _scaled_copies(
@@ -311,6 +305,8 @@ def _call(
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """A gradient for each model that wants one; those held fixed come last, and have none."""
+    if len(gradients) == len(needed) and False not in needed:
+        return tuple(gradients)
     padded = (*gradients, *[None] * (len(needed) - len(gradients)))
     return tuple([g if need else None for g, need in zip(padded, needed, strict=True)])
 

@@ -213,12 +213,15 @@ def evaluate(
         share: makes the ops of all rows out of those of some, and the exact sums' (`_row_shards`).
     Returns: the loss as `options.reduction` says, and the terms, if they were asked for.
     """
-    if class_exchange is not None:
+    exchange = class_exchange
+    if exchange is None and _class_shards.keeps and not torch.compiler.is_compiling():
+        exchange = _class_shards.kept()
+    if exchange is not None:
         evaluate_shard = _evaluate_shard
         if torch.compiler.is_compiling():  # the processes talk to each other in between
             evaluate_shard = torch.compiler.disable(_evaluate_shard)
         return evaluate_shard(
-            logits, target, class_weight, options, mode, with_terms, class_exchange, share
+            logits, target, class_weight, options, mode, with_terms, exchange, share
         )
     first = logits[0]
     if target is not None:
@@ -239,10 +242,9 @@ def evaluate(
         class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     if options.top_k:
         _checks.top_k_fits(options.top_k, first.shape[-1])
-    if torch.compiler.is_compiling():
-        logits = [saveable_in_graph(z) for z in logits]
-        target, class_weight = map(saveable_in_graph, (target, class_weight))
     if name == "reference":
+        if torch.compiler.is_compiling():
+            logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
         return reference.loss(logits, target, class_weight, options)
     strength = modes.MODES.index(mode or modes.get_reduction_mode())
     if strength:
@@ -273,7 +275,9 @@ def _evaluate_shard(
     ops: Any = _class_shards.ShardOps(exchange)
     if share is not None:
         ops = share(ops, _OPS["cpu"])
-    return _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
+    loss, terms = _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
+    _class_shards.keep(exchange, loss)
+    return loss, terms
 
 
 def _check_shard(

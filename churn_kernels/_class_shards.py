@@ -6,6 +6,7 @@ merged tables of the stages before (csrc/cpu/class_shard.h); the last ones hold 
 loss, and a shard's gradients, take.
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -109,7 +110,8 @@ class ShardOps:
         loss, stats, terms = ops.class_loss(
             logits, target, class_weight, tables, *shard, *options, want
         )
-        return loss, stats, terms, []
+        # Of a shape of its own: checkpointing that computes another loss in its place takes notice.
+        return loss, stats[None], terms, []
 
     def loss_backward(
         self,
@@ -122,7 +124,7 @@ class ShardOps:
     ) -> list[Tensor]:
         """The gradients of the shard's classes."""
         gradients: list[Tensor] = torch.ops.churn_kernels.class_loss_backward(
-            logits, target, class_weight, stats, upstream, *self._shard, *options
+            logits, target, class_weight, stats[0], upstream, *self._shard, *options
         )
         return gradients
 
@@ -130,6 +132,45 @@ class ShardOps:
     def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
         """In place times a factor."""
         torch.ops.churn_kernels.scale_(gradients, upstream, exact)
+
+
+# Where a loss is computed again in the backward pass (activation checkpointing), the block may be
+# over by then: the exchange stays with the nodes of the graph that may do so.
+_KEPT = "_churn_kernels_class_exchange"
+keeps = False  # whether any does in this process
+
+
+def keep(exchange: Exchange, loss: Tensor) -> None:
+    """Leave the exchange with the loss's own node, and with those whose forward pass calls.
+
+    The first computes the loss again if checkpointing is not reentrant, the others (they are
+    `ctx` in the frames below) if it is.
+    """
+    global keeps
+    keeps = True
+    nodes: list[Any] = [loss.grad_fn]
+    frame = sys._getframe(1)
+    while frame is not None:
+        first = frame.f_code.co_varnames[:1]
+        nodes += [frame.f_locals.get(name) for name in first]
+        frame = frame.f_back  # type: ignore[assignment]
+    for node in nodes:
+        if isinstance(node, torch._C._FunctionBase):
+            setattr(node, _KEPT, exchange)
+
+
+def kept() -> Exchange | None:
+    """In a backward pass: the exchange of the node that runs, or of the nearest one behind it."""
+    nodes: list[Any] = [torch._C._current_autograd_node()]
+    seen = set(nodes)
+    for node in nodes:
+        found: Exchange | None = getattr(node, _KEPT, None)
+        if found is not None or node is None:
+            return found
+        new = {behind for behind, _ in node.next_functions} - seen - {None}
+        nodes += new
+        seen |= new
+    return None
 
 
 _MARK = 0x636B_7368  # tells a loss from another collective that a process has come to

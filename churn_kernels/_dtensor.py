@@ -5,6 +5,7 @@ processes of `distributed.class_parallel`. The results are those of the whole te
 row, where the rows lie; of everything else, in every process.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks, modes
+from churn_kernels import _backend, _checks, _class_shards, modes
 from churn_kernels._options import REDUCTIONS, ROW_TERMS, LossOptions
 from churn_kernels._placements import is_placed
 from churn_kernels._row_shards import RowShardOps, Total, agree, counts, mean_terms, reduced
 
+_TENSOR_MODULE = "torch.distributed.tensor"  # those who have a DTensor have imported it
 _BY_ROW = (REDUCTIONS["none"], ROW_TERMS)
 
 
@@ -34,10 +36,9 @@ def evaluate(
 
     names: the logits' in messages, the last one's for all that follow; `logits` without.
     """
-    for x in (*logits, target, class_weight):
-        if type(x) is not Tensor and is_placed(x):
-            break
-    else:
+    if _TENSOR_MODULE not in sys.modules or not any(
+        map(is_placed, (*logits, target, class_weight))
+    ):
         return _backend.evaluate(logits, target, class_weight, options, mode, with_terms)
     placed = _evaluate
     if torch.compiler.is_compiling():  # the processes talk to each other in between
@@ -57,14 +58,19 @@ def _evaluate(
     if not names:
         names = [f"logits[{k}]" for k in range(len(logits))] if len(logits) > 1 else ["logits"]
     named = [(names[min(k, len(names) - 1)], z) for k, z in enumerate(logits)]
-    layout = Layout(named, with_classes=True)
-    layout.check_kind("target", target)
-    layout.check_kind("class_weight", class_weight)
     first = logits[0]
-    if target is not None:
-        _checks.target(target, first.shape[-2], first.device)
-    if class_weight is not None:
-        class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
+    try:
+        layout = Layout(named, with_classes=True)
+        layout.check_kind("target", target)
+        layout.check_kind("class_weight", class_weight)
+        if target is not None:
+            _checks.target(target, first.shape[-2], first.device)
+        if class_weight is not None:
+            class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
+    except Exception:
+        if _backend.class_exchange is not None:
+            _class_shards.refuse(_backend.class_exchange)  # the others wait to hear of this process
+        raise
     models = len(logits) if first.dim() == 2 else first.shape[0]
     local = [z.to_local() for z in logits], layout.by_row(target), layout.whole(class_weight)
     if mode is None:

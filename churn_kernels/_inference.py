@@ -4,6 +4,7 @@ Autograd refuses to save them, since it could not tell that they were changed in
 to whoever changes one.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -23,8 +24,15 @@ def _alias(x: Tensor) -> Tensor:
         return alias.set_(memory, x.storage_offset(), x.size(), x.stride())
 
 
-def saveable_in_graph(x: Any) -> Any:
-    """As `saveable`, for torch.compile to trace; a copy, since no op may return its input."""
+def saveable_in_graph(
+    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """As `saveable`, for torch.compile to trace; copies, since no op may return its input."""
+    inputs = [_saveable_in_graph(x) for x in (*logits, target, class_weight)]
+    return inputs[:-2], inputs[-2], inputs[-1]
+
+
+def _saveable_in_graph(x: Any) -> Any:
     if x is None or x.requires_grad:
         return x
     from torch._dynamo.comptime import comptime

@@ -24,6 +24,7 @@ from parity import (
     special_logits,
 )
 from processes import run
+from torch.utils.checkpoint import checkpoint
 
 import churn_kernels as ck
 from churn_kernels import _autograd, _class_shards, _ops
@@ -352,6 +353,67 @@ ALONE = {
     "alone: target": "ValueError: target must",
     "alone: class_weight": "TypeError: class_weight must be a tensor of shape (C,), got list",
 }
+
+
+CHECKPOINTED = {
+    "mean": lambda a, b, target: ck.codistillation_loss([a, b], target, alpha=0.2),
+    "none": lambda a, b, target: ck.codistillation_loss([a, b], target, reduction="none").sum(),
+    "behind": lambda a, b, target: (
+        ck.codistillation_loss([a, b], target, reduction="none") * torch.arange(ROWS)
+    ).sum(),
+    "stacked": lambda a, b, target: ck.codistillation_loss(torch.stack([a, b]), target),
+    "float16": lambda a, b, target: ck.codistillation_loss([a.half(), b.half()], target),
+}
+
+
+def checkpointing_worker(rank, world):
+    """Which losses have the gradients of whole rows if checkpointing computes them again."""
+    logits, target, _ = problem()
+    found = {}
+    for name, loss in CHECKPOINTED.items():
+        whole = [z.detach().requires_grad_() for z in logits]
+        with ck.reduction_mode("exact"):
+            want = torch.autograd.grad(loss(*whole, target), whole)
+            want = [z.split(WIDTHS[world], 1)[rank] for z in want]
+        for reentrant in (True, False):
+            mine = [z.detach().split(WIDTHS[world], 1)[rank].requires_grad_() for z in logits]
+            with ck.distributed.class_parallel():
+                value = checkpoint(loss, *mine, target, use_reentrant=reentrant)
+            value.backward()
+            found[name, reentrant] = all(
+                bytes_of(z.grad) == bytes_of(g) for z, g in zip(mine, want, strict=True)
+            )
+        # A loss of whole rows is computed again as such, whatever came before.
+        whole = [z.detach().requires_grad_() for z in logits]
+        with ck.reduction_mode("exact"):
+            checkpoint(loss, *whole, target, use_reentrant=True).backward()
+        parts = [z.grad.split(WIDTHS[world], 1)[rank] for z in whole]
+        found[name, "whole"] = all(map(torch.equal, parts, want))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_checkpointing_computes_the_same_loss_again(tmp_path):
+    """The backward pass is outside the block; target classes lie in either process."""
+    for found in run(checkpointing_worker, 2, tmp_path / "checkpointing"):
+        assert len(found) == 3 * len(CHECKPOINTED)
+        assert all(found.values()), found
+
+
+def test_another_loss_in_its_place_is_noticed():
+    """Statistics of shards have a shape of their own, which checkpointing compares."""
+    logits = random_logits(seeded("noticed"), 2, ROWS, CLASSES)
+    leaves = [z.requires_grad_() for z in logits]
+    options = PLAIN._replace(mode=3, reduction=0)
+    whole, _ = _autograd.evaluate_by_rows(_ops.COMPILED, leaves, None, None, options, False)
+    ops = _class_shards.ShardOps(Meeting(1).at(0))
+    shard, _ = _autograd.evaluate_by_rows(ops, leaves, None, None, options, False)
+    shapes = [
+        [x.shape for x in loss.grad_fn.saved_tensors if x is not None] for loss in (whole, shard)
+    ]
+    assert shapes[0][1:] == shapes[1][1:]
+    assert shapes[0][0] != shapes[1][0]
 
 
 @pytest.mark.slow
