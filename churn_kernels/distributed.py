@@ -53,9 +53,10 @@ def exact_sum(x: Tensor, group: Any = None) -> Tensor:
 def class_parallel(group: Any = None) -> Iterator[None]:
     """A block whose losses take rows that no process holds whole, and give those of whole rows.
 
-    Every process passes the logits of some classes, (N, C_r): the classes follow each other in the
-    order of the group's ranks, C = sum_r C_r, in as uneven parts as you like, C_r >= 1. `target`
-    holds classes of [0, C), `class_weight` is (C,); both, and all else, are the same everywhere.
+    Every process passes the logits of some classes, (N, C_r), or DTensors sharded so: the classes
+    follow each other in the order of the group's ranks, C = sum_r C_r, in as uneven parts as you
+    like, C_r >= 1. `target` holds classes of [0, C), `class_weight` is (C,); both, and all else,
+    are the same everywhere.
     All members of the group call the same losses in the same order. The block is the process's,
     all its threads included:
 
@@ -72,8 +73,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
         group: a process group; None: every process. Its backend must take CPU tensors, as gloo
             does.
     Gradient: that of the loss for the classes that this process holds; what all processes share
-        before the logits has the sum of their gradients. The backward pass sends nothing and may
-        stand outside the block, unless it computes the loss again (activation checkpointing).
+        before the logits has the sum of their gradients. The backward pass may stand outside the
+        block, and sends nothing unless it computes the loss again (activation checkpointing).
     Raises: RuntimeError where torch.distributed was not initialised, ValueError if this process is
         not in the group, both before the block; from the losses ValueError for tensors that are
         not on the CPU, for float64 logits, and, in every process, where one of them refuses its

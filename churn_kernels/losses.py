@@ -1,8 +1,8 @@
 """The functional API: fused losses for reproducible predictions.
 
 Every function maps its arguments onto one set of options (`_options.LossOptions`) and hands it to
-the backend that `_backend` picks. Losses are in nats, float32 (float64 for float64 logits);
-gradients have the logits' dtype. No input is ever modified.
+the backend that `_backend` picks, DTensors by way of `_dtensor`. Losses are in nats, float32
+(float64 for float64 logits); gradients have the logits' dtype. No input is ever modified.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,8 @@ def codistillation_loss(
     Args:
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
             device, contiguous or not; or one (K, N, C) tensor. A class at -inf is outside its
-            model's classes.
+            model's classes. DTensors are sharded by rows or replicated, and so are target and
+            class_weight then; the results are DTensors of the whole batch.
         target: (N,) int64 class indices; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.

@@ -122,7 +122,9 @@ def churn_report(
 
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
-            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1.
+            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. DTensors, sharded by
+            rows or replicated, if target is one, too; the report is that of all rows, in plain
+            tensors, in every process.
         target: (N,) int64 labels in [0, C) on the runs' device, or None: accuracy, ece,
             churn_correct, churn_incorrect and negative_flips are then None.
         schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
