@@ -141,6 +141,35 @@ def test_losses_are_those_of_the_whole_batch(world, tmp_path):
     assert all(run(of_losses, world, tmp_path / "losses"))
 
 
+def on_triton(rank, world):
+    """The same on Triton's kernels, against the CPU's bits; fewer of them, for its interpreter."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh, rows = init_device_mesh("cpu", (world,)), [Shard(0)]
+    logits, target, weight = problem()
+    logits, target = [z[:5] for z in logits], target[:5]
+    placed = [distribute_tensor(z, mesh, rows) for z in logits]
+    labels = distribute_tensor(target, mesh, rows)
+    weights = distribute_tensor(weight, mesh, [Replicate()])
+
+    def upstream_of(loss):
+        return distribute_tensor(random_upstream(loss), mesh, [Replicate()])
+
+    for name in ("weighted", "distillation"):
+        wanted = evaluate(losses(target, weight, "exact", "mean")[name], logits, random_upstream)
+        with ck.backend("triton"):
+            found = evaluate(losses(labels, weights, "exact", "mean")[name], placed, upstream_of)
+        check(found, wanted, True)
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in ck.available_backends(), reason="Triton was not built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter alone takes CPU tensors")
+def test_losses_on_triton(tmp_path):
+    assert all(run(on_triton, 2, tmp_path / "triton"))
+
+
 def of_other_functions(rank, world):
     """The other functions, and what does not fit; messages by name."""
     from torch.distributed.tensor import (
