@@ -191,7 +191,7 @@ def _warn_of_fallback(device: str, problem: str) -> None:
         f"losses of {device} tensors run on the slow reference: {problem}; "
         f'choose it with `with churn_kernels.backend("reference")` to silence this',
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 

@@ -4,6 +4,7 @@ What a row's loss is, its process knows. What the batch's is takes sums over the
 "mean" divides by, before the rows' losses are computed, and of these, after it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,7 +180,7 @@ class RowShardOps:
         if options.reduction == REDUCTIONS["sum"]:
             return self._rounded(by_row())
         if active == 0:
-            return float("nan")
+            return math.nan
         if inputs[2] is None or not has_target:
             return self._exact([by_row()])[0] / active
         hard, rest = self._exact(
@@ -217,7 +218,7 @@ class RowShardOps:
         divisors = [weight] * students + [active] * (len(sums) - students)
         means = list(map(_divided, sums, divisors))
         if target is None:
-            means[:students] = means[2 * students : 3 * students] = [float("nan")] * students
+            means[:students] = means[2 * students : 3 * students] = [math.nan] * students
         return _canonical(means, by_row)
 
     def _words(self, parts: Sequence[Tensor]) -> Tensor:
@@ -242,10 +243,11 @@ def _divided(x: float, y: float) -> float:
     """Divide as tensors divide."""
     if y != 0:
         return x / y
-    return float(torch.tensor(x, dtype=torch.float64) / y)
+    return math.nan if x == 0 else x * math.inf
 
 
 def _canonical(values: list[float], like: Tensor) -> Tensor:
-    """In float32 without subnormal numbers and -0, as exact mode has its results."""
+    """In float32 with one NaN, without subnormal numbers and -0, as exact mode has its results."""
     x = torch.tensor(values, dtype=torch.float64, device=like.device).to(torch.float32)
-    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x)
+    x = torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x)
+    return torch.where(x.isnan(), math.nan, x)

@@ -16,13 +16,14 @@ pytestmark = [
 ROWS, CLASSES = 13, 11  # divide by no number of processes
 
 
-def problem():
+def problem(rows=ROWS):
     """Logits of two models and a third, labels of which one is ignored, class weights."""
     generator = torch.Generator().manual_seed(0)
     logits = [3 * torch.randn(ROWS, CLASSES, generator=generator) for _ in range(3)]
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
     target[3] = -100
-    return logits, target, torch.rand(CLASSES, generator=generator)
+    weight = torch.rand(CLASSES, generator=generator)
+    return [z[:rows] for z in logits], target[:rows], weight
 
 
 def losses(target, weight, mode, reduction):
@@ -135,6 +136,34 @@ def of_losses(rank, world):
     return True
 
 
+def of_few_rows(rank, world):
+    """Fewer rows than processes, or none at all."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (world,))
+    for rows in (2, 0):
+        logits, target, weight = problem(rows)
+        placed = [distribute_tensor(z, mesh, [Shard(0)]) for z in logits]
+        labels = distribute_tensor(target, mesh, [Shard(0)])
+        weights = distribute_tensor(weight, mesh, [Replicate()])
+
+        def upstream_of(loss):
+            return distribute_tensor(random_upstream(loss), mesh, [Replicate()])
+
+        for mode in ("fast", "exact"):
+            plain = losses(target, weight, mode, "mean")
+            distributed = losses(labels, weights, mode, "mean")
+            for name in ("weighted", "distillation"):
+                wanted = evaluate(plain[name], logits, random_upstream)
+                check(evaluate(distributed[name], placed, upstream_of), wanted, mode == "exact")
+    return True
+
+
+@pytest.mark.slow
+def test_fewer_rows_than_processes(tmp_path):
+    assert all(run(of_few_rows, 4, tmp_path / "few"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_losses_are_those_of_the_whole_batch(world, tmp_path):
@@ -146,8 +175,7 @@ def on_triton(rank, world):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh, rows = init_device_mesh("cpu", (world,)), [Shard(0)]
-    logits, target, weight = problem()
-    logits, target = [z[:5] for z in logits], target[:5]
+    logits, target, weight = problem(rows=5)
     placed = [distribute_tensor(z, mesh, rows) for z in logits]
     labels = distribute_tensor(target, mesh, rows)
     weights = distribute_tensor(weight, mesh, [Replicate()])
