@@ -182,8 +182,8 @@ def test_sums_in_floating_point_are_caught():
 def test_differentiating_twice_raises():
     logits = random_logits(seeded("twice"), 2, ROWS, CLASSES)
     leaves = [z.requires_grad_() for z in logits]
-    meeting = Meeting(1).at(0)
-    loss, _ = _class_shards.evaluate(leaves, None, None, EXACT["plain"], False, meeting)
+    ops = _class_shards.ShardOps(Meeting(1).at(0))
+    loss, _ = _autograd.evaluate_by_rows(ops, leaves, None, None, EXACT["plain"], False)
     (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not implemented"):
         gradient.sum().backward()
@@ -197,8 +197,8 @@ def test_transforms_of_torch_func():
 
     def shard(*models):
         options = LossOptions(1.0, 0.0, 1.0, regularizer=1, divergence=1, mode=3)
-        meeting = Meeting(1).at(0)
-        return _class_shards.evaluate(models, None, None, options, False, meeting)[0]
+        ops = _class_shards.ShardOps(Meeting(1).at(0))
+        return _autograd.evaluate_by_rows(ops, models, None, None, options, False)[0]
 
     assert bytes_of(torch.func.grad(shard)(*logits)) == bytes_of(torch.func.grad(whole)(*logits))
     examples = [torch.stack([z, z * 2]) for z in logits]
