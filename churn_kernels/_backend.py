@@ -16,7 +16,7 @@ is imported. So is TRITON_INTERPRET: Triton then runs its kernels in Python, to 
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
@@ -34,6 +34,7 @@ from churn_kernels import (
     modes,
     reference,
 )
+from churn_kernels._inference import saveable_in_graph
 from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
@@ -206,6 +207,7 @@ def evaluate(
     options: LossOptions,
     mode: str | None,
     with_terms: bool,
+    share: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check what depends on the tensors, pick a backend, and compute the loss and the terms.
 
@@ -214,12 +216,14 @@ def evaluate(
         batch: the shape in which the rows came, if that was not (N,); the target has it too.
         target, class_weight: as the user passed them.
         options: checked, but for what depends on the tensors' shapes.
+        share: makes the ops of all rows out of those of some, and the exact sums' (`_row_shards`).
     Returns: the loss as `options.reduction` says, by row (N,) or (N, terms), and the terms, if they
         were asked for.
     """
     block = _blocks.choices()
     chosen = block.backend or _chosen
-    if block.class_exchange is not None:
+    exchange = _class_shards.exchange_of(block)
+    if exchange is not None:
         evaluate_shard = _evaluate_shard
         if torch.compiler.is_compiling():  # the processes talk to each other in between
             evaluate_shard = torch.compiler.disable(_evaluate_shard)
@@ -232,7 +236,8 @@ def evaluate(
             mode,
             with_terms,
             chosen,
-            block.class_exchange,
+            exchange,
+            share,
         )
     first = logits[0]
     if not first.is_cpu:
@@ -257,10 +262,15 @@ def evaluate(
     if options.top_k:
         _checks.top_k_fits(options.top_k, first.shape[-1])
     if name == "reference":
+        if torch.compiler.is_compiling():
+            logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
         return reference.loss(logits, target, class_weight, options)
     strength = modes.MODES.index(mode or modes.of_torch())
     if strength:
         options = options._replace(mode=strength)
+    if share is not None:
+        ops = share(_OPS[name], _OPS[name])
+        return _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
 
 
@@ -274,6 +284,7 @@ def _evaluate_shard(
     with_terms: bool,
     chosen: str | None,
     exchange: _class_shards.Exchange,
+    share: Callable[..., Any] | None,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
     try:
@@ -284,7 +295,12 @@ def _evaluate_shard(
         _class_shards.refuse(exchange)  # the others wait to hear of this process
         raise
     options = options._replace(mode=modes.EXACT)
-    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, exchange)
+    ops: Any = _class_shards.ShardOps(exchange)
+    if share is not None:
+        ops = share(ops, _OPS["cpu"])
+    loss, terms = _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
+    _class_shards.keep(exchange, loss)
+    return loss, terms
 
 
 def _check_shard(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from churn_kernels import modes
 from churn_kernels._options import DIVERGENCES, REDUCTIONS, REGULARIZERS
+from churn_kernels._placements import is_placed
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -225,10 +226,16 @@ def one_model(name: str, logits: object) -> None:
 
 
 def rows(*logits: Tensor) -> tuple[list[Tensor], torch.Size | None]:
-    """As `models` returns them, of checked logits (..., C): views, or copies where need be."""
+    """As `models` returns them, of checked logits (..., C): views, or copies where need be.
+
+    DTensors stay as they are: a process flattens what it holds of them (`_dtensor`).
+    """
     if logits[0].dim() == 2:
         return list(logits), None
-    return [tensor.flatten(0, -2) for tensor in logits], logits[0].shape[:-1]
+    batch = logits[0].shape[:-1]
+    if any(map(is_placed, logits)):
+        return list(logits), batch
+    return [tensor.flatten(0, -2) for tensor in logits], batch
 
 
 _STRIDED = torch.strided
@@ -324,6 +331,8 @@ def exact_rows(rows: int) -> None:
 def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor:
     """Class indices (N,): an int64 tensor in the rows' shape, on the logits' device, of any values.
 
+    A DTensor stays as it is, as in `rows`.
+
     Args:
         logits: those of the first model, (N, C), or of all, (K, N, C).
         batch: the shape in which the rows came, if not (N,).
@@ -350,7 +359,7 @@ def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor
             f"target must be on the logits' device, {logits.device}, got {value.device}; "
             f"pass target.to(logits.device)"
         )
-    return value if batch is None else value.flatten()
+    return value if batch is None or is_placed(value) else value.flatten()
 
 
 def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
@@ -360,10 +369,11 @@ def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
 def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
     """Raise for a target of another shape than the rows'; the shapes show what was meant."""
     shape = _rows_shape(logits, batch)
-    full = (*shape, logits.shape[-1]) if logits.dim() == 2 else tuple(logits.shape)
-    single = "logits" if logits.dim() == 2 else "[logits]"
+    stacked = batch is None and logits.dim() == 3
+    full = tuple(logits.shape) if stacked else (*shape, logits.shape[-1])
+    single = "[logits]" if stacked else "logits"
     wants = f"target must have shape {shape}, one class for each row of the logits"
-    if logits.dim() == 3 and got in (full[:2], (full[0] * full[1],)):
+    if stacked and got in (full[:2], (full[0] * full[1],)):
         models, rows, _ = full
         wants = (
             f"logits of shape {full} in one tensor are those of K = {models} models of N = {rows} "

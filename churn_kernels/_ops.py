@@ -98,6 +98,8 @@ class OpSet(NamedTuple):
     hash_words: Any
     loss_tensor_weights: Any = None
     """The loss of `with_tensor_weights`."""
+    loss_in_transforms: Any = None
+    """The loss, differentiable, for torch.func under torch.compile; see `_autograd`."""
 
 
 def _fake_loss(

@@ -1,8 +1,8 @@
 """The functional API: fused losses for reproducible predictions.
 
 Every function maps its arguments onto one set of options (`_options.LossOptions`) and hands it to
-the backend that `_backend` picks. Losses are in nats, float32 (float64 for float64 logits);
-gradients have the logits' dtype. No input is ever modified.
+the backend that `_backend` picks, DTensors by way of `_dtensor`. Losses are in nats, float32
+(float64 for float64 logits); gradients have the logits' dtype. No input is ever modified.
 
 Logits (..., C) with a target (...) are taken as rows (N, C) with a target (N,): views, copied only
 where the strides allow none. What is kept by row comes back in the shape (...).
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from churn_kernels import _arguments, _backend, _checks
+from churn_kernels import _arguments, _checks, _dtensor
 from churn_kernels._compiler import tells_the_compiler
 from churn_kernels._options import ROW_TERMS, LossOptions, pair_count
 
@@ -79,7 +79,8 @@ def codistillation_loss(
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
             device, contiguous or not; or one (K, N, C) tensor. Tensors (..., C) of one shape, with
             a target (...), are rows in as many dimensions. A class at -inf is outside its model's
-            classes.
+            classes. DTensors are sharded by rows or replicated, and so are target and class_weight
+            then; the results are DTensors of the whole batch.
         target: (N,) or (...) int64 class indices, for C >= 2; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.
@@ -128,8 +129,12 @@ def codistillation_loss(
         reduction,
     )
     models, batch = _checks.models("logits", logits)
-    loss, terms = _evaluate(models, batch, target, class_weight, options, mode, return_terms)
-    return (loss, _loss_terms(models, terms, options)) if return_terms else loss
+    loss, terms = _dtensor.evaluate(
+        models, batch, target, class_weight, options, mode, return_terms
+    )
+    return (
+        (loss, _loss_terms(_model_count(models, batch), terms, options)) if return_terms else loss
+    )
 
 
 @tells_the_compiler
@@ -172,8 +177,8 @@ def codistillation_terms(
         "none",
     )._replace(reduction=ROW_TERMS)
     models, batch = _checks.models("logits", logits)
-    rows, _ = _evaluate(models, batch, target, class_weight, options, mode, False)
-    count = _model_count(models)
+    rows, _ = _dtensor.evaluate(models, batch, target, class_weight, options, mode, False)
+    count = _model_count(models, batch)
     return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=-1))
 
 
@@ -249,7 +254,8 @@ def symmetric_kl(
     _checks.same("q_logits", q_logits, "p_logits", p_logits)
     options = _arguments.options(_arguments.symmetric_kl, reduction)
     models, batch = _checks.rows(p_logits, q_logits)
-    return _evaluate(models, batch, None, None, options, mode, False)[0]
+    names = "p_logits", "q_logits"
+    return _dtensor.evaluate(models, batch, None, None, options, mode, False, names)[0]
 
 
 @tells_the_compiler
@@ -347,8 +353,13 @@ def distillation_loss(
         reduction,
     )
     models, batch = _checks.rows(student_logits, *(teacher.detach() for teacher in teachers))
-    loss, terms = _evaluate(models, batch, target, class_weight, options, mode, return_terms)
-    return (loss, _loss_terms(models, terms, options)) if return_terms else loss
+    names = "student_logits", "teacher_logits"
+    loss, terms = _dtensor.evaluate(
+        models, batch, target, class_weight, options, mode, return_terms, names
+    )
+    return (
+        (loss, _loss_terms(_model_count(models, batch), terms, options)) if return_terms else loss
+    )
 
 
 def _teachers(logits: Tensor | Sequence[Tensor], dims: int) -> Sequence[Tensor]:
@@ -363,7 +374,7 @@ def _teachers(logits: Tensor | Sequence[Tensor], dims: int) -> Sequence[Tensor]:
             f"least one stacked along dimension 0, got one tensor of shape {tuple(logits.shape)}; "
             f"pass one for each row and class of student_logits"
         )
-    return logits.unbind(0)
+    return _dtensor.unstack("teacher_logits", logits)
 
 
 def _one_regularizer(
@@ -381,34 +392,19 @@ def _one_regularizer(
         _arguments.regularizer, regularizer, sign, top_k, renormalize_top_k, reduction
     )
     models, batch = _checks.rows(logits)
-    return _evaluate(models, batch, None, None, options, mode, False)[0]
-
-
-def _evaluate(
-    models: Sequence[Tensor],
-    batch: Sequence[int] | None,
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    options: LossOptions,
-    mode: str | None,
-    with_terms: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss and the terms; what is kept by row, in the shape the rows came in."""
-    loss, terms = _backend.evaluate(models, batch, target, class_weight, options, mode, with_terms)
-    if batch is not None and loss.dim():
-        loss = loss.reshape(*batch, *loss.shape[1:])
-    return loss, terms
+    return _dtensor.evaluate(models, batch, None, None, options, mode, False)[0]
 
 
 # The ops' outputs to named terms ------------------------------------------------------------------
 
 
-def _model_count(models: Sequence[Tensor]) -> int:
-    return models[0].shape[0] if models[0].dim() == 3 else len(models)
+def _model_count(models: Sequence[Tensor], batch: Sequence[int] | None) -> int:
+    stacked = batch is None and models[0].dim() == 3
+    return models[0].shape[0] if stacked else len(models)
 
 
-def _loss_terms(models: Sequence[Tensor], terms: Tensor, options: LossOptions) -> LossTerms:
-    students = _model_count(models) - options.teachers
+def _loss_terms(models: int, terms: Tensor, options: LossOptions) -> LossTerms:
+    students = models - options.teachers
     pairs = pair_count(students, options.teachers)
     *named, agreement = terms.split([students] * 5 + [pairs, 1])
     cross_entropy, regularizer, accuracy, confidence, entropy, divergence = named

@@ -13,7 +13,7 @@ Sums over rows are int64 counts and float64 sums on both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _blocks, _checks
+from churn_kernels import _backend, _blocks, _checks, _dtensor
 from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 
 CALIBRATION_BINS = 15
@@ -123,7 +123,8 @@ def churn_report(
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
             floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. Of tensors (..., C)
-            every (C,) is a row.
+            every (C,) is a row. DTensors, sharded by rows or replicated, if target is one, too; the
+            report is that of all rows, in plain tensors, in every process.
         target: (N,) or (...) int64 labels in [0, C) on the runs' device, or None: accuracy,
             ece, churn_correct, churn_incorrect and negative_flips are then None.
         schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
@@ -144,9 +145,11 @@ def churn_report(
             "block"
         )
     logits, batch = _checked_runs(runs)
-    rows, classes = logits[0].shape
+    rows, classes = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     if target is not None:
-        target = _checked_target(target, logits[0], batch)
+        target = _checks.target(target, logits[0], batch)
+    named = [(f"runs[{index}]", run) for index, run in enumerate(logits)]
+    logits, target, together = _dtensor.held(named, batch, target)
     alpha = _checks.number("schurn_alpha", schurn_alpha)
     if alpha <= 0:
         raise ValueError(
@@ -155,16 +158,22 @@ def churn_report(
     k = _checks.option("top_k", top_k) or 0
     _checks.top_k_fits(k, classes)
     fused = _can_fuse(logits)
+    here = logits[0].shape[0]
     block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
 
     totals = _Totals(len(logits), logits[0].device)
-    for start in range(0, rows, block):
-        part = [run[start : start + block] for run in logits]  # R x (B, C)
-        results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
-        _check_rows("runs[{run}]", results.probability, start)
-        if k:
-            results = results._replace(entropy=torch.stack([_top_k_entropy(z, k) for z in part]))
-        totals.add(results, None if target is None else target[start : start + block])
+    with together.agreement(logits[0].device):
+        if target is not None:
+            _check_classes(target, classes)
+        for start in range(0, here, block):
+            part = [run[start : start + block] for run in logits]  # R x (B, C)
+            results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
+            _check_rows("runs[{run}]", results.probability, start)
+            if k:
+                entropy = torch.stack([_top_k_entropy(z, k) for z in part])
+                results = results._replace(entropy=entropy)
+            totals.add(results, None if target is None else target[start : start + block])
+    totals.add_up(together.total)
     return totals.report(rows, labelled=target is not None)
 
 
@@ -184,7 +193,9 @@ def prediction_confidence(logits: Tensor) -> Tensor:
             f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}; "
             "pass one logit per class in the last dimension"
         )
-    return _confidence(torch.softmax(logits.to(torch.float64), dim=-1))
+    return _dtensor.map_rows(
+        "logits", logits, lambda z: _confidence(torch.softmax(z.to(torch.float64), dim=-1))
+    )
 
 
 @torch.no_grad()
@@ -207,12 +218,16 @@ def expected_calibration_error(
     if _checks.integer("bins", bins) < 1:
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
-    (logits,), batch = _checks.rows(logits)
-    target = _checked_target(target, logits, batch)
-    probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
-    _check_rows("logits", probability[None], 0)
+    classes = logits.shape[-1]
+    rows, batch = _checks.rows(logits)
+    target = _checks.target(target, rows[0], batch)
+    (logits,), target, together = _dtensor.held([("logits", rows[0])], batch, target)
+    with together.agreement(logits.device):
+        _check_classes(target, classes)
+        probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
+        _check_rows("logits", probability[None], 0)
     sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
-    return _calibration_error(*sums)[0]
+    return _calibration_error(*map(together.total, sums))[0]
 
 
 class _RowResults(NamedTuple):
@@ -303,6 +318,11 @@ class _Totals:
         self.bin_right += hits
         self.bin_mass += mass
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other processes have of their rows."""
+        for name, value in vars(self).items():
+            setattr(self, name, total(value))
+
     def report(self, rows: int, *, labelled: bool) -> ChurnReport:
         wrong = rows - self.right
         # The two halves were summed over different strides; their mean is symmetric to the bit.
@@ -388,7 +408,7 @@ def _checked_runs(runs: Iterable[Tensor] | Tensor) -> tuple[list[Tensor], torch.
                 f"{wanted}, got a tensor of shape {tuple(runs.shape)}; "
                 "stack the runs' logits with torch.stack"
             )
-        logits = list(runs.unbind(0))
+        logits = _dtensor.unstack("runs", runs)
     elif isinstance(runs, Iterable) and not isinstance(runs, str | bytes | dict):
         logits = list(runs)
     else:
@@ -423,18 +443,14 @@ def _check_run(name: str, run: Any, first: Any) -> None:
     _checks.has_values(name, run)
 
 
-def _checked_target(target: Any, logits: Tensor, batch: torch.Size | None) -> Tensor:
-    """The labels (N,), every one a class."""
-    labels = _checks.target(target, logits, batch)
-    classes = logits.shape[-1]
-    outside = (labels < 0) | (labels >= classes)
+def _check_classes(target: Tensor, classes: int) -> None:
+    outside = (target < 0) | (target >= classes)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise _checks.TargetError(
-            f"target must hold class indices in [0, {classes}), got {int(labels[row])} at row "
+            f"target must hold class indices in [0, {classes}), got {int(target[row])} at row "
             f"{row}; leave rows without a label out of target and of every run"
         )
-    return labels
 
 
 def _check_rows(name: str, probability: Tensor, start: int) -> None:

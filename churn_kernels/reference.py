@@ -63,7 +63,7 @@ def loss(
     z = torch.where(keep[:, None], z, 0.0)
     z = torch.cat([z[:students], z[students:].detach()])
 
-    weight = None if class_weight is None else class_weight.to(torch.float64)
+    weight = None if class_weight is None else class_weight.to(torch.float64, copy=True)
     cross_entropy = [
         _cross_entropy(row, label, weight, options.label_smoothing) for row in z[:students]
     ]

@@ -10,6 +10,7 @@ import torch
 from tolerances import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.func import grad, jacrev, vmap
 
 import churn_kernels as ck
 from churn_kernels import _backend, _ops
@@ -140,6 +141,54 @@ def test_weights_that_ramp(backend):
         beta = torch.tensor(step / 10)
         wanted = ck.codistillation_loss(logits, beta=step / 10)
         torch.testing.assert_close(loss(*logits, beta), wanted)
+
+
+TRANSFORMED = {
+    "grad": lambda loss, by_row: lambda a, b: grad(loss, argnums=(0, 1))(a, b),
+    "vmap": lambda loss, by_row: (
+        lambda a, b: vmap(loss, in_dims=(0, None))(torch.stack([a, b, a + b]), b)
+    ),
+    "vmap of grad": lambda loss, by_row: (
+        lambda a, b: vmap(grad(loss), in_dims=(0, None))(torch.stack([a, b]), b)
+    ),
+    "jacrev": lambda loss, by_row: lambda a, b: jacrev(by_row)(a, b),
+}
+
+
+@pytest.mark.parametrize("mode", ["run_to_run", "exact"])
+@pytest.mark.parametrize("name", sorted(TRANSFORMED))
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_transforms_compile(backend, name, mode, compiler):
+    if (backend, mode) == ("reference", "exact"):
+        pytest.skip("the reference has no exact mode")
+
+    def loss(a, b):
+        return ck.codistillation_loss([a, b], TARGET, alpha=0.1, mode=mode)
+
+    def by_row(a, b):
+        return ck.codistillation_loss([a, b], TARGET, alpha=0.1, mode=mode, reduction="none")
+
+    function = TRANSFORMED[name](loss, by_row)
+    logits = [z.detach() for z in cases.batch()[0]]
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    found, wanted = compiled(*logits), function(*logits)
+    if isinstance(found, torch.Tensor):
+        found, wanted = [found], [wanted]
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, "gradient", F32)
+        assert mode != "exact" or torch.equal(a, b)
+
+
+def test_a_transform_of_what_the_kernel_cannot_derive():
+    def twice(a, b):
+        return grad(lambda a: grad(ck.symmetric_kl)(a, b).sum())(a)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    logits = [z.detach() for z in cases.batch()[0]]
+    with ck.backend("cpu"), pytest.raises(Exception, match="double backward is not implemented"):
+        compiled(*logits)
 
 
 def test_a_wrong_argument_raises(backend):
