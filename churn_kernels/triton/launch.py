@@ -231,7 +231,9 @@ class Call:
             sweep_warps(options, len(self.models)),
         )
         self.target = None if target is None else target.contiguous()
-        self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
+        self.class_weight = (
+            None if class_weight is None else class_weight.to(self.dtype).contiguous()
+        )
         # The dtype of a row's scalars.
         self.scalar = torch.float64 if options.mode == EXACT else self.dtype
         self.spec = cached_spec(
@@ -416,6 +418,12 @@ def loss_backward(
     """Gradients for any upstream, out of the record of the forward pass."""
     options = LossOptions(*arguments)
     call = Call(logits, target, class_weight, options, False)
+    fields = call.spec.fields.value, call.rows
+    if (record.shape, record.dtype, record.device) != (fields, call.scalar, call.device):
+        raise RuntimeError(
+            "stats must be what churn_kernels::triton_loss returned for the same options"
+        )
+    record = record.contiguous()
     gradients = new_gradients(logits, options.teachers)
     if call.rows == 0:
         return gradients
@@ -446,7 +454,7 @@ def loss_backward(
 
 def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
     """In place times a scalar, unless it is 1; the GPU decides."""
-    size = gradients[0].numel()
+    size = gradients[0].numel() if gradients else 0
     if size == 0:
         return
     programs = min(triton.cdiv(size, SCALE_BLOCK), SCALE_PROGRAMS)
