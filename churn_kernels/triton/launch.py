@@ -407,6 +407,21 @@ def loss(
     return value, record, terms, gradients
 
 
+def check_record(record: Tensor, call: Call) -> None:
+    """What kernels read of a record is there; one with a report holds more."""
+    fields, rows = record.shape if record.dim() == 2 else (0, 0)
+    place = rows, record.dtype, record.device
+    if (
+        fields < call.spec.fields.value
+        or place != (call.rows, call.scalar, call.device)
+        or not record.is_contiguous()
+    ):
+        raise RuntimeError(
+            "stats must be what churn_kernels::triton_loss returned for the same options, got "
+            f"{tuple(record.shape)} of {record.dtype} on {record.device}"
+        )
+
+
 def loss_backward(
     logits: Sequence[Tensor],
     target: Tensor | None,
@@ -418,12 +433,7 @@ def loss_backward(
     """Gradients for any upstream, out of the record of the forward pass."""
     options = LossOptions(*arguments)
     call = Call(logits, target, class_weight, options, False)
-    fields = call.spec.fields.value, call.rows
-    if (record.shape, record.dtype, record.device) != (fields, call.scalar, call.device):
-        raise RuntimeError(
-            "stats must be what churn_kernels::triton_loss returned for the same options"
-        )
-    record = record.contiguous()
+    check_record(record, call)
     gradients = new_gradients(logits, options.teachers)
     if call.rows == 0:
         return gradients
