@@ -286,8 +286,8 @@ void check_loss(std::vector<Tensor> logits, std::optional<Tensor> target,
 }
 
 void check_loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
-                         std::optional<Tensor> class_weight, Tensor /*each backend's own*/, Tensor upstream,
-                         CK_LOSS_OPTIONS) {
+                         std::optional<Tensor> class_weight, Tensor /*each backend's own*/,
+                         Tensor upstream, CK_LOSS_OPTIONS) {
   const Inputs in = ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
   ck::check_upstream(in.loss, logits[0], upstream);
 }
