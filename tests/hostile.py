@@ -6,6 +6,7 @@ elements than any memory.
 
 import math
 import random
+from contextlib import suppress
 
 import torch
 
@@ -115,10 +116,8 @@ class Arguments:
             return self.floats(self.pick([0, 1, 5]), dtype=self.pick(DTYPES + OTHER_DTYPES[:4]))
         if hasattr(x, "was_changed"):  # torch itself crashes on some of them
             return x
-        try:
+        with suppress(RuntimeError, IndexError):  # torch has no such tensor
             x = self.pick(CHANGES)(self, x)
-        except (RuntimeError, IndexError):  # torch has no such tensor
-            pass
         x.was_changed = True
         return x
 

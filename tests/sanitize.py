@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,12 @@ def build(kind: str) -> Path:
     configure += [f"-DCK_SANITIZE={kind}"]
     if kind == "address":
         configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    # A tree configured for another torch or tool starts over.
+    record, words = tree / "configured_for.txt", f"{configure} torch {version('torch')}"
+    if not record.is_file() or record.read_text() != words:
+        configure.append("--fresh")
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    record.write_text(words)
     subprocess.run([tool("cmake"), "--build", tree], check=True, stdout=subprocess.DEVNULL)
     return tree
 

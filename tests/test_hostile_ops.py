@@ -20,7 +20,7 @@ from churn_kernels.exact import exact_sum
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
-O = torch.ops.churn_kernels  # noqa: E741: as the ops' own errors call them
+OPS = torch.ops.churn_kernels
 WANT_STATS = 2
 PLAIN = LossOptions(1.0, 0.3, 1.5, regularizer=1, divergence=1)
 
@@ -36,7 +36,7 @@ def tables_of(logits, target, weight, first, classes, options, count):
     tables = []
     for _ in range(count):
         arguments = (logits, target, weight, tables, first, classes, *options)
-        tables.append(O.class_table(*arguments))
+        tables.append(OPS.class_table(*arguments))
     return tables
 
 
@@ -60,7 +60,7 @@ def scale_(draw, ops):
 
 
 def exact_words(draw, ops):
-    return ops.exact_words, (draw.floats(draw.pick([0, 1, 600, 70_000])),)
+    return ops.exact_words, (draw.floats(draw.pick([0, 1, 600, 5000])),)
 
 
 def exact_round(draw, ops):
@@ -68,8 +68,8 @@ def exact_round(draw, ops):
 
 
 def hash_words(draw, ops):
-    pieces = [draw.floats(draw.pick([0, 1, 24, 3000])) for _ in range(draw.pick([1, 2]))]
-    run = [draw.pick([4, 8, 12_000, 2**40]) for _ in pieces]
+    pieces = [draw.floats(draw.pick([0, 1, 24, 300])) for _ in range(draw.pick([1, 2]))]
+    run = [draw.pick([4, 8, 1200, 2**40]) for _ in pieces]
     step = [size + draw.pick([0, 1, 4]) for size in run]
     return ops.hash_words, (pieces, [draw.pick([0, 3, 2**40]) for _ in pieces], run, step)
 
@@ -85,30 +85,30 @@ def shard(draw):
 def class_table(draw, ops):
     *inputs, first, classes, options = shard(draw)
     tables = tables_of(*inputs, first, classes, options, draw.pick(range(5)))
-    return O.class_table, (*inputs, tables, first, classes, *options)
+    return OPS.class_table, (*inputs, tables, first, classes, *options)
 
 
 def class_loss(draw, ops):
     *inputs, first, classes, options = shard(draw)
     tables = tables_of(*inputs, first, classes, options, 5)
-    return O.class_loss, (*inputs, tables, first, classes, *options, draw.pick(range(8)))
+    return OPS.class_loss, (*inputs, tables, first, classes, *options, draw.pick(range(8)))
 
 
 def class_loss_backward(draw, ops):
     *inputs, first, classes, options = shard(draw)
     tables = tables_of(*inputs, first, classes, options, 5)
-    value, stats, _ = O.class_loss(*inputs, tables, first, classes, *options, WANT_STATS)
+    value, stats, _ = OPS.class_loss(*inputs, tables, first, classes, *options, WANT_STATS)
     upstream = torch.ones_like(value)
-    return O.class_loss_backward, (*inputs, stats, upstream, first, classes, *options)
+    return OPS.class_loss_backward, (*inputs, stats, upstream, first, classes, *options)
 
 
 def plan(draw, ops):
     logits, _, _, *options = draw.inputs()
-    return O.plan, (logits, *options)
+    return OPS.plan, (logits, *options)
 
 
 def cpu_isa(draw, ops):
-    return O.cpu_isa, ("",)
+    return OPS.cpu_isa, ("",)
 
 
 # Each with the share of calls that are to be refused, and to return, at least.
@@ -143,7 +143,7 @@ class TestFuzz:
     def test_triton_ops(self, kind):
         if "triton" not in _backend._OPS:
             pytest.skip("Triton cannot run here")
-        few = 8 if kind in (loss, loss_backward) else 40
+        few = 3 if kind in (loss, loss_backward) else 12  # the interpreter is slow
         found = outcomes(kind, _ops.triton(), few, 0)
         assert found["refused"] > 0
         assert found["returned"] > 0
@@ -300,8 +300,8 @@ except RuntimeError as error:
             found = {float(o.exact_round(words)) for o in _backend._OPS.values()}
             assert len(found) == 1
             words[10] = lane
-            assert O.exact_round(words) == float("inf")
-        self.refused("words must be what", O.exact_round, torch.zeros(11, dtype=torch.int64))
+            assert OPS.exact_round(words) == float("inf")
+        self.refused("words must be what", OPS.exact_round, torch.zeros(11, dtype=torch.int64))
 
     def test_pieces_to_hash(self, ops):
         x = torch.zeros(1000)
@@ -320,23 +320,23 @@ except RuntimeError as error:
             ops.hash_words([], [], [], [])
         with pytest.raises(REFUSALS):
             ops.loss([], None, None, *PLAIN, 0)
-        self.refused("pieces must hold at least one", O.check_hash_words, [], [], [], [])
-        self.refused("logits must hold at least one", O.check_loss, [], None, None, *PLAIN, 0)
+        self.refused("pieces must hold at least one", OPS.check_hash_words, [], [], [], [])
+        self.refused("logits must hold at least one", OPS.check_loss, [], None, None, *PLAIN, 0)
         ops.scale_([], torch.tensor(2.0), False)
 
     def test_devices(self):
         """Of every tensor, also where the dispatcher does not look at it."""
         cpu, meta = torch.zeros(3, 5), torch.zeros(3, 5, device="meta")
         place = "must be on the same device as the first tensor"
-        self.refused(place, O.check_loss, [cpu, meta], None, None, *PLAIN, 0)
+        self.refused(place, OPS.check_loss, [cpu, meta], None, None, *PLAIN, 0)
         target = torch.zeros(3, dtype=torch.int64, device="meta")
-        self.refused(place, O.check_loss, [cpu, cpu], target, None, *PLAIN, 0)
-        self.refused(place, O.check_scale_, [cpu], torch.ones((), device="meta"), False)
-        self.refused(place, O.check_hash_words, [cpu, meta], [0, 0], [60, 60], [60, 60])
+        self.refused(place, OPS.check_loss, [cpu, cpu], target, None, *PLAIN, 0)
+        self.refused(place, OPS.check_scale_, [cpu], torch.ones((), device="meta"), False)
+        self.refused(place, OPS.check_hash_words, [cpu, meta], [0, 0], [60, 60], [60, 60])
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
         stack = torch.zeros(2, 3, 5, device="meta")
         message = "logits must be on the CPU"
-        self.refused(message, O.loss.default.redispatch, keys, [stack], None, None, *PLAIN, 0)
+        self.refused(message, OPS.loss.default.redispatch, keys, [stack], None, None, *PLAIN, 0)
 
 
 class TestShards:
@@ -348,7 +348,7 @@ class TestShards:
         tables = tables_of(logits, None, None, 0, 2**26, options._replace(top_k=1), 1)
         message = "top_k must be smaller where classes lie in shards: 2147483712 numbers a row"
         with pytest.raises(RuntimeError, match=message):
-            O.class_table(logits, None, None, tables, 0, 2**26, *options)
+            OPS.class_table(logits, None, None, tables, 0, 2**26, *options)
 
     @pytest.mark.parametrize(
         ("first", "classes"),
@@ -356,11 +356,11 @@ class TestShards:
     )
     def test_shards_outside_of_the_classes(self, first, classes):
         with pytest.raises(RuntimeError, match=r"shards of classes .* lie in \[0, classes\)"):
-            O.class_table([torch.zeros(3, 5)] * 2, None, None, [], first, classes, *self.EXACT)
+            OPS.class_table([torch.zeros(3, 5)] * 2, None, None, [], first, classes, *self.EXACT)
 
     def test_a_target_far_away(self):
         target = torch.tensor([-(2**63), 2**63 - 1, 3])
-        table = O.class_table([torch.zeros(3, 5)], target, None, [], 5, 10, *self.EXACT)
+        table = OPS.class_table([torch.zeros(3, 5)], target, None, [], 5, 10, *self.EXACT)
         assert table.shape == (3, 3)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, -1.0])
@@ -373,11 +373,11 @@ class TestShards:
             for table in tables:
                 table.fill_(value if table.is_floating_point() else 2**63 - 1)
                 for count in range(5):
-                    O.class_table(logits, target, None, tables[:count], 3, 10, *options)
+                    OPS.class_table(logits, target, None, tables[:count], 3, 10, *options)
                 arguments = logits, target, None, tables, 3, 10, *options, 6
-                value_, stats, _ = O.class_loss(*arguments)
+                value_, stats, _ = OPS.class_loss(*arguments)
                 stats.fill_(value)
-                O.class_loss_backward(logits, target, None, stats, value_, 3, 10, *options)
+                OPS.class_loss_backward(logits, target, None, stats, value_, 3, 10, *options)
 
     def test_every_stage_has_a_merge(self):
         assert len(stages(self.EXACT)) == 5
@@ -412,9 +412,9 @@ class TestMemory:
         for mode in (0, 3):
             for divergence in (1, 3):
                 options = PLAIN._replace(top_k=3, mode=mode, divergence=divergence)
-                value_, stats, *_ = O.loss(logits, target, None, *options, WANT_STATS)
+                value_, stats, *_ = OPS.loss(logits, target, None, *options, WANT_STATS)
                 stats.fill_(value)
-                gradients = O.loss_backward(logits, target, None, stats, value_, *options)
+                gradients = OPS.loss_backward(logits, target, None, stats, value_, *options)
                 assert [g.shape for g in gradients] == [(3, 40)] * 2
 
     def test_a_block_of_the_exact_sum_is_not_too_long(self):
@@ -429,11 +429,11 @@ class TestMemory:
             logits = torch.linspace(-9, -8, 6000)[None]
             logits[0, places[0]], logits[0, places[1]] = 40.0, 39.0
             options = LossOptions(mode=3)
-            assert "chunks" in O.plan([logits], *options)
-            split = O.loss([logits], target, None, *options, 4)
+            assert "chunks" in OPS.plan([logits], *options)
+            split = OPS.loss([logits], target, None, *options, 4)
             threads(1)
-            assert "rows" in O.plan([logits], *options)
-            whole = O.loss([logits], target, None, *options, 4)
+            assert "rows" in OPS.plan([logits], *options)
+            whole = OPS.loss([logits], target, None, *options, 4)
             threads(2)
             assert torch.equal(split[2], whole[2])
             assert torch.equal(split[0], whole[0])
