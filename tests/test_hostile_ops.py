@@ -421,19 +421,18 @@ class TestMemory:
         """2^20 mantissas of one exponent fill a bin; blocks of 2^16 leave it room."""
         assert exact_sum(torch.full((2**20,), 1.9999999)) == 2097151.875
 
-    def test_the_second_largest_of_several_chunks(self, threads):
-        """Threads share out one row; its second largest logit is in another chunk, or the same."""
-        threads(2)
-        target = torch.zeros(1, dtype=torch.int64)
-        for places in ((0, 1), (0, 3000), (3000, 0), (5000, 2500)):
-            logits = torch.linspace(-9, -8, 6000)[None]
-            logits[0, places[0]], logits[0, places[1]] = 40.0, 39.0
-            options = LossOptions(mode=3)
-            assert "chunks" in OPS.plan([logits], *options)
-            split = OPS.loss([logits], target, None, *options, 4)
-            threads(1)
-            assert "rows" in OPS.plan([logits], *options)
-            whole = OPS.loss([logits], target, None, *options, 4)
-            threads(2)
-            assert torch.equal(split[2], whole[2])
-            assert torch.equal(split[0], whole[0])
+    @pytest.mark.parametrize(("second", "rest"), [(-7.0, -9.0), (30.0, -99.0)])
+    @pytest.mark.parametrize("places", [(0, 1), (0, 3000), (3000, 0), (5000, 2500)])
+    def test_the_second_largest_of_several_chunks(self, threads, places, second, rest):
+        """Threads share out one row; sums are scaled by its second largest logit, wherever it is.
+
+        Too large a one loses the digits of a loss of exp(-47), too small a one lets sums overflow.
+        """
+        logits, target = torch.full((1, 6000), rest), torch.tensor(places[:1])
+        logits[0, places[0]], logits[0, places[1]] = 40.0, second
+        options, found = LossOptions(mode=3), []
+        for count, shared in ((2, "chunks"), (1, "rows")):
+            threads(count)
+            assert shared in OPS.plan([logits], *options)
+            found.append(OPS.loss([logits], target, None, *options, 0)[0])
+        assert found[0] == found[1] > 0
