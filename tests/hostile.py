@@ -24,7 +24,10 @@ REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, OverflowError)
 class Arguments:
     """Draws arguments, the same for the same seed."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, *, small=False):
+        self.rows, self.classes = [0, 1, 5], [1, 2, 17]
+        if not small:
+            self.rows, self.classes = [*self.rows, 40], [*self.classes, 300, 2100]
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -60,10 +63,10 @@ class Arguments:
             return [self.floats(models, rows, classes, dtype=dtype)]
         return [self.floats(rows, classes, dtype=dtype) for _ in range(models)]
 
-    def inputs(self, *, exact=None, classes_of=lambda classes: classes, rows=(0, 1, 5, 40)):
+    def inputs(self, *, exact=None, classes_of=lambda classes: classes):
         """(logits, target, class_weight, options) that fit each other."""
-        models, classes = self.pick([1, 2, 2, 3]), self.pick([1, 2, 17, 300, 2100])
-        rows = self.pick(rows)
+        models, classes = self.pick([1, 2, 2, 3]), self.pick(self.classes)
+        rows = self.pick(self.rows)
         options = self.options(models, classes, exact=exact)
         dtype = self.pick([d for d in DTYPES if options.mode != 3 or d != torch.float64])
         everything = classes_of(classes)
