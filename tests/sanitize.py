@@ -75,47 +75,52 @@ def copy_package(built: Path) -> None:
     (TREE / "csrc").symlink_to(ROOT / "csrc")
 
 
-def watched(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in the tree with the sanitizers; what it wrote is shown only if asked for."""
+def watched(*command: object, **environment: str) -> tuple[int, str, str]:
+    """Run Python in the tree: exit status, what it wrote, and the sanitizers' reports."""
+    for report in FOLDER.glob("report.*"):
+        report.unlink()
     runtimes = ["libasan.so", "libubsan.so", "libstdc++.so"]
-    found = [
+    preloaded = [
         subprocess.check_output([tool("g++"), f"-print-file-name={name}"], text=True).strip()
         for name in runtimes
     ]
     environment = {
         **os.environ,
-        "LD_PRELOAD": ":".join(found),
+        "LD_PRELOAD": ":".join(preloaded),
         # Python and torch keep memory until the end; a size too large is to raise, as without.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:log_path={FOLDER}/report",
+        "UBSAN_OPTIONS": "print_stacktrace=1",  # beside the other it writes to stderr alone
         "TRITON_INTERPRET": "0",
         "PYTHONPATH": str(TREE),
         **environment,
     }
     words = [sys.executable, *map(str, command)]
-    return subprocess.run(words, cwd=TREE, env=environment, text=True, capture_output=True)
+    done = subprocess.run(words, cwd=TREE, env=environment, text=True, capture_output=True)
+    found = [report.read_text() for report in FOLDER.glob("report.*")]
+    reports = "".join(text for text in found if "ERROR" in text)  # not: too large to allocate
+    return done.returncode, done.stdout + done.stderr, reports
 
 
 def check_planted() -> None:
     """Every planted fault ends the process, and is named."""
     program = "import sys, torch, churn_kernels; torch.ops.churn_kernels.plant(sys.argv[1])"
-    done = watched("-c", program, "none")
-    if done.returncode != 0:
-        sys.exit(f"the library does not run under the sanitizers:\n{done.stderr}")
+    status, output, reports = watched("-c", program, "none")
+    if status != 0 or reports:
+        sys.exit(f"the library does not run under the sanitizers:\n{output}\n{reports}")
     for fault, message in FAULTS.items():
-        done = watched("-c", program, fault)
-        if done.returncode == 0 or message not in done.stderr:
-            sys.exit(f"the planted fault {fault!r} was not seen:\n{done.stderr}")
+        status, output, reports = watched("-c", program, fault)
+        if status == 0 or message not in output + reports:
+            sys.exit(f"the planted fault {fault!r} was not seen:\n{output}\n{reports}")
 
 
 def check_library(tests: list[str], **environment: str) -> None:
     """The tests pass, and the sanitizers say nothing."""
-    options = ["-q", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow"]
+    options = ["-q", "-s", "-x", "-n", "2", "-p", "no:cacheprovider", "-m", "not slow"]
     options += ["-k", f"not ({NOT_HERE})"]
-    done = watched("-m", "pytest", *options, *tests, **environment)
-    if done.returncode != 0:
-        sys.exit(f"{done.stdout}\n{done.stderr}")
-    print(done.stdout.splitlines()[-1], *environment.values(), flush=True)
+    status, output, reports = watched("-m", "pytest", *options, *tests, **environment)
+    if status != 0 or reports:
+        sys.exit(f"{output}\n{reports}")
+    print(output.splitlines()[-1], *environment.values(), flush=True)
 
 
 def check_threads(tree: Path) -> None:
