@@ -134,7 +134,7 @@ def outcomes(kind, ops, calls, seed, *, small=False):
 class TestFuzz:
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize("kind", [*KINDS, *SHARDS])
-    def test_compiled_ops(self, kind, seed):
+    def test_cpu_ops(self, kind, seed):
         found = outcomes(kind, _ops.COMPILED, 100, seed)
         assert found["refused"] > 5
         assert found["returned"] > (0 if kind is cpu_isa else 5)
