@@ -115,7 +115,8 @@ struct Fused {
       return rows::SoftmaxSums<A>{A(s[0]), A(s[1]), A(s[2])};
     };
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
-    rows::PairSums<A> pair{A(scales[K * kModelSums]), A(scales[K * kModelSums + 1])};
+    const float* pair_scales = scales + (K - 1) * 2 * kModelSums;  // of one model: unused
+    rows::PairSums<A> pair{A(pair_scales[0]), A(pair_scales[1])};
     Check check;
     V maximum[K], peak[K];
     const T* z[K];
