@@ -128,7 +128,8 @@ def _traced(
     rows, ce_rows = row_counts(
         target, class_weight, by_row.shape[0], options.ignore_index, by_row.device
     )
-    loss = reduce_terms(ce, r, d, rows, ce_rows, target is not None, options)
+    nothing = ce[:, :0].sum(1)
+    loss = reduce_terms(ce, r, d, nothing, rows, ce_rows, target is not None, options)
     return loss.to(by_row.dtype), terms
 
 
@@ -314,15 +315,22 @@ def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor
 def _one_by_one(
     function: Callable[..., Any], examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """torch.vmap's rule: one call for each example, stacked."""
+    """torch.vmap's rule: one call for each example, stacked.
+
+    Of no examples the shapes are those of an example of zeros: their sum.
+    """
     results = []
-    for example in range(examples):
+    for example in range(max(examples, 1)):
         arguments = [
-            value.select(dim, example) if isinstance(value, Tensor) and dim is not None else value
+            (value.select(dim, example) if examples else value.sum(dim))
+            if isinstance(value, Tensor) and dim is not None
+            else value
             for value, dim in zip(inputs, in_dims, strict=True)
         ]
         results.append(function(*arguments))
     outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    if not examples:
+        outputs = tuple(output[:0] for output in outputs)
     return outputs, (0,) * len(outputs)
 
 

@@ -8,10 +8,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from churn_kernels import modes
 from churn_kernels._options import DIVERGENCES, REDUCTIONS, REGULARIZERS
 from churn_kernels._placements import is_placed
+
+_MODES = torch._C._TorchDispatchModeKey
+_get_mode = torch._C._get_dispatch_mode
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -36,7 +40,13 @@ def number(name: str, value: object) -> float:
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
-    checked = float(value)
+    try:
+        checked = float(value)
+    except OverflowError:  # an int or a Fraction
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got one beyond 1.8e308; check how it "
+            f"was computed"
+        ) from None
     if not -math.inf < checked < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {checked}; check how it was computed")
     return checked
@@ -86,6 +96,17 @@ def integer(name: str, value: object) -> int:
     return int(value)
 
 
+def index(name: str, value: object) -> int:
+    """`value` as an int that an int64 tensor can hold."""
+    checked = integer(name, value)
+    if not -(2**63) <= checked < 2**63:
+        raise ValueError(
+            f"{name} must be in the range of int64, as the targets are, got {checked}; pass a "
+            f"number that is no class, such as -100"
+        )
+    return checked
+
+
 def flag(name: str, value: object) -> bool:
     """`value` as a bool."""
     if not isinstance(value, bool):
@@ -129,7 +150,7 @@ OPTIONS: dict[str, Callable[[str, object], Any]] = {
     "renormalize_top_k": flag,
     "divergence": lambda name, value: choice(name, value, DIVERGENCES),
     "label_smoothing": share,
-    "ignore_index": integer,
+    "ignore_index": index,
     "temperature": positive,
     "reduction": lambda name, value: choice(name, value, REDUCTIONS),
     "mode": lambda _, value: modes.optional(value),
@@ -448,6 +469,8 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # the values are not there to look at
+    if _is_symbolic(value):
+        return  # nor here
     if not value.is_cpu and not _DEBUG:
         return
     wrong = ((value < 0) | (value >= classes)) & (value != ignore_index)
@@ -457,6 +480,15 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
             f"target must hold class indices in [0, {classes}), got {int(value[row])} "
             f"at row {row}; pass ignore_index for rows without a label"
         )
+
+
+def _is_symbolic(value: Tensor) -> bool:
+    """Whether it is a fake tensor, or one that make_fx traces."""
+    return (
+        isinstance(value, FakeTensor)
+        or _get_mode(_MODES.FAKE) is not None
+        or _get_mode(_MODES.PROXY) is not None
+    )
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:

@@ -39,7 +39,6 @@ def counts(
 
     Nothing waits for a GPU, where no process looks at its targets.
 
-
     Raises: TargetError if a target of this process is out of range, ValueError if another's is.
     """
     rows, device = logits.shape[-2], logits.device
@@ -78,7 +77,7 @@ def reduced(
     pairs = pair_count(students, options.teachers)
     ce, r, d = by_row.to(torch.float64).split([students, students, pairs], dim=1)
     rows, ce_rows = everyone.to(by_row.device)
-    return reduce_terms(ce, r, d, rows, ce_rows, has_target, options)
+    return reduce_terms(ce, r, d, ce[:, :0].sum(1), rows, ce_rows, has_target, options)
 
 
 def mean_terms(

@@ -97,7 +97,10 @@ class _ExactSum(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         ops, combine, x = inputs
-        return torch.stack([_ExactSum.apply(ops, combine, row) for row in x.unbind(in_dims[2])]), 0
+        rows = x.unbind(in_dims[2])
+        if not rows:  # of no examples: no sums, but on the graph of x
+            return _ExactSum.apply(ops, combine, x.sum(in_dims[2])).expand(0), 0
+        return torch.stack([_ExactSum.apply(ops, combine, row) for row in rows]), 0
 
 
 # The words of a tensor stay where it is until someone asks: normalised words of so many tensors and

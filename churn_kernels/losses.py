@@ -179,7 +179,8 @@ def codistillation_terms(
     models, batch = _checks.models("logits", logits)
     rows, _ = _dtensor.evaluate(models, batch, target, class_weight, options, mode, False)
     count = _model_count(models, batch)
-    return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=-1))
+    # Slices, which may be changed in place; the views that split returns may not.
+    return RowTerms(rows[..., :count], rows[..., count : 2 * count], rows[..., 2 * count :])
 
 
 @tells_the_compiler

@@ -31,7 +31,7 @@ _BLOCK_ELEMENTS = 1 << 21
 """Numbers in a block's largest temporary: 16 MiB in float64, so that it stays near the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no == that is True or False
 class ChurnReport:
     """What `churn_report` measures over R runs; float64 tensors on the runs' device.
 
@@ -226,7 +226,7 @@ def expected_calibration_error(
         _check_classes(target, classes)
         probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
         _check_rows("logits", probability[None], 0)
-    sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
+    sums = _calibration_sums_in_blocks(probability, predicted == target, bins)
     return _calibration_error(*map(together.total, sums))[0]
 
 
@@ -377,6 +377,17 @@ def _calibration_sums(
     inside = index[..., None] == torch.arange(bins, device=probability.device)  # (R, B, bins)
     mass = torch.where(inside, probability[..., None], 0.0).sum(dim=1)
     return inside.sum(dim=1), (inside & right[..., None]).sum(dim=1), mass
+
+
+def _calibration_sums_in_blocks(probability: Tensor, right: Tensor, bins: int) -> list[Tensor]:
+    """`_calibration_sums` of one run, (B,) -> (1, bins), in memory that does not grow with B."""
+    block = _block_rows(None, 1, bins)
+    parts = zip(probability.split(block), right.split(block), strict=True)
+    sums: list[Tensor] = []
+    for p, hit in parts:
+        found = _calibration_sums(p[None], hit[None], bins)
+        sums = list(map(torch.add, sums, found)) if sums else list(found)
+    return sums
 
 
 def _calibration_error(rows: Tensor, right: Tensor, mass: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ def loss(
     terms = _term_means(
         z, label, keep, students, ce.sum(0) / ce_rows, r.sum(0) / rows, d.sum(0) / rows
     )
-    result = reduce_terms(ce, r, d, rows, ce_rows, label is not None, options)
+    nothing = z[:students, :, :0].sum(dim=(0, 2))
+    result = reduce_terms(ce, r, d, nothing, rows, ce_rows, label is not None, options)
     return result.to(result_dtype), terms.detach().to(result_dtype)
 
 
