@@ -29,7 +29,7 @@ py::dict build_info() {
   info["compiler"] = CK_COMPILER;
   info["flags"] = CK_FLAGS;
   info["instruction_sets"] = built_isa_names();
-  info["cpu_isa"] = ck::isa_name(ck::detected_isa());
+  info["detected_cpu_isa"] = ck::isa_name(ck::detected_isa());
   info["cuda_architectures"] = py::list();
   info["torch_version"] = CK_TORCH_VERSION;
   info["torch_target_version"] = CK_TORCH_TARGET;

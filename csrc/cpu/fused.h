@@ -138,7 +138,7 @@ struct Fused {
     };
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
-    const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
+    const float* pair_scales = scales(K == 2 ? 2 : 0);  // of one model: unused
     rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap]),
                            A(pair_scales[kOther])};
     V check(S(0));  // NaN where there is one, of which fixed point knows nothing

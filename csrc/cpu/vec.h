@@ -191,11 +191,13 @@ CK_HD Vec<double> power_unless_below(const Vec<double>& x, const Vec<double>& li
 template <class S>
 CK_HD Vec<S> split_exponent(const Vec<S>& x, Vec<S>& k) {
   using Int = typename rows::Format<S>::Int;
+  using U = std::make_unsigned_t<Int>;
   return each<S>([&](int i) {
-    const Native<Int> bits = (Native<Int>)x.part[i];
-    const Native<Int> power = (bits - rows::Format<S>::kSqrtHalf) >> rows::Format<S>::kMantissaBits;
+    const Native<U> bits = (Native<U>)x.part[i];
+    const Native<Int> offset = (Native<Int>)(bits - U{rows::Format<S>::kSqrtHalf});
+    const Native<Int> power = offset >> rows::Format<S>::kMantissaBits;
     k.part[i] = __builtin_convertvector(power, Native<S>);
-    return (Native<S>)(bits - (power << rows::Format<S>::kMantissaBits));
+    return (Native<S>)(bits - ((Native<U>)power << rows::Format<S>::kMantissaBits));
   });
 }
 

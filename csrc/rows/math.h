@@ -161,10 +161,12 @@ CK_HD V power_unless_below(V x, V limit, V p, V, V shifted) {
 template <class S>
 CK_HD S split_exponent(S x, S& k) {
   using Int = typename Format<S>::Int;
-  const Int offset = bits_as<Int>(x) - Format<S>::kSqrtHalf;
-  const Int power = offset >> Format<S>::kMantissaBits;
+  using U = std::make_unsigned_t<Int>;
+  const U offset = bits_as<U>(x) - U{Format<S>::kSqrtHalf};  // of x < 0 and NaN it wraps around
+  const Int power = static_cast<Int>(offset) >> Format<S>::kMantissaBits;
   k = static_cast<S>(power);
-  return bits_as<S>(static_cast<Int>(bits_as<Int>(x) - (power << Format<S>::kMantissaBits)));
+  return bits_as<S>(
+      static_cast<U>(bits_as<U>(x) - (static_cast<U>(power) << Format<S>::kMantissaBits)));
 }
 
 template <class V>
