@@ -17,7 +17,7 @@ DEPENDENCIES := build/dependencies.stamp
 LIBRARY := build/library.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help build run study test nightly bench gpu-report lint format clean
+.PHONY: help build run study test sanitize nightly bench gpu-report lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ study: build  ## the papers' claims and the sources of churn on the digits
 
 test: build  ## the test suite
 	@$(BIN)/python -m pytest -q -n 2
+
+sanitize: build  ## the library under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+	@$(BIN)/python tests/sanitize.py
 
 nightly: build  ## the tests that take too long for every change
 	@$(BIN)/python -m pytest -q -n 2 -m nightly

@@ -1,5 +1,7 @@
 """Fused losses, reduction modes and metrics for reproducible predictions."""
 
+from typing import Any
+
 from churn_kernels import audit, distributed, metrics
 from churn_kernels._backend import available_backends, backend, build_info
 from churn_kernels._checks import TargetError
@@ -55,3 +57,13 @@ __all__ = [
     "symmetric_kl",
     "uniform_skl",
 ]
+
+__version__: str  # found out when it is asked for: that takes as long as some of the import
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from churn_kernels._version import version
+
+        return version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

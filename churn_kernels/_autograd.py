@@ -11,7 +11,7 @@ Three ways, for three kinds of calls:
   takes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from operator import attrgetter
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from churn_kernels import _ops
+from churn_kernels._inference import saveable, saveable_in_graph
 from churn_kernels._ops import OpSet
 from churn_kernels._options import (
     REDUCTIONS,
@@ -36,6 +37,8 @@ from churn_kernels._reduction import reduce_terms, row_counts
 from churn_kernels.modes import EXACT
 
 _requires_grad = attrgetter("requires_grad")
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # of this backward pass
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
@@ -54,7 +57,7 @@ def evaluate(
     """The loss on these ops, differentiable, and the terms (empty if not asked for)."""
     want = WANT_TERMS if with_terms else 0
     if torch.compiler.is_compiling():
-        return _traced(ops, logits, target, class_weight, options, want | WANT_STATS)
+        return _traced(ops, logits, target, class_weight, options, with_terms)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         pass  # whoever watches the tensors does not ask them for a gradient
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
@@ -63,7 +66,7 @@ def evaluate(
     elif comes_with_gradients(options, logits):
         want |= WANT_GRADIENTS
         return _FusedLoss.apply(ops, target, class_weight, options, want, *logits)
-    return evaluate_by_rows(ops, logits, target, class_weight, options, want)
+    return evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
 
 
 def evaluate_by_rows(
@@ -72,10 +75,10 @@ def evaluate_by_rows(
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
-    want: int,
+    with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, with gradients out of row statistics; `ops` need no more than the loss's."""
-    want |= WANT_STATS
+    want = WANT_STATS | (WANT_TERMS if with_terms else 0)
     loss, _, terms = _Loss.apply(ops, target, class_weight, options, want, *logits)
     return loss, terms
 
@@ -91,7 +94,7 @@ def _traced(
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
-    want: int,
+    with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
     """The loss as torch.compile is to see it: the op's row terms, weighed by PyTorch.
 
@@ -99,6 +102,12 @@ def _traced(
     outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
     an order, so exact mode stays with the op, and hands it its weights as tensors.
     """
+    want = WANT_STATS | (WANT_TERMS if with_terms else 0)
+    logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
+    # torch.func cannot transform the op's registered formula, but `_Loss` as a whole.
+    transformed = torch._C._are_functorch_transforms_active() and _let_into_graphs()
+    if options.mode == EXACT and transformed:
+        return ops.loss_in_transforms(logits, target, class_weight, options, with_terms)
     if options.mode == EXACT:
         one = torch.ones((), dtype=torch.float64, device="cpu")
         weights = [weight * one if weight != 0 else None for weight in options[: len(WEIGHTS)]]
@@ -108,7 +117,10 @@ def _traced(
     unweighted = options._replace(
         ce_weight=1.0, regularizer_weight=1.0, divergence_weight=1.0, reduction=ROW_TERMS
     )
-    by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
+    if transformed:
+        by_row, terms = ops.loss_in_transforms(logits, target, class_weight, unweighted, with_terms)
+    else:
+        by_row, _, terms, _ = ops.loss(logits, target, class_weight, *unweighted, want)
     models = len(logits) if logits[0].dim() == 2 else logits[0].shape[0]
     students = models - options.teachers
     pairs = pair_count(students, options.teachers)
@@ -116,8 +128,23 @@ def _traced(
     rows, ce_rows = row_counts(
         target, class_weight, by_row.shape[0], options.ignore_index, by_row.device
     )
-    loss = reduce_terms(ce, r, d, rows, ce_rows, target is not None, options)
+    nothing = ce[:, :0].sum(1)
+    loss = reduce_terms(ce, r, d, nothing, rows, ce_rows, target is not None, options)
     return loss.to(by_row.dtype), terms
+
+
+# What a graph calls as it is instead of looking into it.
+_IN_GRAPHS: list[Callable[..., Any]] = []
+
+
+def _let_into_graphs() -> bool:
+    for function in _IN_GRAPHS:
+        torch._dynamo.allow_in_graph(function)
+    return True
+
+
+# The compiler calls it while it traces; see `_backend._gpu_problem`.
+_let_into_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _FusedLoss(Function):
@@ -133,11 +160,11 @@ class _FusedLoss(Function):
         want: int,
         *logits: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        loss, _, terms, ctx.gradients = _call(ops, logits, target, class_weight, options, want)
+        loss, _, terms, gradients = _call(ops, logits, target, class_weight, options, want)
         ctx.ops, ctx.options = ops, options
-        # The stored gradients need none of these. A second backward pass does, and autograd now
-        # notices logits that were changed in place, whichever pass it is.
-        ctx.save_for_backward(target, class_weight, *logits)
+        # Nothing reads target and weights again, and the logits are for the graph of a second
+        # derivative, which raises: autograd is to notice where they are changed in place.
+        ctx.save_for_backward(*saveable(target, class_weight, *logits), *gradients)
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
         return loss, terms
@@ -146,18 +173,16 @@ class _FusedLoss(Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        target, class_weight, *logits = ctx.saved_tensors
-        ops, gradients = ctx.ops, ctx.gradients
-        if gradients is None or torch.is_grad_enabled():
-            options = ctx.options
-            stats = _call(ops, logits, target, class_weight, options, WANT_STATS)[1]
-            gradients = _LossBackward.apply(
-                ops, target, class_weight, options, stats, upstream, *logits
-            )
-        else:
-            ctx.gradients = None  # handed out below, to be changed by whoever holds them
-            ops.scale_(gradients, upstream, ctx.options.mode == EXACT)
-        return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
+        needed = ctx.needs_input_grad[len(_BEFORE_LOGITS) :]
+        _, _, *tensors = ctx.saved_tensors
+        gradients = tensors[len(needed) :]
+        exact = ctx.options.mode == EXACT
+        if _keeps_graph() or torch.is_grad_enabled() or _is_batched(upstream):
+            scale = partial(_scaled_copies, ctx.ops, exact, len(needed))
+            gradients = _Gradients.apply(scale, upstream, *tensors)
+        else:  # nobody will ask for them again: they may be changed and handed out
+            ctx.ops.scale_(gradients, upstream, exact)
+        return _BEFORE_LOGITS + _wanted(gradients, needed)
 
 
 class _Loss(Function):
@@ -179,7 +204,7 @@ class _Loss(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.ops, target, class_weight, ctx.options, _, *logits = inputs
         _, stats, terms = output
-        ctx.save_for_backward(target, class_weight, stats, *logits)
+        ctx.save_for_backward(*saveable(target, class_weight, stats, *logits))
         ctx.mark_non_differentiable(stats, terms)
         ctx.set_materialize_grads(False)
 
@@ -187,10 +212,8 @@ class _Loss(Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
-        target, class_weight, stats, *logits = ctx.saved_tensors
-        gradients = _LossBackward.apply(
-            ctx.ops, target, class_weight, ctx.options, stats, upstream, *logits
-        )
+        compute = partial(_gradients, ctx.ops, ctx.options)
+        gradients = _Gradients.apply(compute, upstream, *ctx.saved_tensors)
         return _BEFORE_LOGITS + _wanted(gradients, ctx.needs_input_grad[len(_BEFORE_LOGITS) :])
 
     @staticmethod
@@ -199,23 +222,25 @@ class _Loss(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        return _one_by_one(_Loss, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Loss.apply, info.batch_size, in_dims, inputs)
 
 
-class _LossBackward(Function):
+class _Gradients(Function):
     """The gradients, as a function of their own: differentiating them raises instead of lying."""
 
     @staticmethod
     def forward(
-        ops: OpSet,
-        target: Tensor | None,
-        class_weight: Tensor | None,
-        options: LossOptions,
-        stats: Tensor,
-        upstream: Tensor,
-        *logits: Tensor,
+        compute: Callable[..., Sequence[Tensor]], upstream: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return tuple(_gradients(ops, logits, target, class_weight, stats, upstream, options))
+        if not _is_batched(upstream):
+            return tuple(compute(upstream, *tensors))
+        # is_grads_batched=True: a batch of upstreams at the one level that there is
+        batch = torch._remove_batch_dim(upstream, 1, 1, 0)
+        each = [compute(one, *tensors) for one in batch.unbind(0)]
+        return tuple(
+            torch._add_batch_dim(torch.stack(gradients), 0, 1)
+            for gradients in zip(*each, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,17 +256,26 @@ class _LossBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
-        return _one_by_one(_LossBackward, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Gradients.apply, info.batch_size, in_dims, inputs)
+
+
+def _scaled_copies(
+    ops: OpSet, exact: bool, models: int, upstream: Tensor, *tensors: Tensor
+) -> list[Tensor]:
+    """The gradients, which are behind the models' logits, times the upstream."""
+    gradients = [gradient.clone() for gradient in tensors[models:]]
+    ops.scale_(gradients, upstream, exact)
+    return gradients
 
 
 def _gradients(
     ops: OpSet,
-    logits: Sequence[Tensor],
+    options: LossOptions,
+    upstream: Tensor,
     target: Tensor | None,
     class_weight: Tensor | None,
     stats: Tensor,
-    upstream: Tensor,
-    options: LossOptions,
+    *logits: Tensor,
 ) -> list[Tensor]:
     """The gradients from the row statistics, with the bits of those that came with the loss."""
     if options.mode != EXACT or not comes_with_gradients(options, logits):
@@ -272,22 +306,31 @@ def _call(
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """A gradient for each model that wants one; those held fixed come last, and have none."""
+    if len(gradients) == len(needed) and False not in needed:
+        return tuple(gradients)
     padded = (*gradients, *[None] * (len(needed) - len(gradients)))
     return tuple([g if need else None for g, need in zip(padded, needed, strict=True)])
 
 
 def _one_by_one(
-    function: Any, examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
+    function: Callable[..., Any], examples: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """torch.vmap's rule: one call for each example, stacked."""
+    """torch.vmap's rule: one call for each example, stacked.
+
+    Of no examples the shapes are those of an example of zeros: their sum.
+    """
     results = []
-    for example in range(examples):
+    for example in range(max(examples, 1)):
         arguments = [
-            value.select(dim, example) if isinstance(value, Tensor) and dim is not None else value
+            (value.select(dim, example) if examples else value.sum(dim))
+            if isinstance(value, Tensor) and dim is not None
+            else value
             for value, dim in zip(inputs, in_dims, strict=True)
         ]
-        results.append(function.apply(*arguments))
+        results.append(function(*arguments))
     outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+    if not examples:
+        outputs = tuple(output[:0] for output in outputs)
     return outputs, (0,) * len(outputs)
 
 
@@ -312,7 +355,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
     without_gradient = [None] * (2 + len(ctx.options) + 1)  # target, class_weight, options, want
     if upstream is None:
         return [None] * len(logits), *without_gradient
-    gradients = _gradients(ops, logits, target, class_weight, stats, upstream, ctx.options)
+    gradients = _gradients(ops, ctx.options, upstream, target, class_weight, stats, *logits)
     return [*gradients, *[None] * (len(logits) - len(gradients))], *without_gradient
 
 
@@ -322,4 +365,17 @@ def differentiable(ops: OpSet) -> OpSet:
     weighed = _ops.with_tensor_weights(ops)
     for one in (ops, weighed):
         torch.library.register_autograd(one.loss, partial(_backward, one), setup_context=_save)
-    return ops._replace(loss_tensor_weights=weighed.loss)
+
+    def in_transforms(
+        logits: Sequence[Tensor],
+        target: Tensor | None,
+        class_weight: Tensor | None,
+        options: Sequence[Any],
+        with_terms: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return evaluate_by_rows(
+            ops, logits, target, class_weight, LossOptions(*options), with_terms
+        )
+
+    _IN_GRAPHS.append(in_transforms)
+    return ops._replace(loss_tensor_weights=weighed.loss, loss_in_transforms=in_transforms)

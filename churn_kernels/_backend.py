@@ -16,15 +16,25 @@ is imported. So is TRITON_INTERPRET: Triton then runs its kernels in Python, to 
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from churn_kernels import _autograd, _checks, _class_shards, _constants, _ops, modes, reference
+from churn_kernels import (
+    _autograd,
+    _blocks,
+    _checks,
+    _class_shards,
+    _constants,
+    _ops,
+    modes,
+    reference,
+)
+from churn_kernels._inference import saveable_in_graph
 from churn_kernels._ops import BUILD_COMMAND, OpSet
 from churn_kernels._options import LossOptions
 
@@ -53,10 +63,6 @@ def _load() -> dict[str, OpSet]:
 
 
 _OPS = _load()
-
-# Set in a block of `distributed.class_parallel`: logits hold some of the classes, and the losses
-# are those of all that this brings together.
-class_exchange: _class_shards.Exchange | None = None
 
 
 def available_backends() -> tuple[str, ...]:
@@ -100,6 +106,7 @@ def _from_environment() -> str | None:
         raise ValueError(f"CHURN_BACKEND={name}: {error}") from None
 
 
+# What the process uses where no block chooses; None: what there is for the tensors' device.
 _chosen: str | None = _from_environment()
 _warned_devices: set[str] = set()
 
@@ -112,20 +119,17 @@ if _chosen is None and not _ops.LOADED:
     )
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """A block in which the process uses the backend `name`; the choice before comes back after it.
+def backend(name: str) -> AbstractContextManager[None]:
+    """A block that uses the backend `name`, for the thread and asyncio task that opens it.
+
+    Tasks that are created in the block begin with it; threads that are started in it begin without,
+    but for those in which autograd runs a backward pass.
 
     Args:
         name: one of `available_backends()`.
     Raises: ValueError for a backend that does not exist or was not built, before the block begins.
     """
-    global _chosen
-    before, _chosen = _chosen, _usable(name)
-    try:
-        yield
-    finally:
-        _chosen = before
+    return _blocks.block(backend=_usable(name))
 
 
 def _gpu_problem(index: int) -> str | None:
@@ -143,19 +147,20 @@ def _gpu_problem(index: int) -> str | None:
 _gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _pick(logits: Tensor, models: int) -> str:
+def _pick(logits: Tensor, models: int, chosen: str | None) -> str:
+    """The backend of a call, where a block or the process chose `chosen`."""
     if logits.is_cpu:
-        if _chosen == "triton" and not _INTERPRETED:
+        if chosen == "triton" and not _INTERPRETED:
             raise ValueError(
                 "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass "
                 "logits.cuda(), or set TRITON_INTERPRET=1 before the import to run it on the CPU"
             )
-        if _chosen == "triton" and models > MOST_TRITON_MODELS:
+        if chosen == "triton" and models > MOST_TRITON_MODELS:
             raise ValueError(f"backend 'triton' {_too_many(models)}; choose backend 'cpu'")
-        return _chosen or ("cpu" if "cpu" in _OPS else "reference")
-    if _chosen == "reference":
+        return chosen or ("cpu" if "cpu" in _OPS else "reference")
+    if chosen == "reference":
         return "reference"
-    if _chosen == "cpu":
+    if chosen == "cpu":
         raise ValueError(
             f"backend 'cpu' takes CPU tensors, got logits on {logits.device}; "
             f"pass logits.cpu(), or choose backend 'reference'"
@@ -169,7 +174,7 @@ def _pick(logits: Tensor, models: int) -> str:
         problem = _gpu_problem(logits.device.index)
     if problem is None:
         return "triton"
-    if _chosen == "triton":
+    if chosen == "triton":
         raise ValueError(
             f"backend 'triton' cannot take logits on {logits.device}: {problem}; "
             f"choose backend 'reference'"
@@ -190,39 +195,59 @@ def _warn_of_fallback(device: str, problem: str) -> None:
         f"losses of {device} tensors run on the slow reference: {problem}; "
         f'choose it with `with churn_kernels.backend("reference")` to silence this',
         RuntimeWarning,
-        stacklevel=5,
+        stacklevel=7,
     )
 
 
 def evaluate(
     logits: Sequence[Tensor],
+    batch: Sequence[int] | None,
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
     mode: str | None,
     with_terms: bool,
+    share: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Check what depends on the tensors, pick a backend, and compute the loss and the terms.
 
     Args:
         logits: checked, K tensors (N, C) or one (K, N, C).
+        batch: the shape in which the rows came, if that was not (N,); the target has it too.
         target, class_weight: as the user passed them.
         options: checked, but for what depends on the tensors' shapes.
-    Returns: the loss as `options.reduction` says, and the terms, if they were asked for.
+        share: makes the ops of all rows out of those of some, and the exact sums' (`_row_shards`).
+    Returns: the loss as `options.reduction` says, by row (N,) or (N, terms), and the terms, if they
+        were asked for.
     """
-    if class_exchange is not None:
+    block = _blocks.choices()
+    chosen = block.backend or _chosen
+    exchange = _class_shards.exchange_of(block)
+    if exchange is not None:
         evaluate_shard = _evaluate_shard
         if torch.compiler.is_compiling():  # the processes talk to each other in between
             evaluate_shard = torch.compiler.disable(_evaluate_shard)
         return evaluate_shard(
-            logits, target, class_weight, options, mode, with_terms, class_exchange
+            logits,
+            batch,
+            target,
+            class_weight,
+            options,
+            mode,
+            with_terms,
+            chosen,
+            exchange,
+            share,
         )
     first = logits[0]
+    if not first.is_cpu:
+        _checks.has_values("logits", first)
     if target is not None:
-        _checks.target(target, first.shape[-2], first.device)
-    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0])
+        _checks.several_classes(first.shape[-1], batch)
+        target = _checks.target(target, first, batch)
+    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0], chosen)
     if mode is None:
-        mode = modes.default
+        mode = modes.chosen(block)
     if mode is not None:
         modes.check(mode, _KEEPS[name], name)
     if mode == "exact":
@@ -237,46 +262,59 @@ def evaluate(
     if options.top_k:
         _checks.top_k_fits(options.top_k, first.shape[-1])
     if name == "reference":
+        if torch.compiler.is_compiling():
+            logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
         return reference.loss(logits, target, class_weight, options)
-    strength = modes.MODES.index(mode or modes.get_reduction_mode())
+    strength = modes.MODES.index(mode or modes.of_torch())
     if strength:
         options = options._replace(mode=strength)
+    if share is not None:
+        ops = share(_OPS[name], _OPS[name])
+        return _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
     return _autograd.evaluate(_OPS[name], logits, target, class_weight, options, with_terms)
 
 
 def _evaluate_shard(
     logits: Sequence[Tensor],
+    batch: Sequence[int] | None,
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
     mode: str | None,
     with_terms: bool,
+    chosen: str | None,
     exchange: _class_shards.Exchange,
+    share: Callable[..., Any] | None,
 ) -> tuple[Tensor, Tensor]:
     """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
     try:
-        _check_shard(logits, target, class_weight, mode)
+        _check_shard(logits, class_weight, mode, chosen)
+        if target is not None:
+            target = _checks.target(target, logits[0], batch)
     except Exception:
         _class_shards.refuse(exchange)  # the others wait to hear of this process
         raise
     options = options._replace(mode=modes.EXACT)
-    return _class_shards.evaluate(logits, target, class_weight, options, with_terms, exchange)
+    ops: Any = _class_shards.ShardOps(exchange)
+    if share is not None:
+        ops = share(ops, _OPS["cpu"])
+    loss, terms = _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
+    _class_shards.keep(exchange, loss)
+    return loss, terms
 
 
 def _check_shard(
-    logits: Sequence[Tensor],
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    mode: str | None,
+    logits: Sequence[Tensor], class_weight: Tensor | None, mode: str | None, chosen: str | None
 ) -> None:
-    """Check what one process can know of its arguments."""
+    """Check what one process can know of its arguments, but for the target."""
     first = logits[0]
     if mode is not None:
         modes.check(mode)
     wants = "class_parallel takes CPU tensors, and runs on backend 'cpu'"
     if not first.is_cpu:
+        _checks.has_values("logits", first)
         raise ValueError(f"{wants}, got logits on {first.device}; pass logits.cpu()")
-    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0])
+    name = _pick(first, len(logits) if first.dim() == 2 else first.shape[0], chosen)
     if name != "cpu":
         raise ValueError(f"{wants}, got backend '{name}'; choose 'cpu', or build the library")
     if first.dtype == torch.float64:
@@ -285,27 +323,29 @@ def _check_shard(
             "pass logits.float()"
         )
     _checks.exact_rows(first.shape[-2])
-    if target is not None:
-        _checks.target(target, first.shape[-2], first.device)
     if class_weight is not None:
         _checks.class_weight(class_weight, first, None)
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about the compiled library: compiler, flags, instruction sets.
+    """Facts about the compiled library, and what of it is in use here.
 
-    Returns: `{"built": False, "build_command": ...}` where it was not built.
+    Returns: compiler, flags, instruction sets that were built, `"cpu_isa"`, the one in use, and
+        `"detected_cpu_isa"`, the best of them here, which is in use unless CHURN_CPU_ISA lowers it;
+        torch, commit. `{"built": False, "build_command": ...}` where it was not built.
     """
-    if _constants.CONSTANTS is None:
+    if _constants.CONSTANTS is None or not _ops.LOADED:
         return {"built": False, "build_command": BUILD_COMMAND}
-    return {"built": True, **import_module("churn_kernels._C").build_info()}
+    facts = import_module("churn_kernels._C").build_info()
+    return {"built": True, **facts, "cpu_isa": torch.ops.churn_kernels.cpu_isa("")}
 
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether what has both a Triton and a PyTorch path is to take the first for `tensor`."""
+    chosen = _blocks.choices().backend or _chosen
     if tensor.is_cpu:
-        return _chosen == "triton" and _INTERPRETED
-    if tensor.device.type != "cuda" or _chosen not in (None, "triton"):
+        return chosen == "triton" and _INTERPRETED
+    if tensor.device.type != "cuda" or chosen not in (None, "triton"):
         return False
     return _gpu_problem(tensor.device.index) is None
 

@@ -2,12 +2,20 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from churn_kernels import modes
+from churn_kernels._options import DIVERGENCES, REDUCTIONS, REGULARIZERS
+from churn_kernels._placements import is_placed
+
+_MODES = torch._C._TorchDispatchModeKey
+_get_mode = torch._C._get_dispatch_mode
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
@@ -26,23 +34,38 @@ class TargetError(IndexError, ValueError):
 def number(name: str, value: object) -> float:
     """`value` as a finite float."""
     if isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a number, got a tensor; pass {name}.item()")
+        raise TypeError(
+            f"{name} must be a number, got a tensor; pass {name}.item(), under torch.compile from "
+            f"outside of the compiled function, or weigh what codistillation_terms returns by it"
+        )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
-    checked = float(value)
+    try:
+        checked = float(value)
+    except OverflowError:  # an int or a Fraction
+        raise ValueError(
+            f"{name} must be a number that a float can hold, got one beyond 1.8e308; check how it "
+            f"was computed"
+        ) from None
     if not -math.inf < checked < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {checked}; check how it was computed")
     return checked
 
 
-def share(name: str, value: object, *, below_one: bool = False) -> float:
-    """`value` in [0, 1], or in [0, 1)."""
+def share_below_one(name: str, value: object) -> float:
+    """`value` in [0, 1)."""
     checked = number(name, value)
-    if below_one and not 0 <= checked < 1:
+    if not 0 <= checked < 1:
         raise ValueError(
             f"{name} must be in [0, 1), got {checked}; it moves weight from the cross entropy "
             f"to the regulariser, and 1 would leave nothing to learn from"
         )
+    return checked
+
+
+def share(name: str, value: object) -> float:
+    """`value` in [0, 1]."""
+    checked = number(name, value)
     if not 0 <= checked <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {checked}; it is a share")
     return checked
@@ -73,6 +96,17 @@ def integer(name: str, value: object) -> int:
     return int(value)
 
 
+def index(name: str, value: object) -> int:
+    """`value` as an int that an int64 tensor can hold."""
+    checked = integer(name, value)
+    if not -(2**63) <= checked < 2**63:
+        raise ValueError(
+            f"{name} must be in the range of int64, as the targets are, got {checked}; pass a "
+            f"number that is no class, such as -100"
+        )
+    return checked
+
+
 def flag(name: str, value: object) -> bool:
     """`value` as a bool."""
     if not isinstance(value, bool):
@@ -80,21 +114,21 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
-def choice(name: str, value: object, choices: Mapping[str, int]) -> int:
-    """The code of the choice named `value`."""
+def choice(name: str, value: object, choices: Mapping[str, int]) -> str:
+    """`value` as the name of one of the choices."""
     if not isinstance(value, str) or value not in choices:
         names = ", ".join(repr(name) for name in choices)
         raise ValueError(f"{name} must be one of {names}, got {value!r}; pass one of these names")
-    return choices[value]
+    return str(value)
 
 
-def top_k(value: object) -> int:
-    """A number of classes >= 1; None is all of them, as 0."""
+def top_k(name: str, value: object) -> int | None:
+    """A number of classes >= 1; None is all of them."""
     if value is None:
-        return 0
-    checked = integer("top_k", value)
+        return None
+    checked = integer(name, value)
     if checked < 1:
-        raise ValueError(f"top_k must be at least 1, got {checked}; pass None for all classes")
+        raise ValueError(f"{name} must be at least 1, got {checked}; pass None for all classes")
     return checked
 
 
@@ -107,6 +141,28 @@ def top_k_fits(k: int, classes: int) -> None:
         )
 
 
+# The losses' options by name: each check returns the value as it is to be kept.
+OPTIONS: dict[str, Callable[[str, object], Any]] = {
+    "alpha": share_below_one,
+    "beta": weight,
+    "regularizer": lambda name, value: choice(name, value, REGULARIZERS),
+    "top_k": top_k,
+    "renormalize_top_k": flag,
+    "divergence": lambda name, value: choice(name, value, DIVERGENCES),
+    "label_smoothing": share,
+    "ignore_index": index,
+    "temperature": positive,
+    "reduction": lambda name, value: choice(name, value, REDUCTIONS),
+    "mode": lambda _, value: modes.optional(value),
+    "return_terms": flag,
+}
+
+
+def option(name: str, value: object) -> Any:
+    """The value of the loss option `name`, checked."""
+    return OPTIONS[name](name, value)
+
+
 # Tensors ------------------------------------------------------------------------------------------
 
 
@@ -115,19 +171,27 @@ def summand(name: str, value: object) -> Tensor:
     wants = f"{name} must be a float32, float16 or bfloat16 tensor"
     if not isinstance(value, Tensor):
         raise TypeError(f"{wants}, got {type(value).__name__}; pass torch.tensor({name})")
+    dense(name, value)
     if value.dtype not in DTYPES or value.dtype == torch.float64:
         remedy = f"{name}.real and {name}.imag" if value.is_complex() else f"{name}.float()"
         raise TypeError(f"{wants}, got {value.dtype}; pass {remedy}")
     return value
 
 
-def models(name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The logits of K models as the ops take them: K tensors (N, C), or one (K, N, C) in a list."""
+def models(name: str, logits: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], torch.Size | None]:
+    """The logits of K models as the ops take them, and the shape their rows came in.
+
+    Returns: K tensors (N, C), or one (K, N, C) in a list; None for rows (N,), or the shape (...) of
+        logits (..., C).
+    """
     if isinstance(logits, Tensor):
+        dense(name, logits)
         if logits.dim() != 3:
             raise ValueError(
                 f"{name} must be a sequence of (N, C) tensors or one (K, N, C) tensor, got "
-                f"one tensor of shape {tuple(logits.shape)}; pass [{name}] for a single model"
+                f"one tensor of shape {tuple(logits.shape)}; pass [{name}] for a single model, "
+                f"list({name}) for K models of logits (..., C), with the classes in the last "
+                f"dimension: for (N, C, H, W) pass [{name}.movedim(1, -1)]"
             )
         if logits.shape[0] == 0:
             raise ValueError(
@@ -135,7 +199,25 @@ def models(name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
                 f"stack the models along dimension 0"
             )
         _supported(name, logits)
-        return [logits]
+        return [logits], None
+    first = sequence(name, logits)[0]
+    one_model(f"{name}[0]", first)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for other in logits[1:]:
+        if (
+            not isinstance(other, Tensor)
+            or other.layout is not _STRIDED
+            or other.is_nested
+            or other.shape != shape
+            or other.dtype != dtype
+            or other.device != device
+        ):
+            _differs(name, logits)
+    return rows(*logits)
+
+
+def sequence(name: str, logits: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A list or tuple that is not empty."""
     if type(logits) is not list and not isinstance(logits, (list, tuple)):
         raise TypeError(
             f"{name} must be a list or tuple of (N, C) tensors or one (K, N, C) tensor, got "
@@ -145,41 +227,64 @@ def models(name: str, logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
         raise ValueError(
             f"{name} must hold at least one model, got an empty sequence; pass [model(x), ...]"
         )
-    first = logits[0]
-    matrix(f"{name}[0]", first)
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for other in logits[1:]:
-        if (
-            not isinstance(other, Tensor)
-            or other.shape != shape
-            or other.dtype != dtype
-            or other.device != device
-        ):
-            _differs(name, logits)
-    return list(logits)
+    return logits
 
 
-def matrix(name: str, logits: object) -> None:
-    """One model's logits: a floating-point (N, C) tensor with C >= 1."""
+def one_model(name: str, logits: object) -> None:
+    """One model's logits: a floating-point (N, C) or (..., C) tensor with C >= 1."""
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"{name} must be a tensor of shape (N, C), got {type(logits).__name__}; "
             f"pass the model's output"
         )
-    if logits.dim() != 2:
+    dense(name, logits)
+    if logits.dim() < 2:
         raise ValueError(
-            f"{name} must have shape (N, C), got {tuple(logits.shape)}; "
-            f"rows are examples and columns are classes: for (B, T, C) pass logits.flatten(0, 1), "
-            f"for (N, C, 1) logits.squeeze(-1)"
+            f"{name} must have shape (N, C) or (..., C), got {tuple(logits.shape)}; for one row of "
+            f"classes pass {name}[None]{_SINGLE_LOGIT}"
         )
     _supported(name, logits)
 
 
+def rows(*logits: Tensor) -> tuple[list[Tensor], torch.Size | None]:
+    """As `models` returns them, of checked logits (..., C): views, or copies where need be.
+
+    DTensors stay as they are: a process flattens what it holds of them (`_dtensor`).
+    """
+    if logits[0].dim() == 2:
+        return list(logits), None
+    batch = logits[0].shape[:-1]
+    if any(map(is_placed, logits)):
+        return list(logits), batch
+    return [tensor.flatten(0, -2) for tensor in logits], batch
+
+
+_STRIDED = torch.strided
+_SINGLE_LOGIT = (
+    ", for the single logit z (N,) of a binary classifier torch.stack([torch.zeros_like(z), z], -1)"
+)
+
+
+def dense(name: str, value: Tensor) -> None:
+    """A tensor whose numbers lie in one piece of memory, at strides."""
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one; pass torch.cat({name}.unbind()), "
+            f"the rows of all its parts, and so for every tensor of the call"
+        )
+    if value.layout is not _STRIDED:
+        raise TypeError(
+            f"{name} must be a dense tensor, got one of layout {_short(value.layout)}; "
+            f"pass {name}.to_dense()"
+        )
+
+
 def _supported(name: str, logits: Tensor) -> None:
     if logits.dtype not in DTYPES:
+        remedy = "dequantize" if logits.is_quantized else "float"
         raise TypeError(
             f"{name} must be float32, float64, bfloat16 or float16, got {_short(logits.dtype)}; "
-            f"pass {name}.float()"
+            f"pass {name}.{remedy}()"
         )
     if logits.shape[-1] == 0:
         raise ValueError(
@@ -188,11 +293,31 @@ def _supported(name: str, logits: Tensor) -> None:
         )
 
 
+def has_values(name: str, logits: Tensor) -> None:
+    """Logits of the meta device have shapes only: a loss of them would train nothing."""
+    if logits.is_meta:
+        raise ValueError(
+            f"{name} must hold numbers, got a tensor of the meta device, which holds none; give "
+            f"the model memory with model.to_empty(device='cpu'), and load its weights"
+        )
+
+
+def several_classes(classes: int, batch: Sequence[int] | None = None) -> None:
+    """A target takes two classes: of a single one every softmax is 1, and every gradient 0."""
+    if classes == 1:
+        other = "" if batch is None else "; for classes in dimension 1 pass logits.movedim(1, -1)"
+        raise ValueError(
+            "logits must have at least 2 classes where there is a target, got C = 1, whose "
+            "probability is 1 whatever the logit; for the single logit z (N, 1) of a binary "
+            f"classifier pass torch.cat([torch.zeros_like(z), z], -1){other}"
+        )
+
+
 def _differs(name: str, logits: Sequence[Any]) -> None:
     """Raise for the first model whose tensor does not match the first one's."""
     first = logits[0]
     for k, other in enumerate(logits):
-        matrix(f"{name}[{k}]", other)
+        one_model(f"{name}[{k}]", other)
         same(f"{name}[{k}]", other, f"{name}[0]", first)
 
 
@@ -224,31 +349,72 @@ def exact_rows(rows: int) -> None:
         )
 
 
-def target(value: object, rows: int, device: torch.device) -> None:
-    """Class indices: an int64 tensor (N,) on the logits' device, of any values."""
+def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor:
+    """Class indices (N,): an int64 tensor in the rows' shape, on the logits' device, of any values.
+
+    A DTensor stays as it is, as in `rows`.
+
+    Args:
+        logits: those of the first model, (N, C), or of all, (K, N, C).
+        batch: the shape in which the rows came, if not (N,).
+    """
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"target must be an int64 tensor of shape ({rows},), got {type(value).__name__}; "
-            f"pass torch.as_tensor(target)"
+            f"target must be an int64 tensor of shape {_rows_shape(logits, batch)}, got "
+            f"{type(value).__name__}; pass torch.as_tensor(target)"
         )
+    dense("target", value)
     if value.dtype != torch.int64:
-        remedy = (
-            "pass class indices; class probabilities are not supported"
-            if value.is_floating_point()
-            else "pass target.long()"
-        )
+        dims = 1 if batch is None else len(batch)
+        remedy = "pass target.long()"
+        if value.is_floating_point() and value.dim() > dims and value.shape[-1] > 1:
+            remedy = (
+                "pass class indices; class probabilities are not supported: for one-hot rows pass "
+                "target.argmax(-1), for others distillation_loss with teacher_logits=target.log()"
+            )
         raise TypeError(f"target must be int64 class indices, got {_short(value.dtype)}; {remedy}")
-    if value.dim() != 1 or value.shape[0] != rows:
+    if value.shape != (logits.shape[-2:-1] if batch is None else batch):
+        _refuse_shape(tuple(value.shape), logits, batch)
+    if value.device != logits.device:
         raise ValueError(
-            f"target must have shape ({rows},), one class for each row of the logits, got "
-            f"{tuple(value.shape)}; for a one-hot target pass "
-            f"target.argmax(1), for (N, 1) target.squeeze(1)"
-        )
-    if value.device != device:
-        raise ValueError(
-            f"target must be on the logits' device, {device}, got {value.device}; "
+            f"target must be on the logits' device, {logits.device}, got {value.device}; "
             f"pass target.to(logits.device)"
         )
+    return value if batch is None or is_placed(value) else value.flatten()
+
+
+def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
+    return (logits.shape[-2],) if batch is None else tuple(batch)
+
+
+def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
+    """Raise for a target of another shape than the rows'; the shapes show what was meant."""
+    shape = _rows_shape(logits, batch)
+    stacked = batch is None and logits.dim() == 3
+    full = tuple(logits.shape) if stacked else (*shape, logits.shape[-1])
+    single = "[logits]" if stacked else "logits"
+    wants = f"target must have shape {shape}, one class for each row of the logits"
+    if stacked and got in (full[:2], (full[0] * full[1],)):
+        models, rows, _ = full
+        wants = (
+            f"logits of shape {full} in one tensor are those of K = {models} models of N = {rows} "
+            f"rows, whose target has shape {shape}"
+        )
+        remedy = "for one model's logits of shape (B, T, C), and a target (B, T), pass [logits]"
+    elif len(full) > 2 and got == (full[0], *full[2:]):
+        remedy = (
+            f"the classes are the last dimension of the logits: for (N, C, H, W), and a target "
+            f"(N, H, W), pass {single.replace('logits', 'logits.movedim(1, -1)')}"
+        )
+    elif got == (*shape, 1):
+        remedy = "pass target.squeeze(-1)"
+    elif got == (*shape, logits.shape[-1]):
+        remedy = "for one-hot rows pass target.argmax(-1)"
+    elif math.prod(got) == math.prod(shape):
+        remedy = f"pass target.reshape{shape}"
+    else:
+        remedy = "for a one-hot target pass target.argmax(-1), for (N, 1) target.squeeze(-1)"
+    raise ValueError(f"{wants}, got {got}; {remedy}")
 
 
 def target_given(value: object) -> None:
@@ -262,12 +428,25 @@ def target_given(value: object) -> None:
 
 def class_weight(value: object, logits: Tensor, classes: int | None) -> Tensor:
     """The weights of C classes in the dtype the losses are computed in; None: of any number."""
+    weights = class_weights(value, classes)
+    if weights.device != logits.device:
+        raise ValueError(
+            f"class_weight must be on the logits' device, {logits.device}, got {weights.device}; "
+            f"pass class_weight.to(logits.device)"
+        )
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return weights.to(dtype).contiguous()
+
+
+def class_weights(value: object, classes: int | None = None) -> Tensor:
+    """The weights of C classes, on any device; None: of any number."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"class_weight must be a tensor of shape ({classes or 'C'},), got "
             f"{type(value).__name__}; "
             f"pass torch.as_tensor(class_weight)"
         )
+    dense("class_weight", value)
     if not value.is_floating_point():
         raise TypeError(
             f"class_weight must be floating point, got {_short(value.dtype)}; "
@@ -278,23 +457,20 @@ def class_weight(value: object, logits: Tensor, classes: int | None) -> Tensor:
             f"class_weight must have shape ({classes or 'C'},), one weight for each class, got "
             f"{tuple(value.shape)}; list the weights in the order of the classes"
         )
-    if value.device != logits.device:
-        raise ValueError(
-            f"class_weight must be on the logits' device, {logits.device}, got {value.device}; "
-            f"pass class_weight.to(logits.device)"
-        )
     if value.requires_grad:
         raise ValueError(
             "class_weight must not require a gradient, the loss has none for it; "
             "pass class_weight.detach()"
         )
-    return value.to(torch.float64 if logits.dtype == torch.float64 else torch.float32).contiguous()
+    return value
 
 
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # the values are not there to look at
+    if _is_symbolic(value):
+        return  # nor here
     if not value.is_cpu and not _DEBUG:
         return
     wrong = ((value < 0) | (value >= classes)) & (value != ignore_index)
@@ -306,5 +482,14 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _is_symbolic(value: Tensor) -> bool:
+    """Whether it is a fake tensor, or one that make_fx traces."""
+    return (
+        isinstance(value, FakeTensor)
+        or _get_mode(_MODES.FAKE) is not None
+        or _get_mode(_MODES.PROXY) is not None
+    )
+
+
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

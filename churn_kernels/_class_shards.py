@@ -6,6 +6,7 @@ merged tables of the stages before (csrc/cpu/class_shard.h); the last ones hold 
 loss, and a shard's gradients, take.
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from churn_kernels import _checks
-from churn_kernels._autograd import evaluate_by_rows
-from churn_kernels._options import WANT_TERMS, LossOptions
+from churn_kernels._blocks import Choices
+from churn_kernels._options import LossOptions
 
 Merge = Callable[[Tensor, Tensor], Tensor]
 
@@ -31,6 +32,7 @@ class Exchange(Protocol):
     """How the processes that hold a row's shards tell each other of them."""
 
     place: int  # of this process in the order of the classes
+    ranks: list[int]  # of all in that order
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every process's x, of one shape, in the order of their classes."""
@@ -97,6 +99,8 @@ class ShardOps:
         """Loss, statistics and terms of the whole rows."""
         options, want = LossOptions(*arguments[:-1]), arguments[-1]
         self._shard = shard = _agree(logits, target, class_weight, options, self._exchange)
+        if target is not None:
+            _checks.several_classes(shard.classes)
         if class_weight is not None:
             class_weight = _checks.class_weight(class_weight, logits[0], shard.classes)
         if options.top_k:
@@ -109,7 +113,8 @@ class ShardOps:
         loss, stats, terms = ops.class_loss(
             logits, target, class_weight, tables, *shard, *options, want
         )
-        return loss, stats, terms, []
+        # Of a shape of its own: checkpointing that computes another loss in its place takes notice.
+        return loss, stats[None], terms, []
 
     def loss_backward(
         self,
@@ -122,7 +127,7 @@ class ShardOps:
     ) -> list[Tensor]:
         """The gradients of the shard's classes."""
         gradients: list[Tensor] = torch.ops.churn_kernels.class_loss_backward(
-            logits, target, class_weight, stats, upstream, *self._shard, *options
+            logits, target, class_weight, stats[0], upstream, *self._shard, *options
         )
         return gradients
 
@@ -132,22 +137,51 @@ class ShardOps:
         torch.ops.churn_kernels.scale_(gradients, upstream, exact)
 
 
-def evaluate(
-    logits: Sequence[Tensor],
-    target: Tensor | None,
-    class_weight: Tensor | None,
-    options: LossOptions,
-    with_terms: bool,
-    exchange: Exchange,
-) -> tuple[Tensor, Tensor]:
-    """The loss of the rows whose classes `exchange` brings together, and the terms.
+# Where a loss is computed again in the backward pass (activation checkpointing), the block may be
+# over by then: the exchange stays with the nodes of the graph that may do so.
+_KEPT = "_churn_kernels_class_exchange"
+_keeps = False  # whether any does in this process
 
-    Args: as of `_backend.evaluate`, whose checks are done but for those that take the number of all
-        classes; options.mode is exact.
-    Raises: ValueError if the processes' arguments do not fit each other: in each of them.
+
+def keep(exchange: Exchange, loss: Tensor) -> None:
+    """Leave the exchange with the loss's own node, and with those whose forward pass calls.
+
+    The first computes the loss again if checkpointing is not reentrant, the others (they are
+    `ctx` in the frames below) if it is.
     """
-    want = WANT_TERMS if with_terms else 0
-    return evaluate_by_rows(ShardOps(exchange), logits, target, class_weight, options, want)
+    global _keeps
+    _keeps = True
+    nodes: list[Any] = [loss.grad_fn]
+    frame = sys._getframe(1)
+    while frame is not None:
+        first = frame.f_code.co_varnames[:1]
+        nodes += [frame.f_locals.get(name) for name in first]
+        frame = frame.f_back  # type: ignore[assignment]
+    for node in nodes:
+        if isinstance(node, torch._C._FunctionBase):
+            setattr(node, _KEPT, exchange)
+
+
+def exchange_of(block: Choices) -> Exchange | None:
+    """What brings the classes together: the open block's, or one kept for computing again."""
+    exchange: Exchange | None = block.class_exchange
+    if exchange is None and _keeps and not torch.compiler.is_compiling():
+        return _kept()
+    return exchange
+
+
+def _kept() -> Exchange | None:
+    """In a backward pass: the exchange of the node that runs, or of the nearest one behind it."""
+    nodes: list[Any] = [torch._C._current_autograd_node()]
+    seen = set(nodes)
+    for node in nodes:
+        found: Exchange | None = getattr(node, _KEPT, None)
+        if found is not None or node is None:
+            return found
+        new = {behind for behind, _ in node.next_functions} - seen - {None}
+        nodes += new
+        seen |= new
+    return None
 
 
 _MARK = 0x636B_7368  # tells a loss from another collective that a process has come to

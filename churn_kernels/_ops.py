@@ -98,6 +98,8 @@ class OpSet(NamedTuple):
     hash_words: Any
     loss_tensor_weights: Any = None
     """The loss of `with_tensor_weights`."""
+    loss_in_transforms: Any = None
+    """The loss, differentiable, for torch.func under torch.compile; see `_autograd`."""
 
 
 def _fake_loss(
@@ -241,6 +243,17 @@ def triton_missing() -> str | None:
     return None
 
 
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` behind the checks of the compiled op of its name."""
+    check = getattr(torch.ops.churn_kernels, f"check_{function.__name__}").default
+
+    def call(*arguments: Any) -> Any:
+        check(*arguments)
+        return function(*arguments)
+
+    return call
+
+
 @cache
 def triton() -> OpSet:
     """The ops on Triton, which is imported at the first call."""
@@ -264,12 +277,16 @@ def triton() -> OpSet:
     library.define(
         "triton_hash_words(Tensor[] pieces, int[] first, int[] run, int[] step) -> Tensor"
     )
-    for device in ("CUDA", "CPU"):  # CPU tensors are for Triton's interpreter
-        library.impl("triton_loss", launch.loss, device)
-        library.impl("triton_loss_backward", launch.loss_backward, device)
-        library.impl("triton_scale_", launch.scale_, device)
-        library.impl("triton_exact_words", exact_sum.exact_words, device)
-        library.impl("triton_exact_round", exact_sum.exact_round, device)
-        library.impl("triton_hash_words", hashing.hash_words, device)
+    functions = (
+        launch.loss,
+        launch.loss_backward,
+        launch.scale_,
+        exact_sum.exact_words,
+        exact_sum.exact_round,
+        hashing.hash_words,
+    )
+    for function in functions:
+        for device in ("CUDA", "CPU"):  # CPU tensors are for Triton's interpreter
+            library.impl(f"triton_{function.__name__}", _checked(function), device)
     _libraries.append(library)
     return _op_set("triton_", launch.fake_record)

@@ -5,7 +5,7 @@ shorter or empty; over two dimensions of a mesh the parts of the first are split
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import prod
 from operator import add, mul
@@ -28,7 +28,7 @@ class Box(NamedTuple):
     step: int
 
 
-def is_placed(x: Tensor) -> bool:
+def is_placed(x: Any) -> bool:
     """Whether x is a DTensor; those who have one have imported what it comes from."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -85,6 +85,41 @@ def _boxes(sizes: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -
         at = (*map(add, places, offsets), *offsets[start:])
         yield Box(begin, begin + size, sum(map(mul, at, strides)), run, step)
         begin += size
+
+
+def summands(x: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What this process holds of a DTensor, and what adds its sum to those of the other parts.
+
+    Raises: ValueError for placements other than Shard and Replicate, and outside of x's mesh.
+    """
+    if x.device_mesh.get_coordinate() is None:
+        raise ValueError(
+            "x's mesh must hold this process, got a DTensor of others; call from its members, or "
+            "pass x.to_local() of a tensor of your own"
+        )
+    for placement in x.placements:
+        if not (placement.is_shard() or placement.is_replicate()):
+            raise ValueError(
+                f"x must be sharded or replicated, got a DTensor with {placement!r}; pass "
+                f"x.redistribute(placements=[...]) with Shard or Replicate instead, or "
+                f"x.to_local() for what this process holds"
+            )
+
+    def total(words: Tensor) -> Tensor:
+        for group in _groups(x):
+            torch.distributed.all_reduce(words, group=group)
+        return words
+
+    return x.to_local(), total
+
+
+def replicated(value: Tensor, like: Any) -> Tensor:
+    """A DTensor on the mesh of another, of a value that every process has."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    result: Tensor = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return result
 
 
 def add_up(words: Tensor, tensors: Sequence[Any]) -> Tensor:

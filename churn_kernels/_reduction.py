@@ -30,26 +30,33 @@ def reduce_terms(
     ce: Tensor,  # (N, K)
     r: Tensor,  # (N, K)
     d: Tensor,  # (N, P)
+    nothing: Tensor,  # (N,), 0 for each row, whose gradient is 0 for the logits
     rows: Tensor,
     ce_rows: Tensor,
     has_target: bool,
     options: LossOptions,
 ) -> Tensor:
-    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 * inf."""
+    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 * inf.
+
+    Where all are left out, `nothing` remains: the loss is 0, and has a gradient.
+    """
     if options.reduction == ROW_TERMS:
         return torch.cat([ce, r, d], dim=1)
+    has_ce = has_target and options.ce_weight != 0
+    has_r = options.regularizer != NO_REGULARIZER and options.regularizer_weight != 0
+    has_d = d.shape[1] > 0 and options.divergence_weight != 0
     ce_part = ce.new_zeros(ce.shape[0])
-    other_part = torch.zeros_like(ce_part)
-    if has_target and options.ce_weight != 0:
+    other_part = torch.zeros_like(ce_part) if has_ce or has_r or has_d else nothing
+    if has_ce:
         ce_part = options.ce_weight * ce.sum(1)
-    if options.regularizer != NO_REGULARIZER and options.regularizer_weight != 0:
+    if has_r:
         other_part = other_part + options.regularizer_weight * r.sum(1)
-    if d.shape[1] > 0 and options.divergence_weight != 0:
+    if has_d:
         other_part = other_part + options.divergence_weight * d.mean(1)
     if options.reduction == REDUCTIONS["none"]:
         return ce_part + other_part
     if options.reduction == REDUCTIONS["sum"]:
         return ce_part.sum() + other_part.sum()
-    if not has_target or options.ce_weight == 0:
+    if not has_ce:
         return other_part.sum() / rows
     return ce_part.sum() / ce_rows + other_part.sum() / rows

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _blocks, _checks
 from churn_kernels._class_shards import Merge
+from churn_kernels._placements import is_placed
 from churn_kernels.exact import sum_across
 
 
@@ -29,10 +30,16 @@ def exact_sum(x: Tensor, group: Any = None) -> Tensor:
     Gradient: this process's upstream gradient, for every element of its x, in x's dtype. Nothing is
         sent: where every process computes the same loss from the sum, each gets the gradient of
         that one loss, not of the losses of all.
-    Raises: TypeError as `churn_kernels.exact_sum`; RuntimeError where torch.distributed is missing
-        or was not initialised; ValueError if this process is not in the group.
+    Raises: TypeError as `churn_kernels.exact_sum`, and for a DTensor; RuntimeError where
+        torch.distributed is missing or was not initialised; ValueError if this process is not in
+        the group.
     """
     x = _checks.summand("x", x)
+    if is_placed(x):
+        raise TypeError(
+            "x must be a Tensor, what this process adds to the sum, got a DTensor; pass "
+            "x.to_local(), or call churn_kernels.exact_sum(x) for the sum of the whole DTensor"
+        )
     _check_group("exact_sum", group, "churn_kernels.exact_sum in one process")
 
     def all_reduce(words: Tensor) -> Tensor:
@@ -46,11 +53,11 @@ def exact_sum(x: Tensor, group: Any = None) -> Tensor:
 def class_parallel(group: Any = None) -> Iterator[None]:
     """A block whose losses take rows that no process holds whole, and give those of whole rows.
 
-    Every process passes the logits of some classes, (N, C_r): the classes follow each other in the
-    order of the group's ranks, C = sum_r C_r, in as uneven parts as you like, C_r >= 1. `target`
-    holds classes of [0, C), `class_weight` is (C,); both, and all else, are the same everywhere.
-    All members of the group call the same losses in the same order. The block is the process's,
-    all its threads included:
+    Every process passes the logits of some classes, (N, C_r), or DTensors sharded so: the classes
+    follow each other in the order of the group's ranks, C = sum_r C_r, in as uneven parts as you
+    like, C_r >= 1. `target` holds classes of [0, C), `class_weight` is (C,); both, and all else,
+    are the same everywhere. All members of the group call the same losses in the same order. The
+    block is that of the thread and asyncio task that opens it:
 
         with ck.distributed.class_parallel():
             loss = ck.codistillation_loss([my_classes_a, my_classes_b], target)
@@ -65,8 +72,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
         group: a process group; None: every process. Its backend must take CPU tensors, as gloo
             does.
     Gradient: that of the loss for the classes that this process holds; what all processes share
-        before the logits has the sum of their gradients. The backward pass sends nothing and may
-        stand outside the block, unless it computes the loss again (activation checkpointing).
+        before the logits has the sum of their gradients. The backward pass may stand outside the
+        block, and sends nothing unless it computes the loss again (activation checkpointing).
     Raises: RuntimeError where torch.distributed was not initialised, ValueError if this process is
         not in the group, both before the block; from the losses ValueError for tensors that are
         not on the CPU, for float64 logits, and, in every process, where one of them refuses its
@@ -76,11 +83,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
     Source: vocabulary-parallel cross entropy (Shoeybi et al. 2019, "Megatron-LM"), made exact.
     """
     _check_group("class_parallel", group, "the losses outside of the block in one process")
-    before, _backend.class_exchange = _backend.class_exchange, _GroupExchange(group)
-    try:
+    with _blocks.block(class_exchange=_GroupExchange(group)):
         yield
-    finally:
-        _backend.class_exchange = before
 
 
 class _GroupExchange:
@@ -89,6 +93,7 @@ class _GroupExchange:
     def __init__(self, group: Any) -> None:
         self._group = group
         self.place = dist.get_rank(group)
+        self.ranks = dist.get_process_group_ranks(group)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         everyone = [torch.empty_like(x) for _ in range(dist.get_world_size(self._group))]

@@ -24,6 +24,7 @@ from torch.autograd import Function, forward_ad
 from churn_kernels import _backend, _checks
 from churn_kernels._constants import CONSTANTS
 from churn_kernels._ops import BUILD_COMMAND, OpSet
+from churn_kernels._placements import is_placed, replicated, summands
 
 EXACT_SPEC: int | None = CONSTANTS and CONSTANTS.kExactSpec
 """Numbers the bits of exact sums: where it is the same, so are they, on every machine and backend.
@@ -38,16 +39,21 @@ def exact_sum(x: Tensor) -> Tensor:
     Args:
         x: float32, float16 or bfloat16, of any shape, strides and number of elements, on the CPU or
             a GPU. What is not contiguous is copied first, and so is, on the CPU, what is not
-            float32.
-    Returns: float32 scalar () on x's device, in the units of x; +0 for no elements. NaN, infinities
-        and zeros as the module says. Nothing waits for a GPU.
+            float32. Of a DTensor, sharded or replicated, the whole tensor is summed: 96 bytes
+            travel.
+    Returns: float32 scalar () on x's device, in the units of x, replicated for a DTensor; +0 for no
+        elements. NaN, infinities and zeros as the module says. Nothing waits for a GPU.
     Gradient: the upstream gradient, for every element, in x's dtype; derivatives of any order,
         torch.compile(fullgraph=True) and torch.func.
     Raises: TypeError for another dtype or no tensor; RuntimeError where the library, or on a GPU
         what the Triton kernels need, is missing.
     Source: Neal, 2015, "Fast exact summation using small and large superaccumulators".
     """
-    return sum_across(_checks.summand("x", x), _unchanged)
+    x = _checks.summand("x", x)
+    if is_placed(x):
+        local, total = summands(x)
+        return replicated(sum_across(local, total), x)
+    return sum_across(x, _unchanged)
 
 
 def sum_across(x: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
@@ -91,7 +97,10 @@ class _ExactSum(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         ops, combine, x = inputs
-        return torch.stack([_ExactSum.apply(ops, combine, row) for row in x.unbind(in_dims[2])]), 0
+        rows = x.unbind(in_dims[2])
+        if not rows:  # of no examples: no sums, but on the graph of x
+            return _ExactSum.apply(ops, combine, x.sum(in_dims[2])).expand(0), 0
+        return torch.stack([_ExactSum.apply(ops, combine, row) for row in rows]), 0
 
 
 # The words of a tensor stay where it is until someone asks: normalised words of so many tensors and
@@ -111,6 +120,13 @@ class _Held:
 
     def __init__(self, words: Tensor, tensors: int, elements: int) -> None:
         self.words, self.tensors, self.elements = words, tensors, elements
+
+
+def value_of(words: Tensor) -> float:
+    """The sum that words hold, rounded once to float64; waits for a GPU that still adds."""
+    total = ExactSum()
+    total._hold(words, 1, 0)
+    return total.value()
 
 
 class ExactSum:
@@ -143,15 +159,16 @@ class ExactSum:
         """Add every element of a tensor.
 
         Args:
-            x: as `exact_sum` takes it. A GPU adds it up on its current stream; the host waits for
-                it once in 2^41 elements only.
+            x: as `exact_sum` takes it, of a DTensor the whole tensor. A GPU adds it up on its
+                current stream; the host waits for it once in 2^41 elements only.
         Returns: this sum.
         Raises: as `exact_sum`.
         """
         if isinstance(x, ExactSum):
             raise TypeError("x must be a tensor, got an ExactSum; add sums with merge()")
         x = _checks.summand("x", x).detach()
-        self._hold(_backend.exact_ops(x).exact_words(x), 1, x.numel())
+        local, total = summands(x) if is_placed(x) else (x, _unchanged)
+        self._hold(total(_backend.exact_ops(local).exact_words(local)), 1, x.numel())
         return self
 
     def merge(self, other: "ExactSum") -> "ExactSum":
@@ -246,7 +263,7 @@ class ExactSum:
             self._collect()
             self._held[words.device] = _Held(words, tensors, elements)
         else:
-            held.words += words
+            held.words = held.words + words  # made in inference mode they cannot be changed
 
     def _take(self, total: int, specials: tuple[int, ...]) -> None:
         self._total += total

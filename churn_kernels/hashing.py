@@ -214,9 +214,9 @@ def _dense_parts(x: Tensor) -> list[Tensor]:
 
 def _quantised(x: Tensor) -> list[Tensor]:
     if x.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
-        scale = torch.tensor([x.q_scale(), x.q_zero_point()], dtype=torch.float64)
+        scale = torch.tensor([x.q_scale(), x.q_zero_point()], dtype=torch.float64, device="cpu")
         return [x.int_repr(), scale]
-    axis = torch.tensor([x.q_per_channel_axis()])
+    axis = torch.tensor([x.q_per_channel_axis()], device="cpu")
     return [x.int_repr(), x.q_per_channel_scales(), x.q_per_channel_zero_points(), axis]
 
 

@@ -35,7 +35,7 @@ def leave_one_run_out(values: Tensor) -> Tensor:
     """
     others = ~torch.eye(values.shape[0], dtype=torch.bool, device=values.device)
     rest = [values[keep] if values.ndim == 1 else values[keep][:, keep] for keep in others]
-    return torch.tensor([run_mean(part) for part in rest], dtype=torch.float64)
+    return torch.tensor([run_mean(part) for part in rest], dtype=torch.float64, device="cpu")
 
 
 def jackknife_interval(mean: float, leave_one_out: Tensor, level: float = 0.95) -> Estimate:

@@ -1,30 +1,21 @@
 """The functional API: fused losses for reproducible predictions.
 
 Every function maps its arguments onto one set of options (`_options.LossOptions`) and hands it to
-the backend that `_backend` picks. Losses are in nats, float32 (float64 for float64 logits);
-gradients have the logits' dtype. No input is ever modified.
+the backend that `_backend` picks, DTensors by way of `_dtensor`. Losses are in nats, float32
+(float64 for float64 logits); gradients have the logits' dtype. No input is ever modified.
+
+Logits (..., C) with a target (...) are taken as rows (N, C) with a target (N,): views, copied only
+where the strides allow none. What is kept by row comes back in the shape (...).
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
-from churn_kernels._options import (
-    DISTILLATION,
-    DIVERGENCES,
-    REDUCTIONS,
-    REGULARIZERS,
-    ROW_TERMS,
-    LossOptions,
-    pair_count,
-)
-
-# Distinct argument sets whose checked options are kept: a ramp makes a new one each step.
-_CACHED_OPTIONS = 256
+from churn_kernels import _arguments, _checks, _dtensor
+from churn_kernels._compiler import tells_the_compiler
+from churn_kernels._options import ROW_TERMS, LossOptions, pair_count
 
 
 class LossTerms(NamedTuple):
@@ -60,6 +51,7 @@ class RowTerms(NamedTuple):
     """(N, P) the divergence D of each pair, (0, 1), (0, 2), .., (1, 2), .."""
 
 
+@tells_the_compiler
 def codistillation_loss(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -85,9 +77,11 @@ def codistillation_loss(
 
     Args:
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
-            device, contiguous or not; or one (K, N, C) tensor. A class at -inf is outside its
-            model's classes.
-        target: (N,) int64 class indices; None: no cross entropy.
+            device, contiguous or not; or one (K, N, C) tensor. Tensors (..., C) of one shape, with
+            a target (...), are rows in as many dimensions. A class at -inf is outside its model's
+            classes. DTensors are sharded by rows or replicated, and so are target and class_weight
+            then; the results are DTensors of the whole batch.
+        target: (N,) or (...) int64 class indices, for C >= 2; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.
         regularizer: "entropy", R = H(p) = -sum p log p (Eq. 6); or "uniform_skl",
@@ -110,8 +104,8 @@ def codistillation_loss(
         mode: reduction mode (see `ck.reduction_mode`); None: the current default.
         return_terms: also return `LossTerms`.
     Returns:
-        The loss, () or (N,) with reduction="none"; or (loss, LossTerms) with return_terms=True. The
-        mean over no rows is NaN.
+        The loss, () or with reduction="none" (N,) or (...); or (loss, LossTerms) with
+        return_terms=True. The mean over no rows is NaN.
     Gradient: flows to every tensor of `logits`, for any upstream gradient; once (differentiate
         twice inside `with ck.backend("reference")`). A NaN or an all -inf row poisons its own loss
         and gradient only.
@@ -121,8 +115,8 @@ def codistillation_loss(
             CHURN_DEBUG=1 in the environment, since looking synchronises: without, the row is NaN.
         NotImplementedError: a mode that cannot be kept.
     """
-    options = _cached(
-        _codistillation_options,
+    options = _arguments.options(
+        _arguments.codistillation,
         alpha,
         beta,
         regularizer,
@@ -134,11 +128,16 @@ def codistillation_loss(
         temperature,
         reduction,
     )
-    models = _checks.models("logits", logits)
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
-    return (loss, _loss_terms(models, terms, options)) if return_terms else loss
+    models, batch = _checks.models("logits", logits)
+    loss, terms = _dtensor.evaluate(
+        models, batch, target, class_weight, options, mode, return_terms
+    )
+    return (
+        (loss, _loss_terms(_model_count(models, batch), terms, options)) if return_terms else loss
+    )
 
 
+@tells_the_compiler
 def codistillation_terms(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -159,12 +158,13 @@ def codistillation_terms(
     can be differentiated, at the cost of one more pass over the logits.
 
     Args: as in `codistillation_loss`.
-    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2.
+    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2; of
+        logits (..., C) with (...) in the place of N.
     Gradient: flows to every tensor of `logits` from every entry; once.
     Raises: as `codistillation_loss`.
     """
-    options = _cached(
-        _codistillation_options,
+    options = _arguments.options(
+        _arguments.codistillation,
         0.0,
         1.0,
         regularizer,
@@ -176,12 +176,14 @@ def codistillation_terms(
         temperature,
         "none",
     )._replace(reduction=ROW_TERMS)
-    models = _checks.models("logits", logits)
-    rows, _ = _backend.evaluate(models, target, class_weight, options, mode, False)
-    count = _model_count(models)
-    return RowTerms(*rows.split([count, count, pair_count(count, 0)], dim=1))
+    models, batch = _checks.models("logits", logits)
+    rows, _ = _dtensor.evaluate(models, batch, target, class_weight, options, mode, False)
+    count = _model_count(models, batch)
+    # Slices, which may be changed in place; the views that split returns may not.
+    return RowTerms(rows[..., :count], rows[..., count : 2 * count], rows[..., 2 * count :])
 
 
+@tells_the_compiler
 def regularized_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -202,14 +204,14 @@ def regularized_cross_entropy(
     `codistillation_loss` with K = 1 (Bhojanapalli et al. 2021, Eq. 6 and 7).
 
     Args:
-        logits: (N, C).
-        target: (N,) int64 class indices.
+        logits: (N, C) or (..., C).
+        target: (N,) or (...) int64 class indices.
         The others as in `codistillation_loss`.
     Returns: as `codistillation_loss`; the terms hold one model and no pair.
     Gradient: flows to `logits`; once.
     Raises: as `codistillation_loss`.
     """
-    _checks.matrix("logits", logits)
+    _checks.one_model("logits", logits)
     _checks.target_given(target)
     return codistillation_loss(
         [logits],
@@ -227,6 +229,7 @@ def regularized_cross_entropy(
     )
 
 
+@tells_the_compiler
 def symmetric_kl(
     p_logits: Tensor,
     q_logits: Tensor,
@@ -239,21 +242,24 @@ def symmetric_kl(
     Bhojanapalli et al. 2021, Eq. 9.
 
     Args:
-        p_logits, q_logits: (N, C) logits of the same shape, dtype and device.
+        p_logits, q_logits: (N, C) or (..., C) logits of the same shape, dtype and device.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the divergence in nats, () or (N,) with reduction="none". A class at -inf in both
-        contributes nothing; at -inf in one only, the divergence is +inf.
+    Returns: the divergence in nats, () or with reduction="none" (N,) or (...). A class at -inf in
+        both contributes nothing; at -inf in one only, the divergence is +inf.
     Gradient: flows to both arguments, once; detach one to hold it fixed.
     Raises: TypeError, ValueError if the two do not match, or for an unknown reduction.
     """
-    _checks.matrix("p_logits", p_logits)
-    _checks.matrix("q_logits", q_logits)
+    _checks.one_model("p_logits", p_logits)
+    _checks.one_model("q_logits", q_logits)
     _checks.same("q_logits", q_logits, "p_logits", p_logits)
-    options = _cached(_symmetric_kl_options, reduction)
-    return _backend.evaluate([p_logits, q_logits], None, None, options, mode, False)[0]
+    options = _arguments.options(_arguments.symmetric_kl, reduction)
+    models, batch = _checks.rows(p_logits, q_logits)
+    names = "p_logits", "q_logits"
+    return _dtensor.evaluate(models, batch, None, None, options, mode, False, names)[0]
 
 
+@tells_the_compiler
 def softmax_entropy(
     logits: Tensor,
     *,
@@ -265,17 +271,18 @@ def softmax_entropy(
     """Entropy of the softmax, H(p) = -sum p log p (Bhojanapalli et al. 2021, Eq. 6).
 
     Args:
-        logits: (N, C).
+        logits: (N, C) or (..., C).
         top_k, renormalize_top_k: over the k largest probabilities, as in `codistillation_loss`.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the entropy in nats, () or (N,) with reduction="none".
+    Returns: the entropy in nats, () or with reduction="none" (N,) or (...).
     Gradient: flows to `logits`; once.
     Raises: TypeError, ValueError for a wrong argument.
     """
     return _one_regularizer(logits, "entropy", 1.0, top_k, renormalize_top_k, reduction, mode)
 
 
+@tells_the_compiler
 def uniform_skl(
     logits: Tensor,
     *,
@@ -290,17 +297,18 @@ def uniform_skl(
     The regulariser "uniform_skl" of `codistillation_loss` is minus this.
 
     Args:
-        logits: (N, C). U is uniform over the classes that are not at -inf.
+        logits: (N, C) or (..., C). U is uniform over the classes that are not at -inf.
         top_k, renormalize_top_k: over the k largest probabilities, as in `codistillation_loss`.
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
-    Returns: the divergence in nats, () or (N,) with reduction="none".
+    Returns: the divergence in nats, () or with reduction="none" (N,) or (...).
     Gradient: flows to `logits`; once.
     Raises: TypeError, ValueError for a wrong argument.
     """
     return _one_regularizer(logits, "uniform_skl", -1.0, top_k, renormalize_top_k, reduction, mode)
 
 
+@tells_the_compiler
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -320,9 +328,9 @@ def distillation_loss(
     Mean over rows of (1 - alpha) CE(s) + alpha T^2 KL(mean_m softmax(t_m / T) || softmax(s / T)).
 
     Args:
-        student_logits: (N, C).
-        teacher_logits: (N, C), M tensors (N, C), or one (M, N, C) tensor.
-        target: (N,) int64 class indices; None: no cross entropy.
+        student_logits: (N, C) or (..., C).
+        teacher_logits: of the same shape, M such tensors, or one tensor (M, N, C) or (M, ..., C).
+        target: (N,) or (...) int64 class indices; None: no cross entropy.
         alpha: weight of the distillation term, in [0, 1].
         temperature: T > 0, divides all logits in the distillation term.
         The others as in `codistillation_loss`.
@@ -331,18 +339,13 @@ def distillation_loss(
     Gradient: flows to `student_logits` only, once.
     Raises: as `codistillation_loss`.
     """
-    _checks.matrix("student_logits", student_logits)
-    if isinstance(teacher_logits, Tensor) and teacher_logits.dim() == 2:
-        teachers = [teacher_logits]
-    else:
-        teachers = _checks.models("teacher_logits", teacher_logits)
-        if teachers[0].dim() == 3:
-            teachers = list(teachers[0].unbind(0))
+    _checks.one_model("student_logits", student_logits)
+    teachers = _teachers(teacher_logits, student_logits.dim())
     for teacher in teachers:
-        _checks.matrix("teacher_logits", teacher)
+        _checks.one_model("teacher_logits", teacher)
         _checks.same("teacher_logits", teacher, "student_logits", student_logits)
-    options = _cached(
-        _distillation_options,
+    options = _arguments.options(
+        _arguments.distillation,
         alpha,
         len(teachers),
         label_smoothing,
@@ -350,9 +353,29 @@ def distillation_loss(
         temperature,
         reduction,
     )
-    models = [student_logits, *(teacher.detach() for teacher in teachers)]
-    loss, terms = _backend.evaluate(models, target, class_weight, options, mode, return_terms)
-    return (loss, _loss_terms(models, terms, options)) if return_terms else loss
+    models, batch = _checks.rows(student_logits, *(teacher.detach() for teacher in teachers))
+    names = "student_logits", "teacher_logits"
+    loss, terms = _dtensor.evaluate(
+        models, batch, target, class_weight, options, mode, return_terms, names
+    )
+    return (
+        (loss, _loss_terms(_model_count(models, batch), terms, options)) if return_terms else loss
+    )
+
+
+def _teachers(logits: Tensor | Sequence[Tensor], dims: int) -> Sequence[Tensor]:
+    """One teacher's logits, of as many dimensions as the student's, or those of several."""
+    if not isinstance(logits, Tensor):
+        return _checks.sequence("teacher_logits", logits)
+    if logits.is_nested or logits.dim() == dims:
+        return [logits]
+    if logits.dim() != dims + 1 or logits.shape[0] == 0:
+        raise ValueError(
+            f"teacher_logits must be a tensor of the student's shape, a sequence of such, or at "
+            f"least one stacked along dimension 0, got one tensor of shape {tuple(logits.shape)}; "
+            f"pass one for each row and class of student_logits"
+        )
+    return _dtensor.unstack("teacher_logits", logits)
 
 
 def _one_regularizer(
@@ -365,111 +388,24 @@ def _one_regularizer(
     mode: str | None,
 ) -> Tensor:
     """A regulariser alone, of one model."""
-    _checks.matrix("logits", logits)
-    options = _cached(_regularizer_options, regularizer, sign, top_k, renormalize_top_k, reduction)
-    return _backend.evaluate([logits], None, None, options, mode, False)[0]
-
-
-# Scalar arguments to options: checked once for each distinct set ----------------------------------
-
-
-def _cached(build: Any, *arguments: Any) -> LossOptions:
-    """`build(*arguments)`, out of its cache where it can be."""
-    if (
-        not torch.compiler.is_compiling()
-    ):  # the compiler traces through a cache, and warns that it does
-        try:
-            return build(*arguments)
-        except TypeError:
-            pass  # an argument that cannot be hashed cannot be right: let its check say so
-    return build.__wrapped__(*arguments)
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _codistillation_options(
-    alpha: float,
-    beta: float,
-    regularizer: str,
-    top_k: int | None,
-    renormalize_top_k: bool,
-    divergence: str,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    reduction: str,
-) -> LossOptions:
-    alpha = _checks.share("alpha", alpha, below_one=True)
-    return LossOptions(
-        ce_weight=1.0 - alpha,
-        regularizer_weight=alpha,
-        divergence_weight=_checks.weight("beta", beta),
-        regularizer=_checks.choice("regularizer", regularizer, REGULARIZERS),
-        top_k=_checks.top_k(top_k),
-        renormalize_top_k=_checks.flag("renormalize_top_k", renormalize_top_k),
-        divergence=_checks.choice("divergence", divergence, DIVERGENCES),
-        label_smoothing=_checks.share("label_smoothing", label_smoothing),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
-        temperature=_checks.positive("temperature", temperature),
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
+    _checks.one_model("logits", logits)
+    options = _arguments.options(
+        _arguments.regularizer, regularizer, sign, top_k, renormalize_top_k, reduction
     )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _symmetric_kl_options(reduction: str) -> LossOptions:
-    return LossOptions(
-        ce_weight=0.0,
-        divergence_weight=1.0,
-        divergence=DIVERGENCES["skl"],
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
-    )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _regularizer_options(
-    regularizer: str, sign: float, top_k: int | None, renormalize_top_k: bool, reduction: str
-) -> LossOptions:
-    return LossOptions(
-        ce_weight=0.0,
-        regularizer_weight=sign,
-        regularizer=REGULARIZERS[regularizer],
-        top_k=_checks.top_k(top_k),
-        renormalize_top_k=_checks.flag("renormalize_top_k", renormalize_top_k),
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
-    )
-
-
-@lru_cache(_CACHED_OPTIONS, typed=True)
-def _distillation_options(
-    alpha: float,
-    teachers: int,
-    label_smoothing: float,
-    ignore_index: int,
-    temperature: float,
-    reduction: str,
-) -> LossOptions:
-    alpha = _checks.share("alpha", alpha)
-    temperature = _checks.positive("temperature", temperature)
-    return LossOptions(
-        ce_weight=1.0 - alpha,
-        divergence_weight=alpha * temperature**2,
-        divergence=DISTILLATION,
-        teachers=teachers,
-        label_smoothing=_checks.share("label_smoothing", label_smoothing),
-        ignore_index=_checks.integer("ignore_index", ignore_index),
-        temperature=temperature,
-        reduction=_checks.choice("reduction", reduction, REDUCTIONS),
-    )
+    models, batch = _checks.rows(logits)
+    return _dtensor.evaluate(models, batch, None, None, options, mode, False)[0]
 
 
 # The ops' outputs to named terms ------------------------------------------------------------------
 
 
-def _model_count(models: Sequence[Tensor]) -> int:
-    return models[0].shape[0] if models[0].dim() == 3 else len(models)
+def _model_count(models: Sequence[Tensor], batch: Sequence[int] | None) -> int:
+    stacked = batch is None and models[0].dim() == 3
+    return models[0].shape[0] if stacked else len(models)
 
 
-def _loss_terms(models: Sequence[Tensor], terms: Tensor, options: LossOptions) -> LossTerms:
-    students = _model_count(models) - options.teachers
+def _loss_terms(models: int, terms: Tensor, options: LossOptions) -> LossTerms:
+    students = models - options.teachers
     pairs = pair_count(students, options.teachers)
     *named, agreement = terms.split([students] * 5 + [pairs, 1])
     cross_entropy, regularizer, accuracy, confidence, entropy, divergence = named

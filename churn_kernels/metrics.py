@@ -13,7 +13,7 @@ Sums over rows are int64 counts and float64 sums on both.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from churn_kernels import _backend, _checks
+from churn_kernels import _backend, _blocks, _checks, _dtensor
 from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 
 CALIBRATION_BINS = 15
@@ -31,7 +31,7 @@ _BLOCK_ELEMENTS = 1 << 21
 """Numbers in a block's largest temporary: 16 MiB in float64, so that it stays near the cache."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no == that is True or False
 class ChurnReport:
     """What `churn_report` measures over R runs; float64 tensors on the runs' device.
 
@@ -122,9 +122,11 @@ def churn_report(
 
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
-            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1.
-        target: (N,) int64 labels in [0, C) on the runs' device, or None: accuracy, ece,
-            churn_correct, churn_incorrect and negative_flips are then None.
+            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. Of tensors (..., C)
+            every (C,) is a row. DTensors, sharded by rows or replicated, if target is one, too; the
+            report is that of all rows, in plain tensors, in every process.
+        target: (N,) or (...) int64 labels in [0, C) on the runs' device, or None: accuracy,
+            ece, churn_correct, churn_incorrect and negative_flips are then None.
         schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
         top_k: entropy of each row's `top_k` largest probabilities, renormalised to sum to 1
             (1 <= top_k <= C); None: of the whole softmax. Equal probabilities make the choice
@@ -137,33 +139,41 @@ def churn_report(
         ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
         a label out of range.
     """
-    if _backend.class_exchange is not None:
+    if _blocks.choices().class_exchange is not None:
         raise ValueError(
             "churn_report takes whole rows, got a block of class_parallel; call it outside the "
             "block"
         )
-    logits = _checked_runs(runs)
-    rows, classes = logits[0].shape
+    logits, batch = _checked_runs(runs)
+    rows, classes = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     if target is not None:
-        _check_target(target, logits[0])
+        target = _checks.target(target, logits[0], batch)
+    named = [(f"runs[{index}]", run) for index, run in enumerate(logits)]
+    logits, target, together = _dtensor.held(named, batch, target)
     alpha = _checks.number("schurn_alpha", schurn_alpha)
     if alpha <= 0:
         raise ValueError(
             f"schurn_alpha must be > 0, got {alpha}; 1 is the value of the paper's tables"
         )
-    k = _checks.top_k(top_k)
+    k = _checks.option("top_k", top_k) or 0
     _checks.top_k_fits(k, classes)
     fused = _can_fuse(logits)
+    here = logits[0].shape[0]
     block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
 
     totals = _Totals(len(logits), logits[0].device)
-    for start in range(0, rows, block):
-        part = [run[start : start + block] for run in logits]  # R x (B, C)
-        results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
-        _check_rows("runs[{run}]", results.probability, start)
-        if k:
-            results = results._replace(entropy=torch.stack([_top_k_entropy(z, k) for z in part]))
-        totals.add(results, None if target is None else target[start : start + block])
+    with together.agreement(logits[0].device):
+        if target is not None:
+            _check_classes(target, classes)
+        for start in range(0, here, block):
+            part = [run[start : start + block] for run in logits]  # R x (B, C)
+            results = _fused_results(part, alpha) if fused else _row_results(part, alpha)
+            _check_rows("runs[{run}]", results.probability, start)
+            if k:
+                entropy = torch.stack([_top_k_entropy(z, k) for z in part])
+                results = results._replace(entropy=entropy)
+            totals.add(results, None if target is None else target[start : start + block])
+    totals.add_up(together.total)
     return totals.report(rows, labelled=target is not None)
 
 
@@ -175,14 +185,17 @@ def prediction_confidence(logits: Tensor) -> Tensor:
         logits: (..., C), C >= 1, floating dtype.
     Returns: float64 (...) in [0, 1]; a missing second class counts as probability 0.
     Gradient: none.
-    Raises: ValueError if there is no class.
+    Raises: ValueError if there is no class; TypeError for a sparse or nested tensor.
     """
+    _checks.dense("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(
             f"logits must have shape (..., C) with C >= 1, got {tuple(logits.shape)}; "
             "pass one logit per class in the last dimension"
         )
-    return _confidence(torch.softmax(logits.to(torch.float64), dim=-1))
+    return _dtensor.map_rows(
+        "logits", logits, lambda z: _confidence(torch.softmax(z.to(torch.float64), dim=-1))
+    )
 
 
 @torch.no_grad()
@@ -195,8 +208,8 @@ def expected_calibration_error(
     probability, the last one closed (Guo et al. 2017).
 
     Args:
-        logits: (N, C) of one run, N >= 1, floating dtype.
-        target: (N,) int64 labels in [0, C), on the logits' device.
+        logits: (N, C) or (..., C) of one run, N >= 1, floating dtype.
+        target: (N,) or (...) int64 labels in [0, C), on the logits' device.
         bins: number of bins, at least 1.
     Returns: float64 scalar in [0, 1].
     Gradient: none.
@@ -205,11 +218,16 @@ def expected_calibration_error(
     if _checks.integer("bins", bins) < 1:
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
-    _check_target(target, logits)
-    probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
-    _check_rows("logits", probability[None], 0)
-    sums = _calibration_sums(probability[None], (predicted == target)[None], bins)
-    return _calibration_error(*sums)[0]
+    classes = logits.shape[-1]
+    rows, batch = _checks.rows(logits)
+    target = _checks.target(target, rows[0], batch)
+    (logits,), target, together = _dtensor.held([("logits", rows[0])], batch, target)
+    with together.agreement(logits.device):
+        _check_classes(target, classes)
+        probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
+        _check_rows("logits", probability[None], 0)
+    sums = _calibration_sums_in_blocks(probability, predicted == target, bins)
+    return _calibration_error(*map(together.total, sums))[0]
 
 
 class _RowResults(NamedTuple):
@@ -300,6 +318,11 @@ class _Totals:
         self.bin_right += hits
         self.bin_mass += mass
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Adds what other processes have of their rows."""
+        for name, value in vars(self).items():
+            setattr(self, name, total(value))
+
     def report(self, rows: int, *, labelled: bool) -> ChurnReport:
         wrong = rows - self.right
         # The two halves were summed over different strides; their mean is symmetric to the bit.
@@ -356,6 +379,17 @@ def _calibration_sums(
     return inside.sum(dim=1), (inside & right[..., None]).sum(dim=1), mass
 
 
+def _calibration_sums_in_blocks(probability: Tensor, right: Tensor, bins: int) -> list[Tensor]:
+    """`_calibration_sums` of one run, (B,) -> (1, bins), in memory that does not grow with B."""
+    block = _block_rows(None, 1, bins)
+    parts = zip(probability.split(block), right.split(block), strict=True)
+    sums: list[Tensor] = []
+    for p, hit in parts:
+        found = _calibration_sums(p[None], hit[None], bins)
+        sums = list(map(torch.add, sums, found)) if sums else list(found)
+    return sums
+
+
 def _calibration_error(rows: Tensor, right: Tensor, mass: Tensor) -> Tensor:
     return (right - mass).abs().sum(dim=-1) / rows.sum(dim=-1)
 
@@ -375,15 +409,17 @@ def _block_rows(asked: int | None, runs: int, width: int) -> int:
     return asked
 
 
-def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
+def _checked_runs(runs: Iterable[Tensor] | Tensor) -> tuple[list[Tensor], torch.Size | None]:
+    """The runs' logits (N, C), and the shape in which the rows came, if not (N,)."""
     wanted = "runs must be a sequence of logit tensors (N, C) or one tensor (R, N, C)"
     if isinstance(runs, Tensor):
+        _checks.dense("runs", runs)
         if runs.ndim != 3:
             raise ValueError(
                 f"{wanted}, got a tensor of shape {tuple(runs.shape)}; "
                 "stack the runs' logits with torch.stack"
             )
-        logits = list(runs.unbind(0))
+        logits = _dtensor.unstack("runs", runs)
     elif isinstance(runs, Iterable) and not isinstance(runs, str | bytes | dict):
         logits = list(runs)
     else:
@@ -395,12 +431,12 @@ def _checked_runs(runs: Iterable[Tensor] | Tensor) -> list[Tensor]:
         )
     for index, run in enumerate(logits):
         _check_run(f"runs[{index}]", run, logits[0])
-    return logits
+    return _checks.rows(*logits)
 
 
 def _check_run(name: str, run: Any, first: Any) -> None:
-    _checks.matrix(name, run)
-    if run.shape[0] == 0:
+    _checks.one_model(name, run)
+    if run.shape[:-1].numel() == 0:
         raise ValueError(
             f"{name} must have at least one row, got shape {tuple(run.shape)}; "
             "a share of no rows has no value"
@@ -415,30 +451,14 @@ def _check_run(name: str, run: Any, first: Any) -> None:
             f"{name} must be on the first run's device, {first.device}, got {run.device}; "
             f"pass {name}.to({first.device!s})"
         )
+    _checks.has_values(name, run)
 
 
-def _check_target(target: Any, run: Tensor) -> None:
-    rows, classes = run.shape
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(
-            f"target must be an int64 tensor of class indices or None, got {got}; "
-            "convert it with .long()"
-        )
-    if target.shape != (rows,):
-        raise ValueError(
-            f"target must have shape (N,) = ({rows},), got {tuple(target.shape)}; "
-            "pass one label per row"
-        )
-    if target.device != run.device:
-        raise ValueError(
-            f"target must be on the runs' device, {run.device}, got {target.device}; "
-            "pass target.to(runs[0].device)"
-        )
+def _check_classes(target: Tensor, classes: int) -> None:
     outside = (target < 0) | (target >= classes)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
-        raise IndexError(
+        raise _checks.TargetError(
             f"target must hold class indices in [0, {classes}), got {int(target[row])} at row "
             f"{row}; leave rows without a label out of target and of every run"
         )

@@ -13,10 +13,11 @@ the Triton kernels do just what is asked for. docs/determinism.md has the whole 
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
+
+from churn_kernels import _blocks
 
 # From the weakest to the strongest.
 MODES = ("fast", "run_to_run", "invariant", "exact")
@@ -38,6 +39,11 @@ def check(mode: object, keeps: str = "exact", backend: str = "") -> str:
     return mode
 
 
+def optional(mode: object) -> str | None:
+    """`mode`, if it exists, or None."""
+    return None if mode is None else check(mode)
+
+
 def _from_environment() -> str | None:
     mode = os.environ.get("CHURN_REDUCTION_MODE")
     if not mode:
@@ -52,20 +58,28 @@ def _from_environment() -> str | None:
 default: str | None = _from_environment()
 
 
-def get_reduction_mode() -> str:
-    """The reduction mode of calls that pass none.
+def chosen(block: _blocks.Choices) -> str | None:
+    """The mode that these blocks or the process chose; None: PyTorch's own switch decides."""
+    return default if block.mode == _blocks.UNSET else block.mode
 
-    Returns: what `set_reduction_mode`, `reduction_mode` or the environment variable
-    CHURN_REDUCTION_MODE set last; else `"run_to_run"` where
-    `torch.are_deterministic_algorithms_enabled()`, and `"fast"` everywhere else.
-    """
-    if default is not None:
-        return default
+
+def of_torch() -> str:
+    """The mode that PyTorch's own switch asks for."""
     return "run_to_run" if torch.are_deterministic_algorithms_enabled() else "fast"
 
 
+def get_reduction_mode() -> str:
+    """The reduction mode of calls that pass none, in this thread and task.
+
+    Returns: that of the innermost open `reduction_mode` block, or outside of all what
+    `set_reduction_mode` or the environment variable CHURN_REDUCTION_MODE set last; where they left
+    it to PyTorch, `"run_to_run"` if `torch.are_deterministic_algorithms_enabled()`, else `"fast"`.
+    """
+    return chosen(_blocks.choices()) or of_torch()
+
+
 def set_reduction_mode(mode: str | None) -> None:
-    """Set the process's default reduction mode.
+    """Set the process's default reduction mode, of all threads; an open block keeps its own.
 
     Args:
         mode: "fast", "run_to_run", "invariant" or "exact"; None leaves it to PyTorch's switch
@@ -73,21 +87,17 @@ def set_reduction_mode(mode: str | None) -> None:
     Raises: ValueError for another name.
     """
     global default
-    default = None if mode is None else check(mode)
+    default = optional(mode)
 
 
-@contextmanager
-def reduction_mode(mode: str | None) -> Iterator[None]:
-    """A block in which `mode` is the process's default; the one before comes back after it.
+def reduction_mode(mode: str | None) -> AbstractContextManager[None]:
+    """A block in which `mode` is the default, for the thread and asyncio task that opens it.
+
+    Tasks that are created in the block begin with its mode; threads that are started in it begin
+    without, but for those in which autograd runs a backward pass.
 
     Args:
         mode: as in `set_reduction_mode`.
     Raises: as `set_reduction_mode`, before the block begins.
     """
-    global default
-    before = default
-    set_reduction_mode(mode)
-    try:
-        yield
-    finally:
-        default = before
+    return _blocks.block(mode=optional(mode))

@@ -64,7 +64,7 @@ def loss(
     z = _saturate(z, logits[0].dtype)
     z = torch.cat([z[:students], z[students:].detach()])
 
-    weight = None if class_weight is None else class_weight.to(torch.float64)
+    weight = None if class_weight is None else class_weight.to(torch.float64, copy=True)
     cross_entropy = [
         _cross_entropy(row, label, weight, options.label_smoothing) for row in z[:students]
     ]
@@ -81,7 +81,8 @@ def loss(
     terms = _term_means(
         z, label, keep, students, ce.sum(0) / ce_rows, r.sum(0) / rows, d.sum(0) / rows
     )
-    result = reduce_terms(ce, r, d, rows, ce_rows, label is not None, options)
+    nothing = z[:students, :, :0].sum(dim=(0, 2))
+    result = reduce_terms(ce, r, d, nothing, rows, ce_rows, label is not None, options)
     return result.to(result_dtype), terms.detach().to(result_dtype)
 
 

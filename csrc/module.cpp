@@ -29,7 +29,7 @@ py::dict build_info() {
   info["compiler"] = CK_COMPILER;
   info["flags"] = CK_FLAGS;
   info["instruction_sets"] = built_isa_names();
-  info["cpu_isa"] = ck::isa_name(ck::detected_isa());
+  info["detected_cpu_isa"] = ck::isa_name(ck::detected_isa());
   info["cuda_architectures"] = py::list();
   info["torch_version"] = CK_TORCH_VERSION;
   info["torch_target_version"] = CK_TORCH_TARGET;
@@ -41,14 +41,11 @@ py::dict build_info() {
 template <class S>
 py::dict format() {
   using F = ck::rows::Format<S>;
-  std::vector<S> exp_terms, log_terms, series[2];
+  std::vector<S> exp_terms, log_terms, series_terms;
   for (int i = 0; i < F::kExpTerms; ++i) exp_terms.push_back(F::exp_term(i));
   for (int i = 0; i < F::kLogTerms; ++i) log_terms.push_back(F::log_term(i));
-  for (int i = 0; i < ck::rows::kSeriesTerms<S>; ++i) {
-    for (int first : {1, 2}) {
-      series[first - 1].insert(series[first - 1].begin(),
-                               static_cast<S>(ck::rows::inverse_factorial(i + first)));
-    }
+  for (int i = ck::rows::kSeriesTerms<S> + 1; i >= 2; --i) {
+    series_terms.push_back(static_cast<S>(ck::rows::inverse_factorial(i)));
   }
   py::dict found;
   found["kMantissaBits"] = F::kMantissaBits;
@@ -59,8 +56,7 @@ py::dict format() {
   found["kSqrtHalf"] = F::kSqrtHalf;
   found["exp_terms"] = exp_terms;
   found["log_terms"] = log_terms;
-  found["series_1_terms"] = series[0];
-  found["series_2_terms"] = series[1];
+  found["series_terms"] = series_terms;
   return found;
 }
 

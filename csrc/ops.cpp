@@ -1,9 +1,11 @@
-// The border to torch: op schemas, the checks that memory safety needs, dispatch to csrc/cpu.
-// Messages for users are churn_kernels/_checks.py's; what is refused here came past it.
+// The border to torch: op schemas, and dispatch to csrc/cpu of what op_inputs.cpp lets through.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -16,121 +18,42 @@
 #include "cpu/hash.h"
 #include "cpu/isa.h"
 #include "cpu/loss.h"
+#include "op_inputs.h"
 #include "rows/hash.h"
 
 namespace {
 
+using ck::Inputs;
+using ck::Shard;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// More models than this would not fit a thread's stack.
-constexpr int kMaxModels = 64;
 
 // What `want` asks for, bit by bit.
 constexpr int64_t kWantGradients = 1, kWantStats = 2, kWantTerms = 4;
 
-ck::DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return ck::DType::kFloat32;
-    case ScalarType::Double: return ck::DType::kFloat64;
-    case ScalarType::Half: return ck::DType::kFloat16;
-    case ScalarType::BFloat16: return ck::DType::kBFloat16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "logits must be float32, float64, float16 or bfloat16");
-}
-
-ScalarType result_type(ck::DType dtype) {
-  return dtype == ck::DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-}
-
-const ck::Parallel& parallel() {
-  thread_local ck::Parallel parallel{1, [](int64_t tasks, int64_t grain, const auto& body) {
-                                       torch::stable::parallel_for(
-                                           0, tasks, grain, [&](int64_t begin, int64_t end) {
-                                             const ck::StandardFloats floats;
-                                             body(begin, end);
-                                           });
-                                     }};
-  parallel.threads = static_cast<int>(torch::stable::get_num_threads());
-  return parallel;
-}
-
-// The checked inputs, and the tensors that keep their memory alive.
-struct Inputs {
-  ck::LossInputs loss;
-  std::optional<Tensor> target, class_weight;
-};
-
-// `shard`: where the logits hold a part of the classes only.
-Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
-                   const std::optional<Tensor>& class_weight, const ck::LossOptions& options,
-                   const ck::ClassShard* shard = nullptr) {
-  ck::active_isa();  // a wrong CHURN_CPU_ISA raises here, not in the middle of a thread's work
-  STD_TORCH_CHECK(!logits.empty(), "logits must hold at least one tensor");
-  const Tensor& first = logits[0];
-  const bool stacked = first.dim() == 3;
-  STD_TORCH_CHECK(stacked ? logits.size() == 1 : first.dim() == 2,
-                  "logits must be (N, C) tensors, or one (K, N, C) tensor");
-  Inputs in;
-  in.loss.dtype = dtype_of(first);
-  in.loss.rows = first.size(stacked ? 1 : 0);
-  in.loss.classes = first.size(stacked ? 2 : 1);
-  in.loss.options = options;
-  in.loss.shard = shard;
-  const auto add = [&](const void* data, int64_t row_stride, int64_t column_stride) {
-    // A single class has no second column; its stride may be anything.
-    in.loss.logits.push_back({data, row_stride, in.loss.classes == 1 ? 1 : column_stride});
-  };
-  if (stacked) {
-    const int64_t bytes = ck::element_size(in.loss.dtype);
-    for (int64_t k = 0; k < first.size(0); ++k) {
-      add(static_cast<const char*>(first.const_data_ptr()) + k * first.stride(0) * bytes,
-          first.stride(1), first.stride(2));
+// Runs body on torch's threads. What it throws is thrown again here, once all are done: torch's
+// interface to its threads is one of C.
+void run_parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+  std::exception_ptr failure;
+  std::mutex lock;
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) noexcept {
+    try {
+      const ck::StandardFloats floats;
+      body(begin, end);
+    } catch (...) {
+      const std::lock_guard guard(lock);
+      if (!failure) failure = std::current_exception();
     }
-  } else {
-    for (const Tensor& t : logits) {
-      STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == in.loss.rows &&
-                          t.size(1) == in.loss.classes && t.scalar_type() == first.scalar_type(),
-                      "logits must share shape, dtype and device");
-      add(t.const_data_ptr(), t.stride(0), t.stride(1));
-    }
-  }
-  STD_TORCH_CHECK(in.loss.classes > 0, "logits must have at least one class");
-  STD_TORCH_CHECK(in.loss.models() > 0 && in.loss.models() <= kMaxModels, "logits must hold 1 to ",
-                  kMaxModels, " models, got ", in.loss.models());
-  STD_TORCH_CHECK(options.teachers >= 0 && options.teachers < in.loss.models() &&
-                      (options.teachers > 0) == (options.divergence == ck::Divergence::kDistill) &&
-                      (options.teachers == 0 || in.loss.students() == 1),
-                  "divergence 4 takes one student and one or more teachers, the others none");
-  STD_TORCH_CHECK(options.mode <= ck::Mode::kExact, "mode must be 0, 1, 2 or 3");
-  STD_TORCH_CHECK(!options.exact() || in.loss.dtype != ck::DType::kFloat64,
-                  "mode 3 (exact) takes logits of at most float32");
-  STD_TORCH_CHECK(!shard || (options.exact() && shard->first_class >= 0 &&
-                             shard->first_class <= shard->classes - in.loss.classes),
-                  "shards of classes are for mode 3 (exact), and lie in [0, classes)");
-  STD_TORCH_CHECK(options.top_k >= 0 && options.top_k <= in.loss.all_classes(),
-                  "top_k must be in [0, C]");
-  if (target) {
-    STD_TORCH_CHECK(target->is_cpu() && target->dim() == 1 && target->size(0) == in.loss.rows &&
-                        target->scalar_type() == ScalarType::Long,
-                    "target must be an int64 tensor of shape (N,)");
-    in.target = torch::stable::contiguous(*target);
-    in.loss.target = static_cast<const int64_t*>(in.target->const_data_ptr());
-  } else {
-    in.loss.target = nullptr;
-  }
-  if (class_weight) {
-    STD_TORCH_CHECK(class_weight->is_cpu() && class_weight->dim() == 1 &&
-                        class_weight->size(0) == in.loss.all_classes(),
-                    "class_weight must be a tensor of shape (C,)");
-    in.class_weight =
-        torch::stable::contiguous(torch::stable::to(*class_weight, result_type(in.loss.dtype)));
-    in.loss.class_weight = in.class_weight->const_data_ptr();
-  } else {
-    in.loss.class_weight = nullptr;
-  }
-  return in;
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+ck::Parallel parallel() {
+  return {static_cast<int>(torch::stable::get_num_threads()), &run_parallel};
+}
+
+void need_cpu(const char* name, const std::vector<Tensor>& tensors) {
+  for (const Tensor& t : tensors) STD_TORCH_CHECK(t.is_cpu(), name, " must be on the CPU");
 }
 
 Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -182,23 +105,8 @@ std::vector<double> read(const Tensor& values) {
     const double* p = static_cast<const double*>(dense.const_data_ptr());
     return {p, p + size};
   }
-  STD_TORCH_CHECK(dense.scalar_type() == ScalarType::Float, "upstream must be float32 or float64");
   const float* p = static_cast<const float*>(dense.const_data_ptr());
   return {p, p + size};
-}
-
-std::vector<int64_t> loss_shape(const ck::LossInputs& in) {
-  switch (in.options.reduction) {
-    case ck::Reduction::kNone: return {in.rows};
-    case ck::Reduction::kTerms: return {in.rows, in.row_terms()};
-    default: return {};
-  }
-}
-
-int64_t count(const std::vector<int64_t>& shape) {
-  int64_t n = 1;
-  for (int64_t size : shape) n *= size;
-  return n;
 }
 
 #define CK_LOSS_OPTIONS                                                                       \
@@ -206,11 +114,14 @@ int64_t count(const std::vector<int64_t>& shape) {
       int64_t top_k, bool renormalize_top_k, int64_t divergence, int64_t teachers,            \
       double label_smoothing, int64_t ignore_index, double temperature, int64_t reduction,    \
       int64_t mode
-#define CK_PACK_OPTIONS                                                                      \
-  ck::LossOptions {                                                                          \
-    ce_weight, regularizer_weight, divergence_weight, ck::Regularizer(regularizer), top_k,   \
-        renormalize_top_k, ck::Divergence(divergence), static_cast<int>(teachers),           \
-        label_smoothing, ignore_index, temperature, ck::Reduction(reduction), ck::Mode(mode) \
+#define CK_PACK_OPTIONS                                                                     \
+  ck::LossOptions {                                                                         \
+    ce_weight, regularizer_weight, divergence_weight,                                       \
+        ck::Regularizer(ck::code("regularizer", regularizer, 3)), top_k, renormalize_top_k, \
+        ck::Divergence(ck::code("divergence", divergence, 5)),                              \
+        static_cast<int>(ck::code("teachers", teachers, ck::kMaxModels)), label_smoothing,  \
+        ignore_index, temperature, ck::Reduction(ck::code("reduction", reduction, 4)),      \
+        ck::Mode(ck::code("mode", mode, 4))                                                 \
   }
 #define CK_OPTIONS_SCHEMA                                                                    \
   "float ce_weight, float regularizer_weight, float divergence_weight, int regularizer, "    \
@@ -221,8 +132,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>>;
 
 Results forward(const std::vector<Tensor>& logits, const Inputs& in, int64_t want) {
   const Tensor& first = logits[0];
-  const ScalarType type = result_type(in.loss.dtype);
-  const std::vector<int64_t> shape = loss_shape(in.loss);
+  const ScalarType type = ck::result_type(in.loss.dtype);
+  const std::vector<int64_t> shape = ck::loss_shape(in.loss);
   const bool reduced = shape.empty();
 
   Tensor value = new_empty(first, shape, type);
@@ -236,7 +147,7 @@ Results forward(const std::vector<Tensor>& logits, const Inputs& in, int64_t wan
     STD_TORCH_CHECK(reduced, "gradients come with the loss for reduction mean and sum only");
     gradients = new_gradients(logits, in.loss, pointers);
   }
-  std::vector<double> values(count(shape)), reported(terms.numel());
+  std::vector<double> values(ck::count(shape)), reported(terms.numel());
   const ck::LossOutputs out{
       values.data(), want & kWantStats ? static_cast<double*>(stats.mutable_data_ptr()) : nullptr,
       want & kWantTerms ? reported.data() : nullptr, want & kWantGradients ? &pointers : nullptr};
@@ -248,12 +159,8 @@ Results forward(const std::vector<Tensor>& logits, const Inputs& in, int64_t wan
 
 std::vector<Tensor> backward(const std::vector<Tensor>& logits, const Inputs& in,
                              const Tensor& stats, const Tensor& upstream) {
-  STD_TORCH_CHECK(stats.is_cpu() && stats.scalar_type() == ScalarType::Double && stats.dim() == 2 &&
-                      stats.size(0) == in.loss.rows && stats.size(1) == in.loss.stats_width() &&
-                      stats.is_contiguous(),
-                  "stats must be what churn_kernels::loss returned for the same options");
-  STD_TORCH_CHECK(upstream.is_cpu() && upstream.numel() == count(loss_shape(in.loss)),
-                  "upstream must have the loss's shape");
+  ck::check_stats(in.loss, stats);
+  ck::check_upstream(in.loss, logits[0], upstream);
   std::vector<void*> pointers;
   std::vector<Tensor> gradients = new_gradients(logits, in.loss, pointers);
   ck::loss_backward(in.loss, static_cast<const double*>(stats.const_data_ptr()),
@@ -261,58 +168,34 @@ std::vector<Tensor> backward(const std::vector<Tensor>& logits, const Inputs& in
   return gradients;
 }
 
+constexpr int64_t kWants = kWantGradients + kWantStats + kWantTerms + 1;
+
 Results loss(std::vector<Tensor> logits, std::optional<Tensor> target,
              std::optional<Tensor> class_weight, CK_LOSS_OPTIONS, int64_t want) {
-  return forward(logits, read_inputs(logits, target, class_weight, CK_PACK_OPTIONS), want);
+  need_cpu("logits", logits);
+  return forward(logits, ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS),
+                 ck::code("want", want, kWants));
 }
 
 std::vector<Tensor> loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
                                   std::optional<Tensor> class_weight, Tensor stats, Tensor upstream,
                                   CK_LOSS_OPTIONS) {
-  return backward(logits, read_inputs(logits, target, class_weight, CK_PACK_OPTIONS), stats,
+  need_cpu("logits", logits);
+  return backward(logits, ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS), stats,
                   upstream);
-}
-
-// The tables of the stages so far, and the tensors that keep their memory alive.
-struct Shard {
-  ck::ClassShard classes;
-  std::vector<Tensor> tables;
-};
-
-Shard read_shard(int64_t first_class, int64_t classes, const std::vector<Tensor>& tables) {
-  Shard shard{{first_class, classes, {}}, {}};
-  STD_TORCH_CHECK(tables.size() <= ck::kStages, "tables must be those of at most ", ck::kStages,
-                  " stages");
-  for (const Tensor& table : tables) shard.tables.push_back(torch::stable::contiguous(table));
-  for (const Tensor& table : shard.tables) shard.classes.tables.push_back(table.const_data_ptr());
-  return shard;
-}
-
-ScalarType table_type(int stage) {
-  return stage < static_cast<int>(ck::Stage::kSums) ? ScalarType::Double : ScalarType::Long;
-}
-
-void check_tables(const ck::LossInputs& in, const std::vector<Tensor>& tables) {
-  for (size_t i = 0; i < tables.size(); ++i) {
-    const Tensor& table = tables[i];
-    const int stage = static_cast<int>(i);
-    STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == table_type(stage) &&
-                        table.dim() == 2 && table.size(0) == in.rows &&
-                        table.size(1) == ck::stage_width(in, ck::Stage(stage)),
-                    "tables[", i, "] must be merged of what churn_kernels::class_table returned");
-  }
 }
 
 Tensor class_table(std::vector<Tensor> logits, std::optional<Tensor> target,
                    std::optional<Tensor> class_weight, std::vector<Tensor> tables,
                    int64_t first_class, int64_t classes, CK_LOSS_OPTIONS) {
-  const Shard shard = read_shard(first_class, classes, tables);
-  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
-  check_tables(in.loss, tables);
+  need_cpu("logits", logits);
+  const Shard shard = ck::read_shard(first_class, classes, tables);
+  const Inputs in = ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
+  ck::check_tables(in.loss, tables);
   const int stage = static_cast<int>(tables.size());
   STD_TORCH_CHECK(stage < ck::kStages, "there is no stage after the last");
   Tensor table = new_empty(logits[0], {in.loss.rows, ck::stage_width(in.loss, ck::Stage(stage))},
-                           table_type(stage));
+                           ck::table_type(stage));
   ck::run_stage(in.loss, table.mutable_data_ptr(), parallel());
   return table;
 }
@@ -322,11 +205,13 @@ std::tuple<Tensor, Tensor, Tensor> class_loss(std::vector<Tensor> logits,
                                               std::optional<Tensor> class_weight,
                                               std::vector<Tensor> tables, int64_t first_class,
                                               int64_t classes, CK_LOSS_OPTIONS, int64_t want) {
-  const Shard shard = read_shard(first_class, classes, tables);
-  const Inputs in = read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
-  check_tables(in.loss, tables);
+  need_cpu("logits", logits);
+  const Shard shard = ck::read_shard(first_class, classes, tables);
+  const Inputs in = ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes);
+  ck::check_tables(in.loss, tables);
   STD_TORCH_CHECK(tables.size() == ck::kStages, "tables must be those of all stages");
-  auto [value, stats, terms, gradients] = forward(logits, in, want & ~kWantGradients);
+  auto [value, stats, terms, gradients] =
+      forward(logits, in, ck::code("want", want, kWants) & ~kWantGradients);
   return {value, stats, terms};
 }
 
@@ -334,29 +219,32 @@ std::vector<Tensor> class_loss_backward(std::vector<Tensor> logits, std::optiona
                                         std::optional<Tensor> class_weight, Tensor stats,
                                         Tensor upstream, int64_t first_class, int64_t classes,
                                         CK_LOSS_OPTIONS) {
-  const Shard shard = read_shard(first_class, classes, {});
+  need_cpu("logits", logits);
+  const Shard shard = ck::read_shard(first_class, classes, {});
   return backward(logits,
-                  read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes), stats,
-                  upstream);
+                  ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS, &shard.classes),
+                  stats, upstream);
 }
 
 std::string plan(std::vector<Tensor> logits, CK_LOSS_OPTIONS) {
-  return ck::plan(read_inputs(logits, std::nullopt, std::nullopt, CK_PACK_OPTIONS).loss,
+  need_cpu("logits", logits);
+  return ck::plan(ck::read_inputs(logits, std::nullopt, std::nullopt, CK_PACK_OPTIONS).loss,
                   parallel());
 }
 
 void scale_(std::vector<Tensor> gradients, Tensor upstream, bool exact) {
-  STD_TORCH_CHECK(upstream.is_cpu() && upstream.numel() == 1, "upstream must be a scalar");
+  need_cpu("gradients", gradients);
+  ck::check_scale(gradients, upstream, exact);
   const double factor = read(upstream)[0];
-  for (Tensor& g : gradients) {
-    STD_TORCH_CHECK(g.is_cpu() && g.is_contiguous(), "gradients must be contiguous");
-    ck::scale(dtype_of(g), g.mutable_data_ptr(), g.numel(), factor, exact, parallel());
+  for (const Tensor& g : gradients) {
+    ck::scale(ck::dtype_of("gradients", g), g.mutable_data_ptr(), g.numel(), factor, exact,
+              parallel());
   }
 }
 
 Tensor exact_words(Tensor x) {
-  STD_TORCH_CHECK(x.is_cpu() && dtype_of(x) != ck::DType::kFloat64,
-                  "x must be a float32, float16 or bfloat16 tensor on the CPU");
+  need_cpu("x", {x});
+  ck::check_summand(x);
   const Tensor dense = torch::stable::contiguous(torch::stable::to(x, ScalarType::Float));
   const ck::rows::Superaccumulator sum =
       ck::exact_sum(static_cast<const float*>(dense.const_data_ptr()), dense.numel(), parallel());
@@ -366,9 +254,8 @@ Tensor exact_words(Tensor x) {
 }
 
 Tensor exact_round(Tensor words) {
-  STD_TORCH_CHECK(words.is_cpu() && words.scalar_type() == ScalarType::Long && words.dim() == 1 &&
-                      words.size(0) == ck::kSumWords,
-                  "words must be what churn_kernels::exact_words returned, or a sum of such");
+  need_cpu("words", {words});
+  ck::check_words(words);
   const Tensor dense = torch::stable::contiguous(words);
   ck::rows::Superaccumulator sum;
   std::copy_n(static_cast<const int64_t*>(dense.const_data_ptr()), ck::kSumWords, sum.word);
@@ -381,24 +268,41 @@ Tensor exact_round(Tensor words) {
 // tensor, the first one at byte `first`.
 Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::vector<int64_t> run,
                   std::vector<int64_t> step) {
-  const size_t count = pieces.size();
-  STD_TORCH_CHECK(first.size() == count && run.size() == count && step.size() == count,
-                  "first, run and step must hold a number for each piece");
-  std::vector<ck::HashPiece> found;
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& x = pieces[i];
-    STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "pieces must be contiguous CPU tensors");
-    STD_TORCH_CHECK(first[i] >= 0 && run[i] > 0 && step[i] >= run[i],
-                    "a piece must have 0 <= first and 0 < run <= step");
-    found.push_back({x.const_data_ptr(), x.numel() * static_cast<int64_t>(x.element_size()),
-                     first[i], run[i], step[i]});
-  }
-  Tensor words =
-      new_empty(pieces[0], {static_cast<int64_t>(count), ck::kHashWords}, ScalarType::Long);
+  need_cpu("pieces", pieces);
+  const std::vector<ck::HashPiece> found = ck::read_pieces(pieces, first, run, step);
+  const auto count = static_cast<int64_t>(found.size());
+  Tensor words = new_empty(pieces[0], {count, ck::kHashWords}, ScalarType::Long);
   auto* out = static_cast<uint64_t*>(words.mutable_data_ptr());
   std::fill_n(out, count * ck::kHashWords, uint64_t{0});
   ck::hash(found, out, parallel());
   return words;
+}
+
+// The checks of the ops above, for those of other backends to call with the same arguments.
+void check_loss(std::vector<Tensor> logits, std::optional<Tensor> target,
+                std::optional<Tensor> class_weight, CK_LOSS_OPTIONS, int64_t want) {
+  ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
+  ck::code("want", want, kWants);
+}
+
+void check_loss_backward(std::vector<Tensor> logits, std::optional<Tensor> target,
+                         std::optional<Tensor> class_weight, Tensor /*each backend's own*/,
+                         Tensor upstream, CK_LOSS_OPTIONS) {
+  const Inputs in = ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
+  ck::check_upstream(in.loss, logits[0], upstream);
+}
+
+void check_scale_(std::vector<Tensor> gradients, Tensor upstream, bool exact) {
+  ck::check_scale(gradients, upstream, exact);
+}
+
+void check_exact_words(Tensor x) { ck::check_summand(x); }
+
+void check_exact_round(Tensor words) { ck::check_words(words); }
+
+void check_hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first,
+                      std::vector<int64_t> run, std::vector<int64_t> step) {
+  ck::read_pieces(pieces, first, run, step);
 }
 
 std::string cpu_isa(std::string request) {
@@ -406,44 +310,78 @@ std::string cpu_isa(std::string request) {
   return ck::isa_name(ck::active_isa());
 }
 
+// An op that says so where memory ran out.
+template <auto op>
+struct Boxed;
+template <class Result, class... Arguments, Result (*op)(Arguments...)>
+struct Boxed<op> {
+  static constexpr const char* kOutOfMemory =
+      "churn_kernels: not enough memory for this call; pass fewer rows at a time";
+
+  static Result call(Arguments... arguments) {
+    try {
+      return op(std::move(arguments)...);
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(kOutOfMemory);
+    } catch (const std::length_error&) {
+      throw std::runtime_error(kOutOfMemory);
+    }
+  }
+};
+#define CK_BOX(op) TORCH_BOX(&Boxed<&op>::call)
+
+#define CK_INPUTS_SCHEMA "Tensor[] logits, Tensor? target, Tensor? class_weight, "
+#define CK_LOSS_SCHEMA "loss(" CK_INPUTS_SCHEMA CK_OPTIONS_SCHEMA ", int want) -> "
+#define CK_BACKWARD_SCHEMA \
+  "loss_backward(" CK_INPUTS_SCHEMA "Tensor stats, Tensor upstream, " CK_OPTIONS_SCHEMA ") -> "
+#define CK_WORDS_SCHEMA "exact_words(Tensor x) -> "
+#define CK_ROUND_SCHEMA "exact_round(Tensor words) -> "
+#define CK_HASH_SCHEMA "hash_words(Tensor[] pieces, int[] first, int[] run, int[] step) -> "
+#define CK_SHARD_SCHEMA "int first_class, int classes, " CK_OPTIONS_SCHEMA
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(churn_kernels, m) {
-  m.def("loss(Tensor[] logits, Tensor? target, Tensor? class_weight, " CK_OPTIONS_SCHEMA
-        ", int want) -> (Tensor, Tensor, Tensor, Tensor[])");
-  m.def(
-      "loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
-      "Tensor upstream, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
-  m.def(
-      "class_table(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor[] tables, "
-      "int first_class, int classes, " CK_OPTIONS_SCHEMA ") -> Tensor");
-  m.def(
-      "class_loss(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor[] tables, "
-      "int first_class, int classes, " CK_OPTIONS_SCHEMA ", int want) -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "class_loss_backward(Tensor[] logits, Tensor? target, Tensor? class_weight, Tensor stats, "
-      "Tensor upstream, int first_class, int classes, " CK_OPTIONS_SCHEMA ") -> Tensor[]");
+  m.def(CK_LOSS_SCHEMA "(Tensor, Tensor, Tensor, Tensor[])");
+  m.def(CK_BACKWARD_SCHEMA "Tensor[]");
+  m.def("class_table(" CK_INPUTS_SCHEMA "Tensor[] tables, " CK_SHARD_SCHEMA ") -> Tensor");
+  m.def("class_loss(" CK_INPUTS_SCHEMA "Tensor[] tables, " CK_SHARD_SCHEMA
+        ", int want) -> (Tensor, Tensor, Tensor)");
+  m.def("class_loss_backward(" CK_INPUTS_SCHEMA "Tensor stats, Tensor upstream, " CK_SHARD_SCHEMA
+        ") -> Tensor[]");
   m.def("scale_(Tensor(a!)[] gradients, Tensor upstream, bool exact) -> ()");
-  m.def("exact_words(Tensor x) -> Tensor");
-  m.def("exact_round(Tensor words) -> Tensor");
-  m.def("hash_words(Tensor[] pieces, int[] first, int[] run, int[] step) -> Tensor");
+  m.def(CK_WORDS_SCHEMA "Tensor");
+  m.def(CK_ROUND_SCHEMA "Tensor");
+  m.def(CK_HASH_SCHEMA "Tensor");
   m.def("plan(Tensor[] logits, " CK_OPTIONS_SCHEMA ") -> str");
   m.def("cpu_isa(str request) -> str");
+  m.def("check_" CK_LOSS_SCHEMA "()");
+  m.def("check_" CK_BACKWARD_SCHEMA "()");
+  m.def("check_scale_(Tensor[] gradients, Tensor upstream, bool exact) -> ()");
+  m.def("check_" CK_WORDS_SCHEMA "()");
+  m.def("check_" CK_ROUND_SCHEMA "()");
+  m.def("check_" CK_HASH_SCHEMA "()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CPU, m) {
-  m.impl("loss", TORCH_BOX(&loss));
-  m.impl("loss_backward", TORCH_BOX(&loss_backward));
-  m.impl("class_table", TORCH_BOX(&class_table));
-  m.impl("class_loss", TORCH_BOX(&class_loss));
-  m.impl("class_loss_backward", TORCH_BOX(&class_loss_backward));
-  m.impl("exact_words", TORCH_BOX(&exact_words));
-  m.impl("exact_round", TORCH_BOX(&exact_round));
-  m.impl("hash_words", TORCH_BOX(&hash_words));
-  m.impl("plan", TORCH_BOX(&plan));
-  m.impl("scale_", TORCH_BOX(&scale_));
+  m.impl("loss", CK_BOX(loss));
+  m.impl("loss_backward", CK_BOX(loss_backward));
+  m.impl("class_table", CK_BOX(class_table));
+  m.impl("class_loss", CK_BOX(class_loss));
+  m.impl("class_loss_backward", CK_BOX(class_loss_backward));
+  m.impl("exact_words", CK_BOX(exact_words));
+  m.impl("exact_round", CK_BOX(exact_round));
+  m.impl("hash_words", CK_BOX(hash_words));
+  m.impl("plan", CK_BOX(plan));
+  m.impl("scale_", CK_BOX(scale_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(churn_kernels, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa", CK_BOX(cpu_isa));
+  m.impl("check_loss", CK_BOX(check_loss));
+  m.impl("check_loss_backward", CK_BOX(check_loss_backward));
+  m.impl("check_scale_", CK_BOX(check_scale_));
+  m.impl("check_exact_words", CK_BOX(check_exact_words));
+  m.impl("check_exact_round", CK_BOX(check_exact_round));
+  m.impl("check_hash_words", CK_BOX(check_hash_words));
 }

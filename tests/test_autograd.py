@@ -1,10 +1,15 @@
 """Gradients of the kernel for any upstream, as often as asked, without touching an input."""
 
+import gc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import cases
 import parity
 import pytest
 import torch
 from tolerances import assert_close, gradient_error_bound
+from torch.utils.checkpoint import checkpoint
 
 import churn_kernels as ck
 from churn_kernels import _autograd, _backend, _ops
@@ -102,6 +107,38 @@ def test_every_backward_pass_is_the_same(reduction):
     for a, b, c in zip(kept, second, third, strict=True):
         assert_close(b, 2 * a, "gradient", F32)
         assert_close(c, a, "gradient", F32)
+
+
+@pytest.mark.parametrize("mode", ["fast", "run_to_run", "invariant", "exact"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_backward_pass_of_a_graph_has_the_same_bits(mode, reduction, dtype):
+    logits, target = cases.batch(rows=64, classes=100, dtype=dtype)
+    loss = ck.codistillation_loss(logits, target, alpha=0.2, reduction=reduction, mode=mode)
+    upstream = torch.full_like(loss, 3.0)
+    (want, _) = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
+    for options in ({"retain_graph": True}, {"create_graph": True}, {}):
+        (found, _) = torch.autograd.grad(loss, logits, upstream, **options)
+        assert torch.equal(found, want), options
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mode", ["fast", "exact"])
+def test_a_batch_of_upstreams(backend, reduction, mode):
+    """is_grads_batched=True: the bits of one backward pass for each."""
+    if (backend, mode) == ("reference", "exact"):
+        mode = "run_to_run"
+    logits, target = cases.batch(models=3)
+    loss = ck.codistillation_loss(logits, target, alpha=0.2, reduction=reduction, mode=mode)
+    upstreams = torch.randn(3, *loss.shape, generator=torch.Generator().manual_seed(1))
+    found = torch.autograd.grad(loss, logits, upstreams, is_grads_batched=True, retain_graph=True)
+    for i, upstream in enumerate(upstreams):
+        one = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
+        for a, b in zip(found, one, strict=True):
+            if backend == "reference":
+                assert_close(a[i], b, "gradient", F32)
+            else:
+                assert torch.equal(a[i], b)
 
 
 def test_accumulation():
@@ -234,6 +271,83 @@ def test_float16_survives_a_loss_scaler():
     assert_close(z.grad[:, 1:], wanted, "gradient", torch.float16)
 
 
+def bytes_alive(smallest):
+    """What tensors of that many elements and more hold."""
+    gc.collect()
+    with warnings.catch_warnings():  # of what it touches among all objects
+        warnings.simplefilter("ignore")
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        storages = [x.untyped_storage() for x in tensors if x.numel() >= smallest]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_checkpointed_head_keeps_nothing(reentrant, reduction, inference):
+    rows, classes = 1024, 4000
+    features = torch.randn(rows, 8, requires_grad=True)
+    heads = [torch.randn(8, classes, requires_grad=True) for _ in range(2)]
+    target = torch.randint(classes, (rows,))
+
+    def head(features):
+        logits = [features @ weight for weight in heads]
+        if inference:
+            with torch.inference_mode():
+                logits[1] = features @ heads[1]
+        loss = ck.codistillation_loss(logits, target, alpha=0.2, reduction=reduction)
+        return loss.sum()
+
+    before = bytes_alive(rows * classes)
+    loss = checkpoint(head, features, use_reentrant=reentrant)
+    assert bytes_alive(rows * classes) == before
+    loss.backward()
+    found = [heads[0].grad, features.grad]
+    want = torch.autograd.grad(head(features), [heads[0], features])
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_tensor_hooks_see_all_that_is_kept(reduction):
+    logits, target = cases.batch(rows=64, classes=100)
+    packed = []
+
+    def pack(x):
+        packed.append(x.shape)
+        return x.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, torch.clone):
+        loss = ck.codistillation_loss(logits, target, reduction=reduction).sum()
+    assert packed.count((64, 100)) == (4 if reduction == "mean" else 2)
+    plain = ck.codistillation_loss(logits, target, reduction=reduction).sum()
+    want = torch.autograd.grad(plain, logits)
+    for options in ({"retain_graph": True}, {}):
+        found = torch.autograd.grad(loss, logits, **options)
+        assert all(map(torch.equal, found, want))
+
+
+def test_save_on_cpu():
+    logits, target = cases.batch()
+    with torch.autograd.graph.save_on_cpu():
+        loss = ck.codistillation_loss(logits, target)
+    found = torch.autograd.grad(loss, logits)
+    want = torch.autograd.grad(ck.codistillation_loss(logits, target), logits)
+    assert all(map(torch.equal, found, want))
+
+
+def test_threads_share_a_graph_that_is_kept():
+    logits, target = cases.batch(rows=256, classes=64)
+    loss = ck.codistillation_loss(logits, target)
+    want = torch.autograd.grad(loss, logits, torch.tensor(3.0), retain_graph=True)
+
+    def one(_):
+        return torch.autograd.grad(loss, logits, torch.tensor(3.0), retain_graph=True)
+
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(one, range(32)):
+            assert all(map(torch.equal, found, want))
+
+
 class TestPaths:
     """Which function computes a call: the fused one exactly where it can."""
 
@@ -270,11 +384,18 @@ class TestPaths:
     def test_gradients_are_handed_out_without_a_copy(self):
         logits, target = cases.batch()
         loss = ck.codistillation_loss(logits, target)
-        node = loss.grad_fn
-        computed = [g.data_ptr() for g in node.gradients]
-        loss.backward(retain_graph=True)
+        computed = [g.data_ptr() for g in loss.grad_fn.saved_tensors[-2:]]
+        loss.backward()
         assert [z.grad.data_ptr() for z in logits] == computed
-        assert node.gradients is None
+
+    def test_a_graph_that_is_kept_hands_out_copies(self):
+        logits, target = cases.batch()
+        loss = ck.codistillation_loss(logits, target)
+        saved = loss.grad_fn.saved_tensors[-2:]
+        before = [g.clone() for g in saved]
+        for g in torch.autograd.grad(loss, logits, torch.tensor(3.0), retain_graph=True):
+            g.zero_()
+        assert all(map(torch.equal, saved, before))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -1,5 +1,6 @@
 """What the build promises: its facts, its constants, and a package that works without it."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -7,12 +8,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import churn_kernels as ck
-from churn_kernels import _backend, _ops
+from churn_kernels import _backend, _ops, _version
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(ck.__file__).parent
@@ -51,6 +54,34 @@ class TestFacts:
         info = ck.build_info()
         assert info["instruction_sets"] in (["baseline", "avx2", "avx512"], ["neon"], ["baseline"])
         assert info["cpu_isa"] in info["instruction_sets"]
+        assert info["detected_cpu_isa"] in info["instruction_sets"]
+
+    def test_the_instruction_set_in_use(self):
+        program = "import json, churn_kernels as ck; print(json.dumps(ck.build_info()))"
+        weakest, *_ = ck.build_info()["instruction_sets"]
+        for asked in (None, weakest):
+            done = run(sys.executable, "-c", program, CHURN_CPU_ISA=asked)
+            info = json.loads(done.stdout)
+            assert info["cpu_isa"] == (asked or info["detected_cpu_isa"])
+            assert info["detected_cpu_isa"] == ck.build_info()["detected_cpu_isa"]
+
+    def test_names_no_path_of_the_building_machine(self):
+        """Neither in the libraries nor in what an op says when it refuses its arguments."""
+        libraries = sorted(PACKAGE.glob("*.so"))
+        assert _ops.LIBRARY in libraries
+        folders = {ROOT, Path(torch.__file__).parents[1], Path.home(), Path(sys.prefix)}
+        for library in libraries:
+            held = library.read_bytes()
+            for folder in folders - {Path("/")}:
+                assert bytes(folder) + b"/" not in held, library
+            assert not re.findall(rb"\0/(?:[\w.+-]+/)+[\w.+-]+\.(?:cpp|h|hpp|cc)\b", held), library
+        with pytest.raises(RuntimeError) as caught:
+            torch.ops.churn_kernels.exact_round(torch.ones(2))
+        assert re.fullmatch(
+            r"exact_round, csrc/ops\.cpp:\d+, words must be what churn_kernels::exact_words "
+            r"returned, or a sum of such",
+            str(caught.value).partition("\n")[0],
+        )
 
     def test_floating_point_flags(self):
         flags = ck.build_info()["flags"].split()
@@ -72,11 +103,60 @@ class TestFacts:
         assert symbols.stdout.strip() == ""
 
 
-class TestWithoutLibrary:
-    PROGRAM = """
-import json, sys, warnings
 # An editable install would still offer the compiled module of its own tree.
+ALONE = """
+import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in finder.__module__]
+"""
+
+
+class TestVersion:
+    def test_is_that_of_the_project(self):
+        assert _version.version() == ck.__version__
+        if (ROOT / "pyproject.toml").exists():
+            project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            assert ck.__version__ == project["version"]
+        else:
+            assert ck.__version__ == importlib.metadata.version("churn-kernels")
+
+    @pytest.mark.parametrize("checkout", [True, False])
+    def test_of_an_unbuilt_copy(self, tmp_path, checkout):
+        """A checkout has its own version, a bare folder that of what is installed."""
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(PACKAGE, tmp_path / "churn_kernels", ignore=ignored)
+        project = "churn-kernels" if checkout else "another"
+        text = f'[project]\nname = "{project}"\nversion = "7.8.9"\n'
+        (tmp_path / "pyproject.toml").write_text(text)
+        program = ALONE + "import churn_kernels as ck; print(ck.__version__, ck.__file__)"
+        done = run(
+            *(sys.executable, "-c", program),
+            folder=tmp_path,
+            PYTHONPATH=str(tmp_path),
+            CHURN_BACKEND="reference",
+        )
+        assert done.returncode == 0, done.stderr
+        version, file = done.stdout.split()
+        assert Path(file).is_relative_to(tmp_path)
+        try:
+            installed = importlib.metadata.version("churn-kernels")
+        except importlib.metadata.PackageNotFoundError:
+            installed = "0+unknown"
+        assert version == ("7.8.9" if checkout else installed)
+
+    def test_costs_the_import_nothing(self):
+        program = "import sys, churn_kernels; sys.exit('churn_kernels._version' in sys.modules)"
+        assert run(sys.executable, "-c", program).returncode == 0
+
+    def test_other_names_are_missing(self):
+        with pytest.raises(AttributeError, match=r"^module 'churn_kernels' has no attribute 'nam"):
+            _ = ck.name
+
+
+class TestWithoutLibrary:
+    PROGRAM = (
+        ALONE
+        + """
+import json, warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import churn_kernels as ck, torch
@@ -92,6 +172,7 @@ print(json.dumps({
     "warnings": [str(w.message) for w in caught if "churn_kernels" in str(w.message)],
 }))
 """
+    )
 
     @pytest.fixture
     def package(self, tmp_path):

@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import churn_kernels as ck
-from churn_kernels import _backend, _checks, _constants, _ops
+from churn_kernels import _backend, _checks, _constants, _ops, reference
 
 Z = torch.zeros(4, 5)
 T = torch.zeros(4, dtype=torch.long)
@@ -142,7 +143,22 @@ def test_options(backend, options, error, message):
         (
             [Z[None], Z],
             ValueError,
-            "logits[0] must have shape (N, C), got (1, 4, 5); rows are examples",
+            "logits[1] must have the shape of logits[0], (1, 4, 5), got (4, 5); all models must",
+        ),
+        (
+            [Z[0]],
+            ValueError,
+            "logits[0] must have shape (N, C) or (..., C), got (5,); for one row of classes pass "
+            "logits[0][None], for the single logit z (N,) of a binary classifier "
+            "torch.stack([torch.zeros_like(z), z], -1)",
+        ),
+        (
+            torch.zeros(4, 5, 2, 3),
+            ValueError,
+            "logits must be a sequence of (N, C) tensors or one (K, N, C) tensor, got one tensor "
+            "of shape (4, 5, 2, 3); pass [logits] for a single model, list(logits) for K models of "
+            "logits (..., C), with the classes in the last dimension: for (N, C, H, W) pass "
+            "[logits.movedim(1, -1)]",
         ),
         (
             [Z.long(), Z.long()],
@@ -193,7 +209,36 @@ def test_logits(backend, logits, error, message):
         (
             torch.zeros(4, 5),
             TypeError,
-            "target must be int64 class indices, got float32; pass class indices; class",
+            "target must be int64 class indices, got float32; pass class indices; class "
+            "probabilities are not supported: for one-hot rows pass target.argmax(-1), for others "
+            "distillation_loss with teacher_logits=target.log()",
+        ),
+        (
+            torch.zeros(4),
+            TypeError,
+            "target must be int64 class indices, got float32; pass target.long()",
+        ),
+        (
+            T.bool(),
+            TypeError,
+            "target must be int64 class indices, got bool; pass target.long()",
+        ),
+        (
+            torch.zeros(4, 5).long(),
+            ValueError,
+            "target must have shape (4,), one class for each row of the logits, got (4, 5); for "
+            "one-hot rows pass target.argmax(-1)",
+        ),
+        (
+            T.view(2, 2),
+            ValueError,
+            "target must have shape (4,), one class for each row of the logits, got (2, 2); pass "
+            "target.reshape(4,)",
+        ),
+        (
+            T.to_sparse(),
+            TypeError,
+            "target must be a dense tensor, got one of layout sparse_coo; pass target.to_dense()",
         ),
         (
             T[:3],
@@ -203,7 +248,8 @@ def test_logits(backend, logits, error, message):
         (
             T[:, None],
             ValueError,
-            "target must have shape (4,), one class for each row of the logits, got (4, 1); ",
+            "target must have shape (4,), one class for each row of the logits, got (4, 1); pass "
+            "target.squeeze(-1)",
         ),
         (
             T.to("meta"),
@@ -236,14 +282,146 @@ def test_target_out_of_range(backend, wrong, reduction, requires_grad):
     assert ck.codistillation_loss([z, z], target, ignore_index=wrong).isfinite()
 
 
+READING = (
+    "logits of shape (4, 6, 5) in one tensor are those of K = 4 models of N = 6 rows, whose target "
+    "has shape (6,), got {}; for one model's logits of shape (B, T, C), and a target (B, T), pass "
+    "[logits]"
+)
+TWO_CLASSES = (
+    "logits must have at least 2 classes where there is a target, got C = 1, whose probability is "
+    "1 whatever the logit; for the single logit z (N, 1) of a binary classifier pass "
+    "torch.cat([torch.zeros_like(z), z], -1)"
+)
+LAST = (
+    "target must have shape {}, one class for each row of the logits, got {}; the classes are the "
+    "last dimension of the logits: for (N, C, H, W), and a target (N, H, W), pass {}"
+)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "message"),
+    [
+        (torch.zeros(4, 6, 5), (4, 6), READING.format("(4, 6)")),
+        (torch.zeros(4, 6, 5), (24,), READING.format("(24,)")),
+        (
+            [torch.zeros(2, 5, 8, 9)],
+            (2, 8, 9),
+            LAST.format("(2, 5, 8)", "(2, 8, 9)", "logits.movedim(1, -1)"),
+        ),
+        (
+            [torch.zeros(2, 5, 8)],
+            (2, 8),
+            LAST.format("(2, 5)", "(2, 8)", "logits.movedim(1, -1)"),
+        ),
+        (
+            torch.zeros(2, 5, 8),
+            (2, 8),
+            LAST.format("(5,)", "(2, 8)", "[logits.movedim(1, -1)]"),
+        ),
+        (
+            [torch.zeros(2, 3, 5)],
+            (6,),
+            "target must have shape (2, 3), one class for each row of the logits, got (6,); pass "
+            "target.reshape(2, 3)",
+        ),
+        ([torch.zeros(4, 1)], (4,), TWO_CLASSES),
+        (torch.zeros(2, 4, 1), (4,), TWO_CLASSES),
+        (
+            [torch.zeros(4, 5, 1)],
+            (4, 1),
+            TWO_CLASSES + "; for classes in dimension 1 pass logits.movedim(1, -1)",
+        ),
+    ],
+)
+def test_shapes_that_mean_something_else(backend, logits, target, message):
+    with raises(ValueError, message) as caught:
+        ck.codistillation_loss(logits, torch.zeros(target, dtype=torch.long))
+    assert str(caught.value) == message
+
+
+def test_a_single_logit_is_refused_before_its_labels(backend):
+    z = torch.randn(4, 1)
+    for target in (torch.ones(4), torch.ones(4, 1), T + 1):  # as binary_cross_entropy takes them
+        with raises(ValueError, TWO_CLASSES):
+            ck.regularized_cross_entropy(z, target)
+    two = torch.cat([torch.zeros_like(z), z], -1)
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(z, torch.ones(4, 1))
+    torch.testing.assert_close(ck.regularized_cross_entropy(two, T + 1), wanted)
+    assert ck.codistillation_loss([z, z]) == 0  # without a target, one class is a distribution
+
+
+UNBIND = "must be a dense tensor, got a nested one; pass torch.cat("
+
+
+# PyTorch calls these prototypes, or deprecated.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: Z.to_sparse(),
+            TypeError,
+            "must be a dense tensor, got one of layout sparse_coo; pass ",
+        ),
+        (
+            lambda: Z.to_sparse_csr(),
+            TypeError,
+            "must be a dense tensor, got one of layout sparse_csr; ",
+        ),
+        (lambda: torch.nested.nested_tensor([Z, Z[:2]]), TypeError, UNBIND),
+        (lambda: torch.nested.nested_tensor([Z, Z[:2]], layout=torch.jagged), TypeError, UNBIND),
+        (
+            lambda: torch.quantize_per_tensor(Z, 0.1, 0, torch.quint8),
+            TypeError,
+            "must be float32, float64, bfloat16 or float16, got quint8; pass logits.dequantize()",
+        ),
+        (
+            lambda: Z.to("meta"),
+            ValueError,
+            "must hold numbers, got a tensor of the meta device, which holds none; give the model "
+            "memory with model.to_empty(device='cpu'), and load its weights",
+        ),
+    ],
+)
+def test_logits_that_are_not_dense(backend, make, error, message):
+    kind = make()
+    with raises(error, f"logits {message}"):
+        ck.softmax_entropy(kind)
+    first = "" if kind.is_meta else "[0]"
+    with raises(error, f"logits{first} {message.replace('logits', 'logits' + first)}"):
+        ck.codistillation_loss([kind, kind])
+    if not kind.is_meta and not kind.is_quantized:
+        with raises(error, f"logits[1] {message}"):
+            ck.codistillation_loss([Z, kind])
+        with raises(error, f"teacher_logits {message}"):
+            ck.distillation_loss(Z, kind, T, alpha=0.5)
+        with raises(error, f"runs[0] {message}"):
+            ck.metrics.churn_report([kind, kind])
+        with raises(error, f"logits {message}"):
+            ck.metrics.prediction_confidence(kind)
+    if kind.is_sparse:
+        with raises(error, f"logits {message}"):
+            ck.codistillation_loss(torch.stack([kind, kind]))
+        with raises(error, f"class_weight {message}"):
+            ck.codistillation_loss([Z, Z], T, class_weight=torch.ones(5).to_sparse())
+        with raises(error, f"x {message}"):
+            ck.exact_sum(kind)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch has no oneDNN")
+def test_logits_of_mkldnn(backend):
+    with raises(TypeError, "logits must be a dense tensor, got one of layout _mkldnn; pass logits"):
+        ck.softmax_entropy(Z.to_mkldnn())
+
+
 def test_functions_of_one_model(backend):
-    wrong = torch.zeros(2, 4, 5)
-    with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); rows are examples"):
+    wrong = Z[0]
+    with raises(ValueError, "logits must have shape (N, C) or (..., C), got (5,); for one row"):
         ck.regularized_cross_entropy(wrong, T)
     with raises(TypeError, "target must be an int64 tensor of class indices, got None; for the"):
         ck.regularized_cross_entropy(Z, None)
     for function in (ck.softmax_entropy, ck.uniform_skl):
-        with raises(ValueError, "logits must have shape (N, C), got (2, 4, 5); rows are examples"):
+        with raises(ValueError, "logits must have shape (N, C) or (..., C), got (5,); for one row"):
             function(wrong)
         with raises(ValueError, "top_k must be at most the number of classes C = 5, got 6; "):
             function(Z, top_k=6)
@@ -265,8 +443,9 @@ def test_distillation_loss(backend):
         ck.distillation_loss(Z, Z[:3], T, alpha=0.5)
     with raises(ValueError, "teacher_logits must hold at least one model, got an empty sequence"):
         ck.distillation_loss(Z, [], T, alpha=0.5)
-    with raises(ValueError, "teacher_logits must be a sequence of (N, C) tensors or one (K, N, C)"):
-        ck.distillation_loss(Z, Z[0], T, alpha=0.5)
+    for wrong in (Z[0], torch.zeros(0, 4, 5), Z[None, None]):
+        with raises(ValueError, "teacher_logits must be a tensor of the student's shape, a "):
+            ck.distillation_loss(Z, wrong, T, alpha=0.5)
     with raises(ValueError, "alpha must be in [0, 1], got 1.5; it is a share"):
         ck.distillation_loss(Z, Z, T, alpha=1.5)
     with raises(ValueError, "temperature must be > 0, got -1.0; 1 leaves the logits as they are"):
@@ -389,23 +568,27 @@ class TestBackends:
     def test_a_device_without_a_kernel_falls_back_once(self, monkeypatch):
         monkeypatch.setattr(_backend, "_chosen", None)
         monkeypatch.setattr(_backend, "_warned_devices", set())
-        z = Z.detach().to("meta")
-        with pytest.warns(
-            RuntimeWarning, match="churn_kernels has no kernel for meta tensors"
-        ) as caught:
-            loss = ck.codistillation_loss([z])
-        assert loss.device.type == "meta"
-        assert caught[0].filename == __file__
-        ck.codistillation_loss([z])  # a second warning would be an error
+        # What the reference would compute there, PyTorch cannot without the device.
+        monkeypatch.setattr(reference, "loss", lambda logits, *others: (logits[0], None))
+        with FakeTensorMode():
+            z = torch.zeros(4, 5, device="xpu")
+            with pytest.warns(
+                RuntimeWarning, match="churn_kernels has no kernel for xpu tensors"
+            ) as caught:
+                loss = ck.codistillation_loss([z])
+            assert loss.device.type == "xpu"
+            assert caught[0].filename == __file__
+            ck.codistillation_loss([z])  # a second warning would be an error
 
     def test_the_cpu_backend_refuses_other_devices(self):
         if "cpu" not in ck.available_backends():
             pytest.skip("the cpu backend was not built")
         with (
             ck.backend("cpu"),
+            FakeTensorMode(),
             raises(ValueError, "backend 'cpu' takes CPU tensors, got logits on"),
         ):
-            ck.softmax_entropy(Z.to("meta"))
+            ck.softmax_entropy(torch.zeros(4, 5, device="xpu"))
 
     @pytest.mark.parametrize(
         ("variable", "value", "message"),

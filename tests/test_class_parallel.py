@@ -24,9 +24,10 @@ from parity import (
     special_logits,
 )
 from processes import run
+from torch.utils.checkpoint import checkpoint
 
 import churn_kernels as ck
-from churn_kernels import _class_shards, _ops
+from churn_kernels import _autograd, _blocks, _class_shards, _ops
 from churn_kernels._options import LossOptions
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
@@ -77,7 +78,8 @@ def in_shards(logits, target, weight, options, cuts, upstream, together=reduce):
 
     def one(place):
         mine = shards[place]
-        loss, terms = _class_shards.evaluate(mine, target, weight, options, True, meeting.at(place))
+        ops = _class_shards.ShardOps(meeting.at(place))
+        loss, terms = _autograd.evaluate_by_rows(ops, mine, target, weight, options, True)
         students = mine[: len(mine) - options.teachers]
         return loss.detach(), terms, torch.autograd.grad(loss, students, upstream)
 
@@ -180,8 +182,8 @@ def test_sums_in_floating_point_are_caught():
 def test_differentiating_twice_raises():
     logits = random_logits(seeded("twice"), 2, ROWS, CLASSES)
     leaves = [z.requires_grad_() for z in logits]
-    meeting = Meeting(1).at(0)
-    loss, _ = _class_shards.evaluate(leaves, None, None, EXACT["plain"], False, meeting)
+    ops = _class_shards.ShardOps(Meeting(1).at(0))
+    loss, _ = _autograd.evaluate_by_rows(ops, leaves, None, None, EXACT["plain"], False)
     (gradient,) = torch.autograd.grad(loss, leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward is not implemented"):
         gradient.sum().backward()
@@ -195,13 +197,39 @@ def test_transforms_of_torch_func():
 
     def shard(*models):
         options = LossOptions(1.0, 0.0, 1.0, regularizer=1, divergence=1, mode=3)
-        meeting = Meeting(1).at(0)
-        return _class_shards.evaluate(models, None, None, options, False, meeting)[0]
+        ops = _class_shards.ShardOps(Meeting(1).at(0))
+        return _autograd.evaluate_by_rows(ops, models, None, None, options, False)[0]
 
     assert bytes_of(torch.func.grad(shard)(*logits)) == bytes_of(torch.func.grad(whole)(*logits))
     examples = [torch.stack([z, z * 2]) for z in logits]
     want = torch.func.vmap(whole)(*examples)
     assert bytes_of(torch.func.vmap(shard)(*examples)) == bytes_of(want)
+
+
+def test_each_thread_has_a_block_of_its_own():
+    """Two threads with a shard each, through the public functions, one shard of a single class."""
+    logits = torch.randn(2, 2, 3, 5, generator=seeded("blocks"))
+    target = torch.randint(5, (2, 3), generator=seeded("blocks"))
+    parts = logits.split([1, 4], -1)
+    meeting = Meeting(2)
+
+    def one(place):
+        with _blocks.block(class_exchange=meeting.at(place)):
+            return ck.codistillation_loss(list(parts[place]), target, alpha=0.1, reduction="none")
+
+    with ThreadPoolExecutor(2) as pool:
+        losses = list(pool.map(one, range(2)))
+    whole = ck.codistillation_loss(list(logits), target, alpha=0.1, reduction="none", mode="exact")
+    assert whole.shape == (2, 3)
+    assert [bytes_of(loss) for loss in losses] == [bytes_of(whole)] * 2
+
+
+def test_rows_of_one_class_in_all_processes_are_refused():
+    options = LossOptions(mode=3)
+    target = torch.zeros(4, dtype=torch.long)
+    ops = _class_shards.ShardOps(Meeting(1).at(0))
+    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes where there is a"):
+        _autograd.evaluate_by_rows(ops, [torch.zeros(4, 1)], target, None, options, False)
 
 
 # Over processes -----------------------------------------------------------------------------------
@@ -351,6 +379,67 @@ ALONE = {
     "alone: target": "ValueError: target must",
     "alone: class_weight": "TypeError: class_weight must be a tensor of shape (C,), got list",
 }
+
+
+CHECKPOINTED = {
+    "mean": lambda a, b, target: ck.codistillation_loss([a, b], target, alpha=0.2),
+    "none": lambda a, b, target: ck.codistillation_loss([a, b], target, reduction="none").sum(),
+    "behind": lambda a, b, target: (
+        ck.codistillation_loss([a, b], target, reduction="none") * torch.arange(ROWS)
+    ).sum(),
+    "stacked": lambda a, b, target: ck.codistillation_loss(torch.stack([a, b]), target),
+    "float16": lambda a, b, target: ck.codistillation_loss([a.half(), b.half()], target),
+}
+
+
+def checkpointing_worker(rank, world):
+    """Which losses have the gradients of whole rows if checkpointing computes them again."""
+    logits, target, _ = problem()
+    found = {}
+    for name, loss in CHECKPOINTED.items():
+        whole = [z.detach().requires_grad_() for z in logits]
+        with ck.reduction_mode("exact"):
+            want = torch.autograd.grad(loss(*whole, target), whole)
+            want = [z.split(WIDTHS[world], 1)[rank] for z in want]
+        for reentrant in (True, False):
+            mine = [z.detach().split(WIDTHS[world], 1)[rank].requires_grad_() for z in logits]
+            with ck.distributed.class_parallel():
+                value = checkpoint(loss, *mine, target, use_reentrant=reentrant)
+            value.backward()
+            found[name, reentrant] = all(
+                bytes_of(z.grad) == bytes_of(g) for z, g in zip(mine, want, strict=True)
+            )
+        # A loss of whole rows is computed again as such, whatever came before.
+        whole = [z.detach().requires_grad_() for z in logits]
+        with ck.reduction_mode("exact"):
+            checkpoint(loss, *whole, target, use_reentrant=True).backward()
+        parts = [z.grad.split(WIDTHS[world], 1)[rank] for z in whole]
+        found[name, "whole"] = all(map(torch.equal, parts, want))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_checkpointing_computes_the_same_loss_again(tmp_path):
+    """The backward pass is outside the block; target classes lie in either process."""
+    for found in run(checkpointing_worker, 2, tmp_path / "checkpointing"):
+        assert len(found) == 3 * len(CHECKPOINTED)
+        assert all(found.values()), found
+
+
+def test_another_loss_in_its_place_is_noticed():
+    """Statistics of shards have a shape of their own, which checkpointing compares."""
+    logits = random_logits(seeded("noticed"), 2, ROWS, CLASSES)
+    leaves = [z.requires_grad_() for z in logits]
+    options = PLAIN._replace(mode=3, reduction=0)
+    whole, _ = _autograd.evaluate_by_rows(_ops.COMPILED, leaves, None, None, options, False)
+    ops = _class_shards.ShardOps(Meeting(1).at(0))
+    shard, _ = _autograd.evaluate_by_rows(ops, leaves, None, None, options, False)
+    shapes = [
+        [x.shape for x in loss.grad_fn.saved_tensors if x is not None] for loss in (whole, shard)
+    ]
+    assert shapes[0][1:] == shapes[1][1:]
+    assert shapes[0][0] != shapes[1][0]
 
 
 @pytest.mark.slow

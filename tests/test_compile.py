@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import cases
 import pytest
@@ -9,6 +10,7 @@ import torch
 from tolerances import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.func import grad, jacrev, vmap
 
 import churn_kernels as ck
 from churn_kernels import _backend, _ops
@@ -141,10 +143,164 @@ def test_weights_that_ramp(backend):
         torch.testing.assert_close(loss(*logits, beta), wanted)
 
 
+TRANSFORMED = {
+    "grad": lambda loss, by_row: lambda a, b: grad(loss, argnums=(0, 1))(a, b),
+    "vmap": lambda loss, by_row: (
+        lambda a, b: vmap(loss, in_dims=(0, None))(torch.stack([a, b, a + b]), b)
+    ),
+    "vmap of grad": lambda loss, by_row: (
+        lambda a, b: vmap(grad(loss), in_dims=(0, None))(torch.stack([a, b]), b)
+    ),
+    "jacrev": lambda loss, by_row: lambda a, b: jacrev(by_row)(a, b),
+}
+
+
+@pytest.mark.parametrize("mode", ["run_to_run", "exact"])
+@pytest.mark.parametrize("name", sorted(TRANSFORMED))
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_transforms_compile(backend, name, mode, compiler):
+    if (backend, mode) == ("reference", "exact"):
+        pytest.skip("the reference has no exact mode")
+
+    def loss(a, b):
+        return ck.codistillation_loss([a, b], TARGET, alpha=0.1, mode=mode)
+
+    def by_row(a, b):
+        return ck.codistillation_loss([a, b], TARGET, alpha=0.1, mode=mode, reduction="none")
+
+    function = TRANSFORMED[name](loss, by_row)
+    logits = [z.detach() for z in cases.batch()[0]]
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    found, wanted = compiled(*logits), function(*logits)
+    if isinstance(found, torch.Tensor):
+        found, wanted = [found], [wanted]
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b, "gradient", F32)
+        assert mode != "exact" or torch.equal(a, b)
+
+
+def test_a_transform_of_what_the_kernel_cannot_derive():
+    def twice(a, b):
+        return grad(lambda a: grad(ck.symmetric_kl)(a, b).sum())(a)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
+    logits = [z.detach() for z in cases.batch()[0]]
+    with ck.backend("cpu"), pytest.raises(Exception, match="double backward is not implemented"):
+        compiled(*logits)
+
+
 def test_a_wrong_argument_raises(backend):
     compiled = torch.compile(ck.symmetric_kl, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="q_logits must have the shape of p_logits"):
         compiled(torch.zeros(4, 5), torch.zeros(3, 5))
+
+
+CRITERION = ck.CodistillationLoss()
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            lambda z, w: ck.codistillation_loss([z, z], beta=w),
+            "beta must be a number, got a tensor",
+        ),
+        (
+            lambda z, w: ck.CodistillationLoss(beta=-1)([z]),
+            "beta must be >= 0, got -1.0; 0 switches",
+        ),
+        (lambda z, w: CRITERION([z], beta=w), "beta must be a number, got a tensor"),
+        (lambda z, w: ck.softmax_entropy(z, reduction="avg"), "reduction must be one of 'none'"),
+        (
+            lambda z, w: ck.softmax_entropy(z, top_k=9),
+            "top_k must be at most the number of classes",
+        ),
+        (lambda z, w: ck.symmetric_kl(z, w), "q_logits must have shape (N, C) or (..., C), got ()"),
+        (lambda z, w: ck.symmetric_kl(z, z, mode="best"), "mode must be one of 'fast', "),
+    ],
+)
+def test_errors_reach_the_user(backend, function, message):
+    """The compiler says it in its explanation; without fullgraph it is raised as ever."""
+    arguments = torch.zeros(4, 5), torch.ones(())
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        torch.compile(function, fullgraph=True, backend="eager")(*arguments)
+    assert f"Explanation: User-inserted graph break. Message: {message}" in str(caught.value)
+    with pytest.raises((TypeError, ValueError)) as caught:
+        torch.compile(function, backend="eager")(*arguments)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_graph_fits_the_blocks_it_is_called_in(backend):
+    """It is compiled anew for another backend or mode, and found again, in every thread."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(
+        lambda z: (ck.get_reduction_mode(), ck.softmax_entropy(z).sum()),
+        fullgraph=True,
+        backend=counter,
+    )
+    z = torch.zeros(4, 5)
+
+    def mode():
+        return compiled(z)[0]
+
+    with ck.reduction_mode("run_to_run"):
+        assert [mode(), mode()] == ["run_to_run"] * 2
+        assert counter.frame_count == 1
+        with ck.reduction_mode("fast"):
+            assert mode() == "fast"
+            assert counter.frame_count == 2
+            thread = threading.Thread(target=lambda: results.append(mode()))
+            results = []
+            thread.start()
+            thread.join()
+            assert results == [ck.get_reduction_mode().replace("fast", "run_to_run")]
+        count = counter.frame_count
+        assert mode() == "run_to_run"
+        assert counter.frame_count == count
+
+
+def test_blocks_inside_of_a_graph(backend):
+    def function(a, b):
+        with ck.reduction_mode("run_to_run"):
+            with ck.backend("reference"):
+                inside = ck.symmetric_kl(a, b)
+            mode = ck.get_reduction_mode()
+        return inside, ck.symmetric_kl(a, b), mode, ck.get_reduction_mode()
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    logits = [z.detach() for z in cases.batch()[0]]
+    with ck.reduction_mode("fast"):
+        got, want = compiled(*logits), function(*logits)
+    assert got[2:] == want[2:] == ("run_to_run", "fast")
+    torch.testing.assert_close(got[:2], want[:2])
+    assert ck.get_reduction_mode() == "run_to_run"
+
+
+def test_a_module_whose_weights_ramp(backend):
+    """As of the function: 0 and one other number are two graphs, all others inputs."""
+    criterion = ck.CodistillationLoss(class_weight=torch.rand(7))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    logits, target = cases.batch()
+    for step in range(12):
+        criterion.beta = step / 4
+        torch.testing.assert_close(compiled(logits, target), criterion(logits, target))
+    assert counter.frame_count == 2
+    overridden = torch.compile(lambda z: criterion(z, beta=0.5), fullgraph=True, backend="eager")
+    torch.testing.assert_close(overridden(logits), criterion(logits, beta=0.5))
+
+
+def test_any_leading_dimensions(backend):
+    def function(a, b, target):
+        return ck.codistillation_loss([a, b], target, reduction="none")
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=True)
+    for shape in ((2, 3, 7), (4, 5, 7), (2, 1, 3, 7)):
+        logits = torch.randn(2, *shape)
+        target = torch.randint(7, shape[:-1])
+        torch.testing.assert_close(compiled(*logits, target), function(*logits, target))
 
 
 OPTIONS = {

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the guide runs, in order, in one namespace a page."""
+"""Every Python block of the README and the guides runs, in order, in one namespace a page."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # torch.compile looks at the .grad of every tensor it is given, leaf or not.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/distributed.md"])
 def test_snippets(page, monkeypatch):
     group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in group.items():

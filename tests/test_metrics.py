@@ -316,7 +316,7 @@ BAD_REPORTS = {
         ([GOOD, GOOD.argmax(1)],),
         {},
         ValueError,
-        "runs[1] must have shape (N, C), got (3,)",
+        "runs[1] must have shape (N, C) or (..., C), got (3,); ",
     ),
     "integers": (([GOOD.long()] * 2,), {}, TypeError, "runs[0] must be float32, float64"),
     "no classes": (
@@ -361,26 +361,25 @@ BAD_REPORTS = {
         ([GOOD, GOOD], [0, 1, 2]),
         {},
         TypeError,
-        "target must be an int64 tensor of class indices or None, got list; convert it with "
-        ".long()",
+        "target must be an int64 tensor of shape (3,), got list; pass torch.as_tensor(target)",
     ),
     "target dtype": (
         ([GOOD, GOOD], torch.zeros(3)),
         {},
         TypeError,
-        "target must be an int64 tensor of class indices or None, got torch.float32",
+        "target must be int64 class indices, got float32; pass target.long()",
     ),
     "target shape": (
         ([GOOD, GOOD], torch.zeros(4, dtype=torch.int64)),
         {},
         ValueError,
-        "target must have shape (N,) = (3,), got (4,); pass one label per row",
+        "target must have shape (3,), one class for each row of the logits, got (4,); for a",
     ),
     "target device": (
         ([GOOD, GOOD], torch.zeros(3, dtype=torch.int64, device="meta")),
         {},
         ValueError,
-        "target must be on the runs' device, cpu, got meta; pass target.to(runs[0].device)",
+        "target must be on the logits' device, cpu, got meta; pass target.to(logits.device)",
     ),
     "target range": (
         ([GOOD, GOOD], torch.tensor([0, 4, -1])),
@@ -430,8 +429,10 @@ def test_bad_input_of_the_pieces():
     labels = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"bins must be at least 1, got 0; 15 is customary"):
         metrics.expected_calibration_error(GOOD, labels, bins=0)
-    with pytest.raises(ValueError, match=r"logits must have shape \(N, C\), got \(2, 3, 4\)"):
-        metrics.expected_calibration_error(GOOD.expand(2, 3, 4), labels)
+    with pytest.raises(
+        ValueError, match=r"logits must have shape \(N, C\) or \(\.\.\., C\), got \(4,\)"
+    ):
+        metrics.expected_calibration_error(GOOD[0], labels)
     with pytest.raises(ValueError, match="logits must have probabilities in every row, got NaN"):
         metrics.expected_calibration_error(GOOD * NAN, labels)
     with pytest.raises(
@@ -440,3 +441,16 @@ def test_bad_input_of_the_pieces():
         metrics.prediction_confidence(torch.tensor(1.0))
     with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 0; 0.95 is"):
         metrics.churn_report([FIRST, SECOND]).summary(level=0)
+
+
+def test_runs_of_any_leading_dimensions():
+    runs = torch.randn(3, 2, 4, 5)
+    target = torch.randint(5, (2, 4))
+    got = metrics.churn_report(list(runs), target)
+    want = metrics.churn_report(list(runs.flatten(1, 2)), target.flatten())
+    assert got.to_dict() == want.to_dict()
+    assert got.rows == 8
+    error = metrics.expected_calibration_error(runs[0], target)
+    assert error == metrics.expected_calibration_error(runs[0].flatten(0, 1), target.flatten())
+    with pytest.raises(ValueError, match=r"\(N, H, W\), pass logits.movedim\(1, -1\)$"):
+        metrics.churn_report(list(runs), torch.zeros(2, 5, dtype=torch.long))

@@ -73,6 +73,24 @@ def test_jacobian(data):
     same(lambda: jacrev(lambda z: ck.softmax_entropy(z, reduction="none"))(data[0]))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vectorized_jacobian(data, reduction):
+    same(
+        lambda: torch.autograd.functional.jacobian(
+            lambda z: ck.symmetric_kl(z, data[1], reduction=reduction), data[0], vectorize=True
+        )
+    )
+
+
+def test_vectorized_jacobian_of_terms(data):
+    a, b, target = data
+
+    def terms(z):
+        return ck.codistillation_terms([z, b], target).cross_entropy
+
+    same(lambda: torch.autograd.functional.jacobian(terms, a, vectorize=True))
+
+
 def test_vmap(data):
     a, b, _ = data
     same(lambda: vmap(ck.symmetric_kl, in_dims=(0, None))(torch.stack([a, b, a + b]), b))

@@ -74,8 +74,8 @@ def amplify(
         found.append(run_pair(build, steps, device=device, around=around, flip=(inject_at, seed)))
     curves = [pair.distances[inject_at - 1 :] for pair in found]
     rates = [growth_rate(curve) for curve in curves if not _absorbed(curve)]
-    grown = torch.tensor([rate for rate in rates if not math.isnan(rate)])
-    ends = torch.tensor([pair.churn[-1] for pair in found if pair.churn])
+    grown = torch.tensor([rate for rate in rates if not math.isnan(rate)], device="cpu")
+    ends = torch.tensor([pair.churn[-1] for pair in found if pair.churn], device="cpu")
     return Amplification(
         steps,
         inject_at,
@@ -106,8 +106,8 @@ def growth_rate(distances: list[float]) -> float:
         return math.nan
     level = logs[0] + RANGE * (max(finite) - logs[0])
     end = next((n for n, x in enumerate(logs) if n and x >= level), len(logs) - 1)
-    part = torch.tensor(logs[: end + 1], dtype=torch.float64)
-    times = torch.arange(len(part), dtype=torch.float64)
+    part = torch.tensor(logs[: end + 1], dtype=torch.float64, device="cpu")
+    times = torch.arange(len(part), dtype=torch.float64, device="cpu")
     times -= times.mean()
     if len(part) < 2:
         return math.nan

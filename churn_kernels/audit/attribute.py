@@ -146,7 +146,7 @@ def attribute(
                     one for one in twins[EVERYTHING] if one not in twins[name]
                 )
     plain = found.pop("")
-    base = torch.tensor([pair.distances[-1] for pair in plain], dtype=torch.float64)
+    base = torch.tensor([pair.distances[-1] for pair in plain], dtype=torch.float64, device="cpu")
     shares = []
     if base.any():
         shares = [_share(name, ran, base) for name, ran in found.items() if name not in skipped]
@@ -172,7 +172,7 @@ def together(blocks: Sequence[Around]) -> Around:
 
 def _share(name: str, pairs: list[Pair], base: Tensor) -> Share:
     """The share, with the interval of ln(1 - share): its jackknife leaves out a pair of either."""
-    squares = torch.tensor([pair.distances[-1] for pair in pairs], dtype=base.dtype).square()
+    squares = base.new_tensor([pair.distances[-1] for pair in pairs]).square()
     of_base = base.square()
     if not squares.any():
         return Share(name, Estimate(1.0, *[math.nan] * 3), pairs)

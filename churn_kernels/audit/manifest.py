@@ -79,5 +79,5 @@ def manifest_hash(found: dict[str, Any]) -> str:
 
 
 def _flushes_subnormals() -> bool:
-    smallest = torch.full((1,), 2.0**-126)
+    smallest = torch.full((1,), 2.0**-126, device="cpu")
     return not bool((smallest * 0.5).item())

@@ -113,13 +113,14 @@ def flip_ulp(model: nn.Module, seed: int) -> None:
 
     Raises: ReplayError if no number that is finite and not zero comes up.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
-    sizes = torch.tensor([float(p.numel()) for p in parameters])
+    sizes = torch.tensor([float(p.numel()) for p in parameters], device="cpu")
     for _ in range(_TRIES if parameters else 0):
         p = parameters[int(torch.multinomial(sizes, 1, generator=generator))]
-        place = torch.unravel_index(torch.randint(p.numel(), (), generator=generator), p.shape)
+        number = torch.randint(p.numel(), (), generator=generator, device="cpu")
+        place = torch.unravel_index(number, p.shape)
         if p[place].isfinite() and p[place] != 0:
             p.view(kinds[p.element_size()])[place] -= 1
             return

@@ -112,6 +112,7 @@ def runs_of(
     address, size = bits.data_ptr(), bits.nbytes
     if size == 0:
         return
+    run = min(run, size)
     common = gcd(address, first, *((run, step) if run < size else ()))
     width = min(PART.value, common & -common)
     rest = run % width

@@ -232,7 +232,9 @@ class Call:
             sweep_warps(options, len(self.models)),
         )
         self.target = None if target is None else target.contiguous()
-        self.class_weight = None if class_weight is None else class_weight.to(self.dtype)
+        self.class_weight = (
+            None if class_weight is None else class_weight.to(self.dtype).contiguous()
+        )
         # The dtype of a row's scalars.
         self.scalar = torch.float64 if options.mode == EXACT else self.dtype
         # Of what class weights add up to.
@@ -406,6 +408,21 @@ def loss(
     return value, record, terms, gradients
 
 
+def check_record(record: Tensor, call: Call) -> None:
+    """What kernels read of a record is there; one with a report holds more."""
+    fields, rows = record.shape if record.dim() == 2 else (0, 0)
+    place = rows, record.dtype, record.device
+    if (
+        fields < call.spec.fields.value
+        or place != (call.rows, call.scalar, call.device)
+        or not record.is_contiguous()
+    ):
+        raise RuntimeError(
+            "stats must be what churn_kernels::triton_loss returned for the same options, got "
+            f"{tuple(record.shape)} of {record.dtype} on {record.device}"
+        )
+
+
 def loss_backward(
     logits: Sequence[Tensor],
     target: Tensor | None,
@@ -417,6 +434,7 @@ def loss_backward(
     """Gradients for any upstream, out of the record of the forward pass."""
     options = LossOptions(*arguments)
     call = Call(logits, target, class_weight, options, False)
+    check_record(record, call)
     gradients = new_gradients(logits, options.teachers)
     if call.rows == 0:
         return gradients
@@ -446,7 +464,7 @@ def loss_backward(
 
 def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
     """In place times a scalar, unless it is 1; the GPU decides."""
-    size = gradients[0].numel()
+    size = gradients[0].numel() if gradients else 0
     if size == 0:
         return
     programs = min(triton.cdiv(size, SCALE_BLOCK), SCALE_PROGRAMS)

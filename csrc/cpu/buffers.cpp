@@ -11,11 +11,21 @@
 #include <sys/mman.h>
 #endif
 
+#if defined(__SANITIZE_ADDRESS__)  // what nobody asked for is out of bounds, though it is there
+#include <sanitizer/asan_interface.h>
+#define CK_FORBID(data, bytes) ASAN_POISON_MEMORY_REGION(data, bytes)
+#define CK_ALLOW(data, bytes) ASAN_UNPOISON_MEMORY_REGION(data, bytes)
+#else
+#define CK_FORBID(data, bytes)
+#define CK_ALLOW(data, bytes)
+#endif
+
 namespace ck {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kGranule = 64 << 10;  // sizes are rounded up to it, so that more of them match
+constexpr int64_t kMostBytes = int64_t{1} << 62;
 
 struct Buffer {
   void* data;
@@ -24,7 +34,7 @@ struct Buffer {
 
 struct Shelf {
   std::mutex mutex;
-  std::vector<Buffer> kept;  // oldest first
+  std::vector<Buffer> kept;  // oldest first; has room for all that is lent
   int64_t kept_bytes = 0;
   std::unordered_map<void*, int64_t> lent;  // sizes of what is in use
 };
@@ -44,38 +54,54 @@ void* fresh(int64_t bytes) {
   return data;
 }
 
+void release(const Buffer& buffer) {
+  CK_ALLOW(buffer.data, buffer.bytes);
+  std::free(buffer.data);
+}
+
 }  // namespace
 
 void* take_buffer(int64_t bytes) {
-  bytes = (bytes + kGranule - 1) / kGranule * kGranule;
+  if (bytes > kMostBytes) throw std::bad_alloc();
+  const int64_t size = (bytes + kGranule - 1) / kGranule * kGranule;
   Shelf& s = shelf();
   const std::lock_guard lock(s.mutex);
-  const auto fits = [&](const Buffer& b) {
-    return b.bytes >= bytes && b.bytes - bytes <= bytes / 8;
-  };
+  const auto fits = [&](const Buffer& b) { return b.bytes >= size && b.bytes - size <= size / 8; };
   const auto found = std::find_if(s.kept.rbegin(), s.kept.rend(), fits);
   Buffer buffer;
   if (found != s.kept.rend()) {
     buffer = *found;
+    s.lent.emplace(buffer.data, buffer.bytes);
     s.kept_bytes -= buffer.bytes;
     s.kept.erase(std::next(found).base());
   } else {
-    buffer = {fresh(bytes), bytes};
+    s.kept.reserve(s.kept.size() + s.lent.size() + 1);  // giving back must not fail
+    buffer = {fresh(size), size};
+    try {
+      s.lent.emplace(buffer.data, buffer.bytes);
+    } catch (...) {
+      release(buffer);
+      throw;
+    }
   }
-  s.lent[buffer.data] = buffer.bytes;
+  CK_FORBID(buffer.data, buffer.bytes);
+  CK_ALLOW(buffer.data, bytes);
   return buffer.data;
 }
 
 void give_back_buffer(void* data) noexcept {
   Shelf& s = shelf();
   const std::lock_guard lock(s.mutex);
-  const auto lent = s.lent.extract(data);
-  if (lent.mapped() > kKeptBufferBytes) return std::free(data);
-  s.kept.push_back({data, lent.mapped()});
-  s.kept_bytes += lent.mapped();
+  const auto lent = s.lent.find(data);
+  const Buffer buffer{data, lent->second};
+  s.lent.erase(lent);
+  if (buffer.bytes > kKeptBufferBytes) return release(buffer);
+  CK_FORBID(buffer.data, buffer.bytes);
+  s.kept.push_back(buffer);
+  s.kept_bytes += buffer.bytes;
   while (s.kept_bytes > kKeptBufferBytes) {
     s.kept_bytes -= s.kept.front().bytes;
-    std::free(s.kept.front().data);
+    release(s.kept.front());
     s.kept.erase(s.kept.begin());
   }
 }

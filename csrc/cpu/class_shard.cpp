@@ -80,13 +80,12 @@ void run_row(RowWork& work, const LossInputs& in, Stage stage, Sum* out) {
 
 }  // namespace
 
-int stage_width(const LossInputs& in, Stage stage) {
+int64_t stage_width(const LossInputs& in, Stage stage) {
   const int pairs = pair_count(in.models(), in.options.teachers);
   switch (stage) {
     case Stage::kExtremes: return in.models() * kExtremes;
     case Stage::kTopK:
-      return in.options.regularizes_top_k() ? in.students() * static_cast<int>(in.options.top_k) * 2
-                                            : 0;
+      return in.options.regularizes_top_k() ? in.students() * in.options.top_k * 2 : 0;
     case Stage::kBounds: return in.models() * kModelBounds + in.pairs() * kPairBounds;
     case Stage::kSums: return in.models() * kModelSums + pairs * kPairSums + in.students();
     case Stage::kSecondSums: return in.options.needs_second_sweep() ? pairs * kPairSums : 0;
@@ -97,7 +96,7 @@ int stage_width(const LossInputs& in, Stage stage) {
 void run_stage(const LossInputs& in, void* table, const Parallel& parallel) {
   const StandardFloats floats;
   const auto stage = static_cast<Stage>(in.shard->tables.size());
-  const int width = stage_width(in, stage);
+  const int64_t width = stage_width(in, stage);
   if (width == 0) return;
   Sum* out = static_cast<Sum*>(table);
   const int64_t work_of_row = std::max<int64_t>(1, in.classes * in.models());

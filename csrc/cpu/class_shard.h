@@ -22,7 +22,7 @@ inline constexpr int kStages = 5;
 inline constexpr int kExtremes = 3;
 
 // Width of the stage's table; 0 where the options do without it.
-int stage_width(const LossInputs& inputs, Stage stage);
+int64_t stage_width(const LossInputs& inputs, Stage stage);
 
 // This shard's table of the stage that follows those of which inputs.shard has tables.
 void run_stage(const LossInputs& inputs, void* table, const Parallel& parallel);

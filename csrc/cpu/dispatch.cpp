@@ -23,9 +23,8 @@ CK_DECLARE(avx512)
 #endif
 #undef CK_DECLARE
 
-const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
+const KernelSet& kernel_set([[maybe_unused]] Isa isa, DType dtype, bool exact) {
 #if defined(CK_HAS_NEON)
-  (void)isa;
   return exact ? neon::exact_kernels(dtype) : neon::kernels(dtype);
 #else
 #if defined(CK_HAS_AVX512)
@@ -38,9 +37,8 @@ const KernelSet& kernel_set(Isa isa, DType dtype, bool exact) {
 #endif
 }
 
-HashSweep hash_sweep(Isa isa) {
+HashSweep hash_sweep([[maybe_unused]] Isa isa) {
 #if defined(CK_HAS_NEON)
-  (void)isa;
   return neon::hash_sweep();
 #else
 #if defined(CK_HAS_AVX512)

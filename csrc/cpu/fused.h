@@ -138,7 +138,7 @@ struct Fused {
     };
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
-    const float* pair_scales = scales(K == 2 ? 2 : 0);  // there is a pair's only if there are two
+    const float* pair_scales = scales(K == 2 ? 2 : 0);  // of one model: unused
     rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap]),
                            A(pair_scales[kOther])};
     V check(S(0));  // NaN where there is one, of which fixed point knows nothing
@@ -256,8 +256,9 @@ struct Fused {
         }
       }
       for (int k = 0; k < K; ++k) {
-        const X near = max(X(static_cast<S>(kWeightless)), d[k]);
-        X inner = mul_add(slope[k], near, constant[k]), rest = uniform[k];
+        // Of one model exact sums take rows of any reach.
+        if constexpr (kExact && K == 1) d[k] = max(X(static_cast<S>(kWeightless)), d[k]);
+        X inner = mul_add(slope[k], d[k], constant[k]), rest = uniform[k];
         if constexpr (K == 2) {
           inner = rows::add_to_inner(inner, d[0] - d[1] - mean[k], own[k]);
           rest = rows::add_to_rest(rest, e[0] - e[1], e[1 - k], shared[k], minus_other[k]);

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -37,8 +38,9 @@ Isa named_isa(const std::string& name) {
                               " on this machine, got '" + name + "'; unset it to use the best");
 }
 
-Isa& active() {
-  static Isa isa = [] {
+// Threads may read it while another one sets it.
+std::atomic<Isa>& active() {
+  static std::atomic<Isa> isa = [] {
     const char* name = std::getenv("CHURN_CPU_ISA");
     return name && *name ? named_isa(name) : detected_isa();
   }();
@@ -81,8 +83,10 @@ Isa detected_isa() {
   return best;
 }
 
-Isa active_isa() { return active(); }
+Isa active_isa() { return active().load(std::memory_order_relaxed); }
 
-void lower_isa(const std::string& name) { active() = named_isa(name); }
+void lower_isa(const std::string& name) {
+  active().store(named_isa(name), std::memory_order_relaxed);
+}
 
 }  // namespace ck

@@ -17,8 +17,8 @@ Isa detected_isa();
 // The one in force: detected, or lowered by CHURN_CPU_ISA or lower_isa().
 Isa active_isa();
 
-// Lowers (or restores) the instruction set by name; throws std::invalid_argument for a name that is
-// unknown, not built, or above what the machine has.
+// Lowers (or restores) the instruction set by name, for the calls that begin from now on; throws
+// std::invalid_argument for a name that is unknown, not built, or above what the machine has.
 void lower_isa(const std::string& name);
 
 }  // namespace ck

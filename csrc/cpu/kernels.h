@@ -22,6 +22,12 @@ union Sum {
   int64_t fixed;
 };
 
+// Fixed point wraps around: a row whose terms are out of bounds is summed again with another scale,
+// or has no meaning.
+CK_HD void add_fixed(Sum& sum, int64_t x) {
+  sum.fixed = static_cast<int64_t>(static_cast<uint64_t>(sum.fixed) + static_cast<uint64_t>(x));
+}
+
 // One row of the problem, as the sweeps see it. Arrays are per model (students first) or per pair.
 // Sums and coefficients are plain arrays in the order of rows/row.h's structs, so that chunks add
 // up in one loop.

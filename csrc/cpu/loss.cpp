@@ -225,7 +225,7 @@ void add_sums(RowWork& work, const Schedule& schedule, SumSweep sweep) {
   for (int64_t chunk = 0; chunk < schedule.chunks(); ++chunk) {
     for (int i = 0; i < size; ++i) {
       const Sum& part = partial[chunk * size + i];
-      exact ? void(work.sums()[i].fixed += part.fixed) : void(work.sums()[i].real += part.real);
+      exact ? add_fixed(work.sums()[i], part.fixed) : void(work.sums()[i].real += part.real);
     }
   }
 }
@@ -409,7 +409,7 @@ void loss_backward(const LossInputs& in, const double* stats, const double* upst
 }
 
 std::string plan(const LossInputs& in, const Parallel& parallel) {
-  return std::string(folds_into_one_sweep(in) ? "fused " : "general ") + isa_name(active_isa()) +
+  return std::string(folds_into_one_sweep(in) ? "fused " : "general ") + isa_name(in.isa) +
          (Schedule(in, parallel).splits_rows() ? " chunks" : " rows") +
          (streams(in) && folds_into_one_sweep(in) ? " streamed" : " cached");
 }

@@ -27,6 +27,7 @@ struct ClassShard {
 };
 
 struct LossInputs {
+  Isa isa;  // of the whole call, whatever other threads choose meanwhile
   DType dtype;
   int64_t rows, classes;
   std::vector<Matrix> logits;  // students first, then teachers

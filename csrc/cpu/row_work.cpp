@@ -21,6 +21,9 @@ double sum_of_weights(const LossInputs& in) {
   return in.options.exact() ? exact.round<double>() : total;
 }
 
+// A class index that was stored as a float64; 0 for a number that is none.
+int64_t to_index(double x) { return std::abs(x) <= 0x1p53 ? static_cast<int64_t>(x) : 0; }
+
 }  // namespace
 
 bool folds_into_one_sweep(const LossInputs& in) {
@@ -33,7 +36,7 @@ bool folds_into_one_sweep(const LossInputs& in) {
 
 RowWork::RowWork(const LossInputs& in)
     : in_(in),
-      set_(kernel_set(active_isa(), in.dtype, in.options.exact())),
+      set_(kernel_set(in.isa, in.dtype, in.options.exact())),
       preferred_(folds_into_one_sweep(in) ? &set_.fused[in.models() - 1] : &set_.general),
       kernels_(preferred_),
       total_weight_(static_cast<double>(in.all_classes())),
@@ -52,7 +55,7 @@ RowWork::RowWork(const LossInputs& in)
       partners_(in.students() * in.models()),
       logits_(in.models()),
       gradients_(in.students()),
-      heap_(in.options.regularizes_top_k() ? in.options.top_k : 0),
+      heap_(in.options.regularizes_top_k() ? std::min(in.options.top_k, in.classes) : 0),
       winners_(in.shard ? in.models() : 0),
       target_logits_(in.shard ? in.students() : 0) {
   for (const Matrix& m : in.logits) column_strides_.push_back(m.column_stride);
@@ -107,7 +110,7 @@ bool RowWork::start(int64_t row, const std::vector<void*>* gradients, bool strea
     }
   }
   target_ = in_.target && !ignored ? in_.target[row] : -1;
-  const int64_t place = target_ - in_.first_class();
+  const int64_t place = target_ < 0 ? -1 : target_ - in_.first_class();
   view_.target = place >= 0 && place < view_.classes ? place : -1;
   view_.stream = stream;
   view_.next_row = row + 1 < in_.rows ? in_.logits[0].row_stride : 0;
@@ -129,14 +132,14 @@ void RowWork::take_tables(int64_t row) {
     for (int k = 0; k < models; ++k, extremes += kExtremes) {
       maxima_[k] = extremes[0].real;
       maxima_[models + k] = extremes[1].real;
-      winners_[k] = static_cast<int64_t>(extremes[2].real);
+      winners_[k] = to_index(extremes[2].real);
     }
   }
   const Sum* largest = of_row(Stage::kTopK);
   for (int k = 0; largest && k < students && !heap_.empty(); ++k) {
     largest += 2 * in_.options.top_k;
     thresholds_[k] = largest[-2].real;
-    last_ties_[k] = static_cast<int64_t>(largest[-1].real) - in_.first_class();
+    last_ties_[k] = to_index(largest[-1].real) - in_.first_class();
   }
   if (const Sum* bounds = of_row(Stage::kBounds)) {
     for (double& bound : bounds_) bound = (bounds++)->real;
@@ -490,7 +493,7 @@ void RowWork::restore(const double* stats) {
     s.tempered_mass = in_.options.temperature != 1.0 ? *stats++ : s.mass;
     if (top) {
       thresholds_[k] = *stats++;
-      last_ties_[k] = static_cast<int64_t>(*stats++);
+      last_ties_[k] = to_index(*stats++);
       s.top_mass = *stats++;
     }
   }

@@ -50,39 +50,42 @@ CK_HD void plus_product(FloatSum<S>& sum, const Vec<S>& a, const Vec<S>& b) {
   rows::plus_product(sum.lanes, a, b);
 }
 
-// Integer addition has no order, so the lanes are just as many as are handy.
+// Integer addition has no order, so the lanes are just as many as are handy. They wrap around.
 struct FixedSum {
-  Native<int64_t> lanes;
+  Native<uint64_t> lanes;
   Vec<float> scale;
 
   explicit FixedSum(float scale) : lanes{}, scale(scale) {}
   void add_to(Sum& total) const {
-    for (int i = 0; i < static_cast<int>(CK_NATIVE_BYTES / 8); ++i) total.fixed += lanes[i];
+    for (int i = 0; i < static_cast<int>(CK_NATIVE_BYTES / 8); ++i) {
+      add_fixed(total, static_cast<int64_t>(lanes[i]));
+    }
   }
 };
 
 // Adds each lane of x, cut to an integer; |x| <= 2^rows::kMostPlaces. Of others, and of NaN, what
 // is added is any number: rows that hold one are summed again with another scale, or mean nothing.
-CK_HD void add_integers(Native<int64_t>& lanes, const Vec<float>& x) {
+CK_HD void add_integers(Native<uint64_t>& lanes, const Vec<float>& x) {
 #if defined(__AVX512F__)
   const __m512 all = (__m512)x.part[0];
-  lanes += (Native<int64_t>)_mm512_cvttps_epi64(_mm512_castps512_ps256(all));
-  lanes += (Native<int64_t>)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(all, 1));
+  lanes += (Native<uint64_t>)_mm512_cvttps_epi64(_mm512_castps512_ps256(all));
+  lanes += (Native<uint64_t>)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(all, 1));
 #elif defined(__AVX2__)
   // Added to 1.5 * 2^52, an integer stands in the low bits of a float64.
   const __m256d shift = _mm256_set1_pd(0x1.8p52);
-  Native<int64_t> bits = -4 * (Native<int64_t>)shift;
+  Native<uint64_t> bits = -4 * (Native<uint64_t>)shift;
   for (const Native<float>& part : x.part) {
     const __m256 cut = _mm256_round_ps((__m256)part, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    bits += (Native<int64_t>)_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(cut)), shift);
-    bits += (Native<int64_t>)_mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(cut, 1)), shift);
+    bits += (Native<uint64_t>)_mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(cut)), shift);
+    bits += (Native<uint64_t>)_mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(cut, 1)), shift);
   }
   lanes += bits;
 #else
   for (int i = 0; i < kLanes<float>; ++i) {
     const float lane = x.lanes()[i];
     const bool fits = lane >= -0x1p62f && lane <= 0x1p62f;
-    lanes[i % static_cast<int>(CK_NATIVE_BYTES / 8)] += fits ? static_cast<int64_t>(lane) : 0;
+    lanes[i % static_cast<int>(CK_NATIVE_BYTES / 8)] +=
+        static_cast<uint64_t>(fits ? static_cast<int64_t>(lane) : 0);
   }
 #endif
 }

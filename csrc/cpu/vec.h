@@ -170,14 +170,34 @@ CK_HD Vec<S> add_to_exponent(const Vec<S>& p, const Vec<S>& shifted) {
                        ((Native<U>)shifted.part[i] << rows::Format<S>::kMantissaBits));
   });
 }
+#if defined(__AVX512F__)
+// In two instructions; what is not below the limit has a normal result.
+CK_HD Vec<float> power_unless_below(const Vec<float>& x, const Vec<float>& limit,
+                                    const Vec<float>& p, const Vec<float>& n, const Vec<float>&) {
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.part[0], (__m512)limit.part[0], _CMP_NLT_UQ);
+  Vec<float> r;
+  r.part[0] = (Native<float>)_mm512_maskz_scalef_ps(kept, (__m512)p.part[0], (__m512)n.part[0]);
+  return r;
+}
+CK_HD Vec<double> power_unless_below(const Vec<double>& x, const Vec<double>& limit,
+                                     const Vec<double>& p, const Vec<double>& n,
+                                     const Vec<double>&) {
+  const __mmask8 kept = _mm512_cmp_pd_mask((__m512d)x.part[0], (__m512d)limit.part[0], _CMP_NLT_UQ);
+  Vec<double> r;
+  r.part[0] = (Native<double>)_mm512_maskz_scalef_pd(kept, (__m512d)p.part[0], (__m512d)n.part[0]);
+  return r;
+}
+#endif
 template <class S>
 CK_HD Vec<S> split_exponent(const Vec<S>& x, Vec<S>& k) {
   using Int = typename rows::Format<S>::Int;
+  using U = std::make_unsigned_t<Int>;
   return each<S>([&](int i) {
-    const Native<Int> bits = (Native<Int>)x.part[i];
-    const Native<Int> power = (bits - rows::Format<S>::kSqrtHalf) >> rows::Format<S>::kMantissaBits;
+    const Native<U> bits = (Native<U>)x.part[i];
+    const Native<Int> offset = (Native<Int>)(bits - U{rows::Format<S>::kSqrtHalf});
+    const Native<Int> power = offset >> rows::Format<S>::kMantissaBits;
     k.part[i] = __builtin_convertvector(power, Native<S>);
-    return (Native<S>)(bits - (power << rows::Format<S>::kMantissaBits));
+    return (Native<S>)(bits - ((Native<U>)power << rows::Format<S>::kMantissaBits));
   });
 }
 

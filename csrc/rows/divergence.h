@@ -45,7 +45,7 @@ CK_HD V probability_difference(V e_i, V e_j, V shared, V more_i, V minus_more_j)
 template <class V>
 CK_HD V kl_term(V p, V q, V log_p, V smallest) {
   const V D = log_p - log_pos(max(q, smallest));
-  const V near = q * (D * D * exp_series<2>(D));
+  const V near = q * (D * D * exp_series(D));
   const V far = (p - q) - q * D;
   const V without_q = p - zero_below(q, smallest, p);
   return zero_below(q, smallest, where_near(D, near, far)) + without_q;

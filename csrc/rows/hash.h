@@ -47,7 +47,7 @@ constexpr HashKeys make_hash_keys() {
   return keys;
 }
 constexpr uint64_t block_key(int k, int64_t block) {
-  return splitmix64((static_cast<uint64_t>(k + 1) << 56) + static_cast<uint64_t>(block)) | 1;
+  return splitmix64(((static_cast<uint64_t>(k) + 1) << 56) + static_cast<uint64_t>(block)) | 1;
 }
 
 }  // namespace rows

@@ -151,14 +151,22 @@ CK_HD S add_to_exponent(S p, S shifted) {
       static_cast<U>(bits_as<U>(p) + (bits_as<U>(shifted) << Format<S>::kMantissaBits)));
 }
 
+// p * 2^n, n as above and as a number, or 0 where x < limit.
+template <class V>
+CK_HD V power_unless_below(V x, V limit, V p, V, V shifted) {
+  return zero_below(x, limit, add_to_exponent(p, shifted));
+}
+
 // x = m * 2^k with m in [sqrt(1/2), sqrt(2)); returns m, sets k.
 template <class S>
 CK_HD S split_exponent(S x, S& k) {
   using Int = typename Format<S>::Int;
-  const Int offset = bits_as<Int>(x) - Format<S>::kSqrtHalf;
-  const Int power = offset >> Format<S>::kMantissaBits;
+  using U = std::make_unsigned_t<Int>;
+  const U offset = bits_as<U>(x) - U{Format<S>::kSqrtHalf};  // of x < 0 and NaN it wraps around
+  const Int power = static_cast<Int>(offset) >> Format<S>::kMantissaBits;
   k = static_cast<S>(power);
-  return bits_as<S>(static_cast<Int>(bits_as<Int>(x) - (power << Format<S>::kMantissaBits)));
+  return bits_as<S>(
+      static_cast<U>(bits_as<U>(x) - (static_cast<U>(power) << Format<S>::kMantissaBits)));
 }
 
 template <class V>
@@ -186,7 +194,7 @@ CK_HD V exp_nonpos(V d) {
   V p(F::exp_term(0));
   for (int i = 1; i < F::kExpTerms; ++i) p = mul_add(p, r, V(F::exp_term(i)));
   p = mul_add(mul_add(p, r, V(S(1))), r, V(S(1)));
-  return zero_below(d, V(F::kExpLowest), add_to_exponent(p, shifted));
+  return power_unless_below(d, V(F::kExpLowest), p, n, shifted);
 }
 
 // log(x) for normal x > 0.
@@ -219,18 +227,15 @@ CK_HD constexpr double inverse_factorial(int n) {
   return x;
 }
 
-// The power series of (exp(x) - 1) / x for kFirst = 1, of (exp(x) - 1 - x) / x^2 for kFirst = 2;
-// for |x| < kNear, with a relative error below an ulp.
+// The power series of (exp(x) - 1 - x) / x^2; for |x| < kNear, with a relative error below an ulp.
 inline constexpr double kNear = 0.5;
 template <class S>
 inline constexpr int kSeriesTerms = sizeof(S) == 4 ? 8 : 14;
-template <int kFirst, class V>
+template <class V>
 CK_HD V exp_series(V x) {
   using S = typename ScalarOf<V>::type;
-  V p(S(inverse_factorial(kSeriesTerms<S> - 1 + kFirst)));
-  for (int i = kSeriesTerms<S> - 2; i >= 0; --i) {
-    p = mul_add(p, x, V(S(inverse_factorial(i + kFirst))));
-  }
+  V p(S(inverse_factorial(kSeriesTerms<S> + 1)));
+  for (int i = kSeriesTerms<S>; i >= 2; --i) p = mul_add(p, x, V(S(inverse_factorial(i))));
   return p;
 }
 

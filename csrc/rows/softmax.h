@@ -35,7 +35,7 @@ struct UniformSums {
 // `live` is 1, or 0 for a class that does not count; then e and d are 0.
 template <class A, class B, class V>
 CK_HD void add_uniform(UniformSums<A, B>& sums, V e, V d, V live) {
-  const V lift = where_near(d, d * exp_series<1>(d), e - live);
+  const V lift = e - live;
   plus(sums.spread, d);
   plus_product(sums.excess, lift, d);
   plus(sums.lift, lift);

@@ -56,19 +56,19 @@ struct Superaccumulator {
   CK_HD void add_at(int place, int64_t value) {
     const int lane = place >> 5, shift = place & 31;
     const uint64_t low = static_cast<uint64_t>(value & kLow) << shift;
-    word[lane] += static_cast<int64_t>(low & kLow);
-    word[lane + 1] += static_cast<int64_t>(low >> 32) + (value >> 32) * (int64_t{1} << shift);
+    move(lane, static_cast<int64_t>(low & kLow));
+    move(lane + 1, static_cast<int64_t>(low >> 32) + (value >> 32) * (int64_t{1} << shift));
   }
 
   CK_HD void merge(const Superaccumulator& other) {
-    for (int i = 0; i < kSumWords; ++i) word[i] += other.word[i];
+    for (int i = 0; i < kSumWords; ++i) move(i, other.word[i]);
   }
 
   // Carries until lanes 0 to 7 lie in [0, 2^32) and lane 8 has the sign: one set of words for one
   // value.
   CK_HD void normalize() {
     for (int i = 0; i + 1 < kSumLanes; ++i) {
-      word[i + 1] += word[i] >> 32;
+      move(i + 1, word[i] >> 32);
       word[i] &= kLow;
     }
   }
@@ -93,6 +93,11 @@ struct Superaccumulator {
   static constexpr int64_t kLow = 0xffffffff;
   static constexpr int kUnit = -149;  // a lane's unit is 2^kUnit
 
+  // Words that are no sum may hold anything: they wrap around, here as on a GPU.
+  CK_HD void move(int i, int64_t by) {
+    word[i] = static_cast<int64_t>(static_cast<uint64_t>(word[i]) + static_cast<uint64_t>(by));
+  }
+
   // A sum's 64 leading bits, the first of them 1 unless the sum is 0.
   struct Leading {
     uint64_t bits;
@@ -106,7 +111,7 @@ struct Superaccumulator {
     sum.normalize();
     const bool negative = sum.word[kSumLanes - 1] < 0;
     if (negative) {
-      for (int64_t& lane : sum.word) lane = -lane;
+      for (int64_t& lane : sum.word) lane = static_cast<int64_t>(-static_cast<uint64_t>(lane));
       sum.normalize();
     }
     // The last lane is as wide as two others.

@@ -37,8 +37,7 @@ int main(int count, char** arguments) {
     fma.add(bits_as<uint32_t>(canonical(mul_add(x, y, z))));
     fma.add(bits_as<uint32_t>(canonical(mul_add(x, y, bits_as<float>(mixed >> 3)))));
     const float near = static_cast<float>(static_cast<int32_t>(mixed)) * 0x1p-32f;
-    series.add(bits_as<uint32_t>(exp_series<1>(near)));
-    series.add(bits_as<uint32_t>(exp_series<2>(near)));
+    series.add(bits_as<uint32_t>(exp_series(near)));
     fixed.add(static_cast<uint64_t>(places(bits)) << 32 | static_cast<uint64_t>(reach_exponent(x)));
   }
   exp32.print("exp32");

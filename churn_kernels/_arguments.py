@@ -1,0 +1,113 @@
+"""Scalar arguments of the losses to options: checked once for each distinct set."""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from churn_kernels import _checks
+from churn_kernels._options import (
+    DISTILLATION,
+    DIVERGENCES,
+    REDUCTIONS,
+    REGULARIZERS,
+    LossOptions,
+)
+
+# Distinct argument sets whose checked options are kept: a ramp makes a new one each step.
+_CACHED_OPTIONS = 256
+
+
+def options(build: Any, *arguments: Any) -> LossOptions:
+    """`build(*arguments)`, out of its cache where it can be."""
+    if (
+        not torch.compiler.is_compiling()
+    ):  # the compiler traces through a cache, and warns that it does
+        try:
+            return build(*arguments)
+        except TypeError:
+            pass  # an argument that cannot be hashed cannot be right: let its check say so
+    return build.__wrapped__(*arguments)
+
+
+@lru_cache(_CACHED_OPTIONS, typed=True)
+def codistillation(
+    alpha: float,
+    beta: float,
+    regularizer: str,
+    top_k: int | None,
+    renormalize_top_k: bool,
+    divergence: str,
+    label_smoothing: float,
+    ignore_index: int,
+    temperature: float,
+    reduction: str,
+) -> LossOptions:
+    alpha = _checks.option("alpha", alpha)
+    return LossOptions(
+        ce_weight=1.0 - alpha,
+        regularizer_weight=alpha,
+        divergence_weight=_checks.option("beta", beta),
+        regularizer=REGULARIZERS[_checks.option("regularizer", regularizer)],
+        top_k=_checks.option("top_k", top_k) or 0,
+        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
+        divergence=DIVERGENCES[_checks.option("divergence", divergence)],
+        label_smoothing=_checks.option("label_smoothing", label_smoothing),
+        ignore_index=_checks.option("ignore_index", ignore_index),
+        temperature=_checks.option("temperature", temperature),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
+    )
+
+
+@lru_cache(_CACHED_OPTIONS, typed=True)
+def symmetric_kl(reduction: str) -> LossOptions:
+    return LossOptions(
+        ce_weight=0.0,
+        divergence_weight=1.0,
+        divergence=DIVERGENCES["skl"],
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
+    )
+
+
+@lru_cache(_CACHED_OPTIONS, typed=True)
+def regularizer(
+    regularizer: str, sign: float, top_k: int | None, renormalize_top_k: bool, reduction: str
+) -> LossOptions:
+    return LossOptions(
+        ce_weight=0.0,
+        regularizer_weight=sign,
+        regularizer=REGULARIZERS[regularizer],
+        top_k=_checks.option("top_k", top_k) or 0,
+        renormalize_top_k=_checks.option("renormalize_top_k", renormalize_top_k),
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
+    )
+
+
+@lru_cache(_CACHED_OPTIONS, typed=True)
+def distillation(
+    alpha: float,
+    teachers: int,
+    label_smoothing: float,
+    ignore_index: int,
+    temperature: float,
+    reduction: str,
+) -> LossOptions:
+    alpha = _checks.share("alpha", alpha)  # nothing but the teachers to learn from is something
+    temperature = _checks.option("temperature", temperature)
+    square = temperature * temperature
+    if not 0 < square < math.inf:
+        raise ValueError(
+            f"temperature must have a square that is finite and not 0, by which the "
+            f"distillation term is multiplied, got {temperature}; 1 leaves the logits as they are"
+        )
+    return LossOptions(
+        ce_weight=1.0 - alpha,
+        divergence_weight=alpha * square,
+        divergence=DISTILLATION,
+        teachers=teachers,
+        label_smoothing=_checks.option("label_smoothing", label_smoothing),
+        ignore_index=_checks.option("ignore_index", ignore_index),
+        temperature=temperature,
+        reduction=REDUCTIONS[_checks.option("reduction", reduction)],
+    )

@@ -1,0 +1,84 @@
+"""Tensors made under `torch.inference_mode()`, for what keeps its inputs until the backward pass.
+
+Autograd refuses to save them, since it could not tell that they were changed in between: that is up
+to whoever changes one.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def saveable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors; in place of one made in inference mode a normal one on its memory."""
+    return [_alias(x) if x is not None and x.is_inference() else x for x in tensors]
+
+
+def _alias(x: Tensor) -> Tensor:
+    with torch._C._DisableFuncTorch():  # x is what the transforms have wrapped
+        memory = x.untyped_storage()
+        alias = torch.empty(0, dtype=x.dtype, device=x.device)
+        return alias.set_(memory, x.storage_offset(), x.size(), x.stride())
+
+
+def saveable_in_graph(
+    logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """As `saveable`, for torch.compile to trace; copies, since no op may return its input."""
+    inputs = [_saveable_in_graph(x) for x in (*logits, target, class_weight)]
+    return inputs[:-2], inputs[-2], inputs[-1]
+
+
+def _saveable_in_graph(x: Any) -> Any:
+    if x is None or x.requires_grad:
+        return x
+    from torch._dynamo.comptime import comptime
+
+    comptime(_look_at_x)
+    return torch.ops.churn_kernels.copy(x) if _made_in_inference_mode() else x
+
+
+_seen: list[bool] = []
+
+
+def _look_at_x(context: Any) -> None:
+    """At compile time: leave word of x, a variable of the function that is being traced.
+
+    Inside the graph x does not say; what it may be a view of, an argument of the graph, does.
+    """
+    nodes = [context.get_local("x").as_proxy().node]
+    seen = set(nodes)
+    for node in nodes:  # and those that it was computed from
+        new = [source for source in node.all_input_nodes if source not in seen]
+        nodes += new
+        seen.update(new)
+    tensors = [
+        argument.example if argument is not None else node.meta.get("example_value")
+        for node in nodes
+        for argument in [node.meta.get("grapharg")]
+    ]
+    _seen.append(any(isinstance(t, Tensor) and t.is_inference() for t in tensors))
+
+
+def _made_in_inference_mode() -> bool:
+    if not _seen.pop():
+        return False
+    _define_copy()
+    return True
+
+
+# The compiler calls it, and takes what it returns for a constant; see `_backend._gpu_problem`.
+_made_in_inference_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _define_copy() -> Any:
+    """A copy that the compiler does not take for its input."""
+    library = torch.library.Library("churn_kernels", "FRAGMENT")
+    library.define("copy(Tensor x) -> Tensor")
+    library.impl("copy", torch.clone, "CompositeExplicitAutograd")
+    torch.library.register_fake("churn_kernels::copy", torch.empty_like, lib=library)
+    return library  # the op lives as long
