@@ -36,6 +36,6 @@ def kl_term(p, q, log_p, S: tl.constexpr):
     """A class of KL(q || p) = sum q (exp(D) - 1 - D), D = log p - log q; q the teachers' mean."""
     smallest: tl.constexpr = SMALLEST_DOUBLE if S.compute == tl.float64 else SMALLEST
     difference = log_p - log_pos(tl.maximum(q, smallest), S.exact)
-    near = q * (difference * difference * polynomial(difference, "series_2_terms"))
+    near = q * (difference * difference * polynomial(difference, "series_terms"))
     far = (p - q) - q * difference
     return tl.where(q < smallest, p, where_near(difference, near, far))

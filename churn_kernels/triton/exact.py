@@ -7,7 +7,7 @@ the CPU's. Extremes come first; they decide what terms are times as integers (`s
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import INFINITY, exp_nonpos, less_one
+from churn_kernels.triton.math import INFINITY, exp_nonpos
 from churn_kernels.triton.row import PairSums, Sums, UniformSums
 from churn_kernels.triton.scales import (
     REACH,
@@ -35,12 +35,10 @@ def uniform_integers(e, d, counted, by, near: tl.constexpr, S: tl.constexpr):
     for k in tl.static_range(len(counted)):
         one = counted[k].to(S.compute)
         live += (lane_sum(counted[k].to(tl.int64), S),)
+        more = e[k] - one
         if near:
-            more = less_one(d[k], e[k], one)
             spread += (integers(d[k] * across(by[k][0], S), S),)
             excess += (integers(more * across(by[k][1], S) * d[k], S),)
-        else:
-            more = e[k] - one
         lift += (integers(more * across(by[k][2], S), S),)
     return UniformSums(live, spread, excess, lift)
 

@@ -6,7 +6,7 @@ They are tiles, folded at the end of a block, as in `sums`; but a pair's reach i
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import less_one, mul_add, polynomial, where_near
+from churn_kernels.triton.math import exp_less_one, mul_add, polynomial, where_near
 from churn_kernels.triton.row import PairSums, UniformSums
 from churn_kernels.triton.tile import fold_each, lane_max, zeros
 from churn_kernels.triton.tuples import add_each, larger_each, take
@@ -27,13 +27,11 @@ def add_to_uniform(a, e, d, counted, S: tl.constexpr):
     for k in tl.static_range(len(a.lift)):
         one = counted[k].to(S.compute)
         live += (a.live[k] + one,)
+        more = e[k] - one
         if k < len(a.spread):
-            more = less_one(d[k], e[k], one)
             distance = d[k] * S.distance
             spread += (a.spread[k] + distance,)
             excess += (mul_add(more, distance, a.excess[k]),)
-        else:
-            more = e[k] - one
         lift += (a.lift[k] + more,)
     return UniformSums(live, spread, excess, lift)
 
@@ -51,7 +49,7 @@ def rebase_uniform(a, delta, scale, S: tl.constexpr):
     excess = ()
     lift = ()
     for k in tl.static_range(len(a.lift)):
-        less = less_one(delta[k], scale[k], 1.0)  # scale - 1
+        less = exp_less_one(delta[k], scale[k])
         if k < len(a.spread):
             by = delta[k] * S.distance
             moved = mul_add(by, a.live[k], a.spread[k])
@@ -139,8 +137,8 @@ def rebase_pairs(a, mass, delta, scale, inverse_temperature, S: tl.constexpr):
             for j in tl.static_range(i + 1, S.models):
                 by = delta[i] - delta[j]
                 x = by * inverse_temperature if S.tempered else by
-                less = scale[j] * x * polynomial(x, "series_1_terms")
-                less = where_near(x, less, scale[i] - scale[j])
+                near = scale[j] * mul_add(x * x, polynomial(x, "series_terms"), x)
+                less = where_near(x, near, scale[i] - scale[j])
                 gap += (mul_add(less, mass[i], scale[j] * a.gap[len(gap)]),)
                 if S.couples:
                     by = by * S.distance

@@ -89,9 +89,9 @@ def where_near(x, near, far):
 
 
 @triton.jit
-def less_one(x, e, one):
-    """e - one for e = exp(x), with its digits where e is nearly one; 0 where x = e = one = 0."""
-    return where_near(x, x * polynomial(x, "series_1_terms"), e - one)
+def exp_less_one(x, e):
+    """e - 1 for e = exp(x), with its digits where that is small."""
+    return where_near(x, mul_add(x * x, polynomial(x, "series_terms"), x), e - 1.0)
 
 
 @triton.jit
