@@ -12,12 +12,12 @@ COUNT_BLOCK = tl.constexpr(1024)
 
 
 @triton.jit
-def target_weights(class_weight, label, S: tl.constexpr):
-    """Weight of each label's cross entropy."""
+def target_weights(class_weight, label, active, S: tl.constexpr):
+    """Weight of each label's cross entropy; 0, whatever weighs class 0, of rows without one."""
     if S.weighted:
-        return tl.load(class_weight + label).to(S.scalar)
+        return tl.load(class_weight + label, mask=active, other=0.0).to(S.weight)
     else:
-        return label.to(S.scalar) * 0.0 + 1.0
+        return label.to(S.weight) * 0.0 + 1.0
 
 
 @triton.jit
@@ -43,18 +43,24 @@ def count_kernel(
     S: tl.constexpr,
 ):
     program = tl.program_id(0)
-    count = tl.zeros((COUNT_BLOCK,), S.scalar)
-    weight = tl.zeros((COUNT_BLOCK,), S.scalar)
+    count = tl.zeros((COUNT_BLOCK,), S.weight)
+    weight = tl.zeros((COUNT_BLOCK,), S.weight)
     for step in range(0, tl.cdiv(rows, tl.num_programs(0) * COUNT_BLOCK)):
         block = (step * tl.num_programs(0) + program).to(tl.int64)
         row = block * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
         y, active, _ = labels(target, row, row < rows, ignore_index, classes, S)
-        count += active.to(S.scalar)
-        weight += tl.where(active, target_weights(class_weight, y, S), 0.0)
+        count += active.to(S.weight)
+        weight += tl.where(active, target_weights(class_weight, y, active, S), 0.0)
     tl.store(counts + program, tl.sum(count, 0))
     tl.store(counts + COUNTERS + program, tl.sum(weight, 0))
     if S.exact and S.weighted:  # one program: sums of weights that have no order
         exact_weights(target, class_weight, counts, rows, classes, ignore_index, S)
+    elif S.smooths and S.weighted:  # one program, so that no number of rows shows
+        total = tl.zeros((COUNT_BLOCK,), S.weight)
+        for step in range(0, tl.where(program == 0, tl.cdiv(classes, COUNT_BLOCK), 0)):
+            c = step * COUNT_BLOCK + tl.arange(0, COUNT_BLOCK)
+            total += tl.load(class_weight + c, mask=c < classes, other=0.0).to(S.weight)
+        tl.store(counts + 2 * COUNTERS, tl.sum(total, 0), mask=program == 0)
 
 
 @triton.jit
@@ -75,13 +81,22 @@ def exact_weights(target, class_weight, counts, rows, classes, ignore_index, S: 
 
 
 @triton.jit
+def weight_of_classes(counts, classes, S: tl.constexpr):
+    """The weights of all classes, for label smoothing."""
+    if S.smooths and S.weighted:
+        return tl.load(counts + 2 * COUNTERS)
+    else:
+        return tl.full((), classes, S.weight)
+
+
+@triton.jit
 def divisors(counts, programs, rows, S: tl.constexpr):
     """What "mean" divides the cross entropy by, and what the rest."""
     if S.has_target:
         part = tl.arange(0, COUNTERS)
         count = tl.sum(tl.load(counts + part, mask=part < programs, other=0.0), 0)
         weight = tl.sum(tl.load(counts + COUNTERS + part, mask=part < programs, other=0.0), 0)
-        return weight, count
+        return weight, count.to(S.scalar)
     else:
         count = tl.full((), rows, S.scalar)
         return count, count
@@ -96,7 +111,7 @@ def weighted(weight, x):
 @triton.jit
 def row_weights(ce_weight, regularizer_weight, divergence_weight, S: tl.constexpr):
     """Weight of CE, R and D in a row's own loss; 0 if left out."""
-    ce = scalar(ce_weight, S.scalar) if S.ce else scalar(0.0, S.scalar)
+    ce = scalar(ce_weight, S.weight) if S.ce else scalar(0.0, S.weight)
     r = scalar(regularizer_weight, S.scalar) if S.r else scalar(0.0, S.scalar)
     d = scalar(divergence_weight, S.scalar) if S.d else scalar(0.0, S.scalar)
     if S.pairs > 1:

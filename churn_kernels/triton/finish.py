@@ -9,9 +9,10 @@ from churn_kernels.triton.batch import (
     row_weights,
     target_weights,
     unit_weights,
+    weight_of_classes,
     weighted,
 )
-from churn_kernels.triton.math import canonical, exp_nonpos, scalar
+from churn_kernels.triton.math import INFINITY, canonical, exp_nonpos, lowest_of, scalar
 from churn_kernels.triton.record import load_field, load_indices, load_sums
 from churn_kernels.triton.row import (
     cross_entropy,
@@ -42,8 +43,7 @@ def row_terms(
     active,
     y,
     class_weight,
-    record,
-    rows,
+    counts,
     classes,
     smoothing,
     temperature,
@@ -52,16 +52,16 @@ def row_terms(
 ):
     """CE of each student, R of each, D of each pair: the row's terms, 0 for an ignored row."""
     terms = ()
-    total_weight = tl.full((), classes, S.scalar)
-    if S.smooths and S.weighted:
-        total_weight = load_field(record, rows, row, active, S.at_total_weight, 1)[0]
+    total_weight = weight_of_classes(counts, classes, S)
     for k in tl.static_range(S.students):
         if S.has_target:
             place = logits[k] + row * row_strides[k] + y * column_strides[k]
-            d_target = tl.load(place, mask=active, other=0.0).to(S.scalar) - sums.maximum[k]
+            z = tl.load(place, mask=active, other=0.0).to(S.scalar)
+            d_target = tl.maximum(z - sums.maximum[k], lowest_of(S.compute))
+            d_target = tl.where(z == -INFINITY, z, d_target)
             value = cross_entropy(
-                sums, k, d_target, target_weights(class_weight, y, S), total_weight, smoothing,
-                classes, S,
+                sums, k, d_target, target_weights(class_weight, y, active, S), total_weight,
+                smoothing, classes, S,
             )  # fmt: skip
             terms += (tl.where(active, value, 0.0),)
         else:
@@ -157,7 +157,7 @@ def batch_total(i: tl.constexpr, partial, totals, ATOMICS: tl.constexpr, S: tl.c
         return tl.load(totals + i, cache_modifier=".cg")
     else:
         programs = tl.num_programs(0)
-        total = tl.zeros((PARTIAL_BLOCK,), S.compute)
+        total = tl.zeros((PARTIAL_BLOCK,), S.weight)
         for start in range(0, programs, PARTIAL_BLOCK):
             part = start + tl.arange(0, PARTIAL_BLOCK)
             place = partial + i * programs + part
@@ -249,7 +249,7 @@ def finish_kernel(
     y, active, _ = labels(target, row, present, ignore_index, classes, S)
     sums = load_sums(record, rows, row, active, S)
     terms = row_terms(
-        logits, row_strides, column_strides, row, active, y, class_weight, record, rows, classes,
+        logits, row_strides, column_strides, row, active, y, class_weight, counts, classes,
         scalar(label_smoothing, S.scalar), scalar(temperature, S.scalar), sums, S,
     )  # fmt: skip
     ce, r, d = unit_weights(

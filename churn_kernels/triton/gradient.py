@@ -6,11 +6,13 @@ import triton.language as tl
 from churn_kernels.triton.divergence import sign
 from churn_kernels.triton.math import (
     INFINITY,
+    WEIGHTLESS,
     at_least_lowest,
     canonical,
     exp_nonpos,
     mul_add,
 )
+from churn_kernels.triton.row import pair_index
 from churn_kernels.triton.softmax import softmax_gradient, tempered
 from churn_kernels.triton.tile import across
 from churn_kernels.triton.topk import in_top_k, order_key
@@ -28,42 +30,43 @@ def gradients(
     x = ()
     d = ()
     f = ()
-    p = ()
     for k in tl.static_range(S.models):
         x += (z[k].to(S.compute),)
         difference = at_least_lowest(x[k] - across(row.maximum[k], S))
         d += (tl.where(x[k] != -INFINITY, difference, 0.0) if S.exact else difference,)
         f += (tempered(x[k], row.maximum[k], inverse_temperature, S),)
-        if S.divergence == 3:
-            p += (f[k] * across(row.inverse_masses[k], S),)
+    apart = ()
+    less = ()
+    if S.d and S.divergence != 4:
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                apart += (d[i] - d[j],)
+                less += (f[i] - f[j],)
     result = ()
     for i in tl.static_range(S.students):
         e = f[i]
         if S.tempered:
             e = exp_nonpos(x[i] - across(row.maximum[i], S), S.exact)
-        inner = mul_add(across(row.found.slope[i], S), d[i], across(row.found.constant[i], S))
+        # exp is 0 far above WEIGHTLESS; no product with a coefficient overflows.
+        near = tl.maximum(d[i], WEIGHTLESS)
+        inner = mul_add(across(row.found.slope[i], S), near, across(row.found.constant[i], S))
         rest = tl.zeros_like(x[i])
         if S.uniform and not S.top:
             rest = tl.where(x[i] != -INFINITY, across(row.found.uniform[i], S), 0.0)
         if S.d:
-            if not S.tempered:
-                inner = add_partners(inner, i, d, p, row.found, S)
-            if S.divergence != 3:
-                for j in tl.static_range(S.models):
-                    if j != i:
-                        other = across(row.found.others[i * S.models + j], S)
-                        rest = mul_add(-other, f[j], rest)
             if S.tempered:
-                own = across(row.found.slopes[i * S.models + i], S)
-                coupled = mul_add(own, d[i], across(row.found.tempered_constant[i], S))
-                rest = mul_add(f[i], add_partners(coupled, i, d, p, row.found, S), rest)
+                coupled = across(row.found.tempered_constant[i], S) + tl.zeros_like(x[i])
+                coupled, rest = add_partners(coupled, rest, i, x, apart, less, f, row, S)
+                rest = mul_add(f[i], coupled, rest)
+            else:
+                inner, rest = add_partners(inner, rest, i, x, apart, less, f, row, S)
         if S.top:
             member = in_top_k(
                 order_key(x[i]), c, across(row.thresholds[i], S), across(row.last_ties[i], S)
             )
             more = softmax_gradient(
                 e,
-                d[i],
+                near,
                 across(row.found.top_constant[i], S),
                 across(row.found.top_slope[i], S),
                 across(row.found.top_uniform[i], S),
@@ -79,13 +82,40 @@ def gradients(
 
 
 @triton.jit
-def add_partners(inner, i: tl.constexpr, d, p, found, S: tl.constexpr):
-    """inner + sum over the partners j of slope_j d_j; with L1, of slope_j sign(p_i - p_j)."""
+def add_partners(inner, rest, i: tl.constexpr, x, apart, less, f, row, S: tl.constexpr):
+    """The partners' part in f_i inner + rest; `apart` and `less` are of the pairs."""
     for j in tl.static_range(S.models):
         if j != i:
-            slope = across(found.slopes[i * S.models + j], S)
-            if S.divergence == 1:
-                inner = mul_add(slope, d[j], inner)
-            if S.divergence == 3:
-                inner = mul_add(slope, sign(p[i], p[j]), inner)
-    return inner
+            inner, rest = add_partner(inner, rest, i, j, x, apart, less, f, row, S)
+    return inner, rest
+
+
+@triton.jit
+def add_partner(
+    inner, rest, i: tl.constexpr, j: tl.constexpr, x, apart, less, f, row, S: tl.constexpr
+):
+    place: tl.constexpr = i * S.models + j
+    p: tl.constexpr = pair_index(min(i, j), max(i, j), S.models)
+    slope = across(row.found.slopes[place], S)
+    mean = across(row.found.means[place], S)
+    if S.divergence == 3:
+        level = across(row.levels[p] if i < j else -row.levels[p], S)
+        difference = apart[p] if i < j else -apart[p]
+        s = sign(difference, level, x[i] != -INFINITY, x[j] != -INFINITY, S)
+        inner = mul_add(slope, s - mean, inner)
+    else:
+        other = across(row.found.others[place], S)
+        f_j = f[j]
+        if S.reduction == 0 or S.reduction == 3:
+            # A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+            f_j = tl.where((slope != 0) | (other != 0), f_j, 0.0)
+        rest = mul_add(-other, f_j, rest)
+        if S.divergence == 1:
+            less_i = less[p] if i < j else -less[p]
+            if S.reduction == 0 or S.reduction == 3:
+                less_i = f[i] - f_j
+            rest = mul_add(across(row.found.shares[p], S), less_i, rest)
+            # Where the class has no weight, what overflows does not count either.
+            away = tl.where(f[i] == 0, 0.0, (apart[p] if i < j else -apart[p]) - mean)
+            inner = mul_add(slope, away, inner)
+    return inner, rest

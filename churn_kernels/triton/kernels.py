@@ -13,18 +13,17 @@ import triton
 import triton.language as tl
 
 from churn_kernels.triton.batch import (
-    COUNTERS,
     labels,
     repeat,
     target_weights,
     unit_weights,
+    weight_of_classes,
     weighted,
 )
 from churn_kernels.triton.exact import exact_sums
 from churn_kernels.triton.gradient import gradients
 from churn_kernels.triton.math import canonical, cast_exactly, scalar
 from churn_kernels.triton.record import (
-    load_field,
     load_sums,
     load_top_k,
     save_field,
@@ -32,8 +31,14 @@ from churn_kernels.triton.record import (
     save_sums,
     save_top_k,
 )
-from churn_kernels.triton.row import RowState, cast_coefficients, cast_each, coefficients
-from churn_kernels.triton.second import inverse_mass, second_sums
+from churn_kernels.triton.row import (
+    RowState,
+    cast_coefficients,
+    cast_each,
+    coefficients,
+    pair_levels,
+)
+from churn_kernels.triton.second import second_sums
 from churn_kernels.triton.select import best_two, select_top_k
 from churn_kernels.triton.sums import find_mismatches, finish_sums, row_sums
 from churn_kernels.triton.superaccumulator import WORDS
@@ -45,8 +50,6 @@ from churn_kernels.triton.tile import (
     load_block,
     load_places,
     load_weights,
-    row_full,
-    row_sum,
     rows_of_program,
     store_ends,
     store_part,
@@ -54,15 +57,14 @@ from churn_kernels.triton.tile import (
 
 
 @triton.jit
-def row_state(sums, found, thresholds, last_ties, S: tl.constexpr):
+def row_state(sums, found, thresholds, last_ties, temperature, S: tl.constexpr):
     """What the gradient sweep takes of a row, in the dtype of the classes' arithmetic."""
-    inverse_masses = ()
+    levels = ()
     if S.divergence == 3:
-        for k in tl.static_range(S.models):
-            inverse_masses += (inverse_mass(sums, k, S),)
+        levels = cast_each(pair_levels(sums, temperature, S), S.compute)
     maxima = cast_each(sums.maximum, S.compute)
     found = cast_coefficients(found, S.compute)
-    return RowState(maxima, found, thresholds, last_ties, inverse_masses)
+    return RowState(maxima, found, thresholds, last_ties, levels)
 
 
 @triton.jit
@@ -146,20 +148,6 @@ def write_rows(z, at, out, target, class_weight, row, inverse_temperature, S: tl
         write_ends(at, out, target, class_weight, row, inverse_temperature, S)
 
 
-@triton.jit
-def class_weights(at, class_weight, counts, S: tl.constexpr):
-    """Sum of the weights of all classes."""
-    if S.exact:  # there is one order-free sum for all rows
-        return tl.load(counts + 2 * COUNTERS) + row_full(0.0, S.scalar, S)
-    else:
-        total = row_full(0.0, S.compute, S)
-        for block in range(0, blocks(at, S)):
-            for part in tl.static_range(S.parts):
-                c = classes_of(at, block, part, S)
-                total += row_sum(load_weights(class_weight, at, c, S), S)
-        return total
-
-
 @triton.jit(do_not_specialize=["rows", "classes", "counters", "ignore_index", "wanted"])
 def rows_kernel(
     logits,  # models x (N, C)
@@ -202,7 +190,9 @@ def rows_kernel(
             thresholds += (threshold,)
             last_ties += (last_tie,)
     if S.exact:
-        sums = exact_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
+        sums = exact_sums(
+            z, at, class_weight, thresholds, last_ties, temperature, inverse_temperature, S
+        )
         sums = finish_sums(sums, wrong, S)
     else:
         sums = row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S)
@@ -210,11 +200,7 @@ def rows_kernel(
         if S.couples:
             sums = find_mismatches(z, at, sums, S)
     if S.sweeps_twice:
-        sums = second_sums(z, at, sums, inverse_temperature, S)
-    total_weight = tl.full((), classes, S.scalar)
-    if S.smooths and S.weighted:
-        total_weight = class_weights(at, class_weight, counts, S)
-        save_field(record, rows, row, present, S.at_total_weight, (total_weight,))
+        sums = second_sums(z, at, sums, temperature, inverse_temperature, S)
 
     save_sums(record, rows, row, present, sums, S)
     save_top_k(record, rows, row, present, thresholds, last_ties, S)
@@ -237,8 +223,8 @@ def rows_kernel(
             repeat(ce, S.students),
             repeat(r, S.students),
             repeat(d, S.pairs),
-            target_weights(class_weight, y, S),
-            total_weight,
+            target_weights(class_weight, y, active, S),
+            weight_of_classes(counts, classes, S),
             smoothing,
             classes,
             temperature,
@@ -247,7 +233,7 @@ def rows_kernel(
         to = find(
             out, repeat(classes.to(tl.int64), S.students), column_strides, row, present, classes, S
         )
-        state = row_state(sums, found, thresholds, last_ties, S)
+        state = row_state(sums, found, thresholds, last_ties, temperature, S)
         write_rows(z, at, to, y, class_weight, state, inverse_temperature, S)
 
 
@@ -283,9 +269,6 @@ def gradient_kernel(
     inverse_temperature = (1.0 / temperature).to(S.compute)
     sums = load_sums(record, rows, row, present, S)
     thresholds, last_ties = load_top_k(record, rows, row, present, S)
-    total_weight = tl.full((), classes, S.scalar)
-    if S.smooths and S.weighted:
-        total_weight = load_field(record, rows, row, present, S.at_total_weight, 1)[0]
 
     ce, r, d = unit_weights(
         counts, counters, rows, ce_weight, regularizer_weight, divergence_weight, S
@@ -313,8 +296,8 @@ def gradient_kernel(
         by_ce,
         by_r,
         by_d,
-        target_weights(class_weight, y, S),
-        total_weight,
+        target_weights(class_weight, y, active, S),
+        weight_of_classes(counts, classes, S),
         smoothing,
         classes,
         temperature,
@@ -325,7 +308,7 @@ def gradient_kernel(
     )
     block = tl.program_id(1)
     z = load_block(at, block, True, S)
-    state = row_state(sums, found, thresholds, last_ties, S)
+    state = row_state(sums, found, thresholds, last_ties, temperature, S)
     write_block(z, at, to, block, True, True, y, class_weight, state, inverse_temperature, S)
     if S.shift:
         write_ends(at, to, y, class_weight, state, inverse_temperature, S)

@@ -192,8 +192,9 @@ def is_bounded(dtype: torch.dtype, vector: int) -> bool:
 
 
 def sweep_warps(options: LossOptions, models: int) -> int:
-    """Half where the exact sums of many pairs do not fit the registers that all warps leave."""
-    return SWEEP_WARPS // 2 if options.mode == EXACT and models > 3 else SWEEP_WARPS
+    """Half where exact sums, of many pairs or of top k, do not fit what all warps leave."""
+    many = models > 3 or options.top_k > 0
+    return SWEEP_WARPS // 2 if options.mode == EXACT and many else SWEEP_WARPS
 
 
 class Call:
@@ -236,6 +237,8 @@ class Call:
         )
         # The dtype of a row's scalars.
         self.scalar = torch.float64 if options.mode == EXACT else self.dtype
+        # Of what class weights add up to.
+        self.weight = self.scalar if class_weight is None else torch.float64
         self.spec = cached_spec(
             kind_of(options),
             self.tile,
@@ -259,14 +262,17 @@ class Call:
         """The device of the logits, where it is not the current one."""
         return on_device(self.device)
 
-    def count(self) -> None:
-        """Count the rows that take part: what "mean" and the report divide by."""
-        if self.target is None:
+    def count(self, report: bool) -> None:
+        """Count what "mean" and the report divide by, and the weights that smooth labels."""
+        weighs = self.spec.smooths.value and self.spec.weighted.value
+        if self.target is None or not (
+            report or weighs or self.options.reduction == REDUCTIONS["mean"]
+        ):
             return
         self.counters = min(batch.COUNTERS.value, triton.cdiv(self.rows, batch.COUNT_BLOCK.value))
         if self.spec.exact.value and self.spec.weighted.value:
             self.counters = 1
-        self.counts = self.empty(3, batch.COUNTERS.value, dtype=self.scalar)
+        self.counts = self.empty(3, batch.COUNTERS.value, dtype=self.weight)
         start(
             batch.count_kernel,
             (self.counters,),
@@ -346,20 +352,15 @@ def loss(
             gradients,
         )
     programs = triton.cdiv(call.rows, finish.FINISH_ROWS.value)
-    partial = call.empty(spec.total_terms.value, programs)
+    partial = call.empty(spec.total_terms.value, programs, dtype=call.weight)
     exact = spec.exact.value
     words = (superaccumulator.WORDS.value,) if exact else ()
-    totals = call.empty(spec.total_terms.value, *words, dtype=torch.int64 if exact else None)
+    totals = call.empty(spec.total_terms.value, *words, dtype=torch.int64 if exact else call.weight)
     arrivals = call.empty(1, dtype=torch.int32)
     # A row a thread: the parts of two rows' exact sums do not fit its registers.
     warps, registers = (8, MOST_REGISTERS) if exact else (4, 0)
     with call.guard():
-        if (
-            report
-            or options.reduction == REDUCTIONS["mean"]
-            or (exact and class_weight is not None)
-        ):
-            call.count()
+        call.count(report)
         start(
             kernels.rows_kernel,
             (call.programs,),
@@ -439,8 +440,7 @@ def loss_backward(
         return gradients
     tile = call.tile
     with call.guard():
-        if options.reduction == REDUCTIONS["mean"]:
-            call.count()
+        call.count(False)
         start(
             kernels.gradient_kernel,
             (call.programs, triton.cdiv(call.classes + (tile.vector - 1) * tile.shift, tile.block)),

@@ -14,6 +14,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 INFINITY = tl.constexpr(float("inf"))
 LOWEST_FLOAT = tl.constexpr(constants.kLowestFloat)
 LOWEST_DOUBLE = tl.constexpr(constants.kLowestDouble)
+WEIGHTLESS = tl.constexpr(constants.kWeightless)
+NEAR = tl.constexpr(constants.kNear)
 FLOAT = tl.constexpr(constants.Float)
 DOUBLE = tl.constexpr(constants.Double)
 SMALLEST = tl.constexpr(2.0**-126)  # normal float32
@@ -78,6 +80,18 @@ def polynomial(x, name: tl.constexpr):
     for i in tl.static_range(1, count_terms(x.dtype, name)):
         p = scalar_mul_add(p, x, number(term(x.dtype, name, i), x.dtype))
     return p
+
+
+@triton.jit
+def where_near(x, near, far):
+    """`near` where |x| < NEAR, `far` elsewhere (NaN included)."""
+    return tl.where(tl.abs(x) < NEAR, near, far)
+
+
+@triton.jit
+def less_one(x, e, one):
+    """e - one for e = exp(x), with its digits where e is nearly one; 0 where x = e = one = 0."""
+    return where_near(x, x * polynomial(x, "series_1_terms"), e - one)
 
 
 @triton.jit
@@ -166,13 +180,16 @@ def cast_exactly(x, dtype: tl.constexpr):
         return x.to(dtype)
 
 
+@triton.constexpr_function
+def lowest_of(dtype):
+    """kLowest of the dtype of the classes' arithmetic."""
+    return (LOWEST_DOUBLE if dtype == tl.float64 else LOWEST_FLOAT).value
+
+
 @triton.jit
 def at_least_lowest(d):
-    """max(d, kLowest): -inf and the masks' lowest() become numbers that no slope overflows."""
-    if d.dtype == tl.float64:
-        return tl.maximum(d, LOWEST_DOUBLE)
-    else:
-        return tl.maximum(d, LOWEST_FLOAT)
+    """max(d, kLowest): a distance that the dtype has no number for becomes the largest it has."""
+    return tl.maximum(d, lowest_of(d.dtype))
 
 
 @triton.jit

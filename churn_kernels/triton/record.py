@@ -9,7 +9,7 @@ difference. What is loaded for a row that is not there is 1, of which every func
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.row import Sums
+from churn_kernels.triton.row import PairSums, Sums, UniformSums
 from churn_kernels.triton.sums import with_masses
 from churn_kernels.triton.topk import logit_of, order_key
 
@@ -89,22 +89,43 @@ def load_top_k(record, rows, row, present, S: tl.constexpr):
 
 
 @triton.jit
+def save_uniform(record, rows, row, present, place: tl.constexpr, flat):
+    """Side by side; where no option asks there are no entries."""
+    values = flat.live + flat.spread + flat.excess + flat.lift
+    save_field(record, rows, row, present, place, values)
+
+
+@triton.jit
+def load_uniform(
+    record, rows, row, present, place: tl.constexpr, lifts: tl.constexpr, spreads: tl.constexpr
+):
+    excess: tl.constexpr = place + lifts + spreads
+    return UniformSums(
+        load_field(record, rows, row, present, place, lifts),
+        load_field(record, rows, row, present, place + lifts, spreads),
+        load_field(record, rows, row, present, excess, spreads),
+        load_field(record, rows, row, present, excess + spreads, lifts),
+    )
+
+
+@triton.jit
 def save_sums(record, rows, row, present, sums, S: tl.constexpr):
     save_field(record, rows, row, present, S.at_maximum, sums.maximum)
     save_field(record, rows, row, present, S.at_mass, sums.mass)
     save_field(record, rows, row, present, S.at_moment, sums.moment)
-    save_field(record, rows, row, present, S.at_spread, sums.spread)
-    save_field(record, rows, row, present, S.at_live, sums.live)
+    save_uniform(record, rows, row, present, S.at_live, sums.flat)
     if S.tempered:
         save_field(record, rows, row, present, S.at_tempered_mass, sums.tempered_mass)
     save_field(record, rows, row, present, S.at_top_mass, sums.top_mass)
     save_field(record, rows, row, present, S.at_top_moment, sums.top_moment)
-    save_field(record, rows, row, present, S.at_top_spread, sums.top_spread)
-    save_field(record, rows, row, present, S.at_top_live, sums.top_live)
+    save_uniform(record, rows, row, present, S.at_top_live, sums.top_flat)
     save_field(record, rows, row, present, S.at_weighted_spread, sums.weighted_spread)
-    save_field(record, rows, row, present, S.at_first, sums.first)
-    save_field(record, rows, row, present, S.at_second, sums.second)
-    save_field(record, rows, row, present, S.at_reach, sums.reach)
+    save_field(record, rows, row, present, S.at_lost, sums.lost)
+    save_field(record, rows, row, present, S.at_first, sums.pair.first)
+    save_field(record, rows, row, present, S.at_second, sums.pair.second)
+    save_field(record, rows, row, present, S.at_gap, sums.pair.gap)
+    save_field(record, rows, row, present, S.at_other, sums.pair.other)
+    save_field(record, rows, row, present, S.at_reach, sums.pair.reach)
     save_field(record, rows, row, present, S.at_tail, sums.tail)
     save_field(record, rows, row, present, S.at_top_tail, sums.top_tail)
 
@@ -113,27 +134,31 @@ def save_sums(record, rows, row, present, sums, S: tl.constexpr):
 def load_sums(record, rows, row, present, S: tl.constexpr):
     models: tl.constexpr = S.models
     tops: tl.constexpr = S.students if S.top else 0
-    uniform_tops: tl.constexpr = S.students if S.top and S.uniform else 0
+    spreads: tl.constexpr = S.students if S.uniform and not S.top else 0
+    lifts: tl.constexpr = S.students if S.lifts else 0
+    uniform_tops: tl.constexpr = S.students if S.uniform and S.top else 0
+    smooths: tl.constexpr = S.students if S.smooths else 0
     sums = Sums(
         load_field(record, rows, row, present, S.at_maximum, models),
         load_field(record, rows, row, present, S.at_mass, models),
         load_field(record, rows, row, present, S.at_moment, models),
-        load_field(record, rows, row, present, S.at_spread, S.at_live - S.at_spread),
-        load_field(record, rows, row, present, S.at_live, S.at_tempered_mass - S.at_live),
+        load_uniform(record, rows, row, present, S.at_live, lifts, spreads),
         (),
         load_field(record, rows, row, present, S.at_top_mass, tops),
         load_field(record, rows, row, present, S.at_top_moment, tops),
-        load_field(record, rows, row, present, S.at_top_spread, uniform_tops),
-        load_field(record, rows, row, present, S.at_top_live, uniform_tops),
-        load_field(
-            record, rows, row, present, S.at_weighted_spread, S.at_threshold - S.at_weighted_spread
-        ),
+        load_uniform(record, rows, row, present, S.at_top_live, uniform_tops, uniform_tops),
+        load_field(record, rows, row, present, S.at_weighted_spread, smooths),
         (),
-        load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
-        load_field(record, rows, row, present, S.at_second, S.at_reach - S.at_second),
-        load_field(record, rows, row, present, S.at_reach, S.at_tail - S.at_reach),
+        load_field(record, rows, row, present, S.at_lost, smooths),
+        PairSums(
+            load_field(record, rows, row, present, S.at_first, S.at_second - S.at_first),
+            load_field(record, rows, row, present, S.at_second, S.at_gap - S.at_second),
+            load_field(record, rows, row, present, S.at_gap, S.at_other - S.at_gap),
+            load_field(record, rows, row, present, S.at_other, S.at_reach - S.at_other),
+            load_field(record, rows, row, present, S.at_reach, S.at_tail - S.at_reach),
+        ),
         load_field(record, rows, row, present, S.at_tail, S.at_top_tail - S.at_tail),
-        load_field(record, rows, row, present, S.at_top_tail, S.at_total_weight - S.at_top_tail),
+        load_field(record, rows, row, present, S.at_top_tail, S.at_winner - S.at_top_tail),
     )
     if S.tempered:
         tempered = load_field(record, rows, row, present, S.at_tempered_mass, models)

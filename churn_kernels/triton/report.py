@@ -90,8 +90,8 @@ def add_part(a, c, z, S: tl.constexpr):
         loser = tl.minimum(a.largest[k], new)
         second += (tl.maximum(loser, tl.maximum(a.second[k], next_new)),)
         mass += (mul_add(scale, a.mass[k], tl.sum(e, 1)),)
-        old = mul_add(by, a.mass[k], a.moment[k])
-        moment += (mul_add(scale, old, tl.sum(e * at_least_lowest(d), 1)),)
+        old = mul_add(scale * by, a.mass[k], scale * a.moment[k])  # 0 of lanes left far below
+        moment += (old + tl.sum(e * at_least_lowest(d), 1),)
     return Softmax(largest, winner, second, mass, moment)
 
 
@@ -108,7 +108,7 @@ def over_lanes(a, S: tl.constexpr):
         winner += (place,)
         second += (tl.max(tl.where(a.winner[k] == place, a.second[k], a.largest[k]), 0),)
         mass += (tl.sum(scale * a.mass[k], 0),)
-        moment += (tl.sum(scale * mul_add(by, a.mass[k], a.moment[k]), 0),)
+        moment += (tl.sum(mul_add(scale * by, a.mass[k], scale * a.moment[k]), 0),)
     return Softmax(largest, winner, second, mass, moment)
 
 

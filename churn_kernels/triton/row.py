@@ -11,8 +11,31 @@ import triton.language as tl
 from churn_kernels.triton.math import log1p_nonneg, log_pos
 
 
+class UniformSums(NamedTuple):
+    """What SKL to uniform takes besides, over all classes or the k largest; entries of students."""
+
+    live: tl.tuple  # classes that are not at -inf
+    spread: tl.tuple  # sum d, times S.distance
+    excess: tl.tuple  # sum (exp(d) - 1) d, times S.distance
+    lift: tl.tuple  # sum exp(d) - 1
+
+
+class PairSums(NamedTuple):
+    """Sums of each pair of models, see csrc/rows/divergence.h.
+
+    KL to the teachers comes ready-made in `first`. Of symmetric KL first and second are times
+    S.distance.
+    """
+
+    first: tl.tuple
+    second: tl.tuple
+    gap: tl.tuple
+    other: tl.tuple  # exact mode: sum f_j D of symmetric KL, which is first - second
+    reach: tl.tuple  # inf where a class is at -inf in one of the two only
+
+
 class Sums(NamedTuple):
-    """What a row comes down to. Tuples of one entry a model or pair; () where no option asks.
+    """What a row comes down to. Tuples of one entry a model or student; () where no option asks.
 
     d = logit - maximum over the classes that are not at -inf, f = exp(d / T).
     """
@@ -20,18 +43,15 @@ class Sums(NamedTuple):
     maximum: tl.tuple
     mass: tl.tuple  # sum exp(d)
     moment: tl.tuple  # sum exp(d) d
-    spread: tl.tuple  # sum d
-    live: tl.tuple  # classes not at -inf
-    tempered_mass: tl.tuple  # sum exp(d / T)
-    top_mass: tl.tuple  # mass, moment, spread and live over the k largest
+    flat: UniformSums
+    tempered_mass: tl.tuple  # sum f
+    top_mass: tl.tuple  # mass, moment and UniformSums over the k largest
     top_moment: tl.tuple
-    top_spread: tl.tuple
-    top_live: tl.tuple
-    weighted_spread: tl.tuple  # sum class_weight d
-    weight_live: tl.tuple  # sum class_weight over the classes not at -inf
-    first: tl.tuple  # pairs: see divergence() below
-    second: tl.tuple
-    reach: tl.tuple  # largest |d_i - d_j|; inf where a class is at -inf in one of the two only
+    top_flat: UniformSums
+    weighted_spread: tl.tuple  # sum class_weight d, times S.distance
+    weight_live: tl.tuple  # sum class_weight over the classes not at -inf, times S.distance
+    lost: tl.tuple  # classes at -inf whose weight is not 0
+    pair: PairSums
     tail: tl.tuple  # exact mode: mass - 1, with more digits than the mass has
     top_tail: tl.tuple  # top_mass - 1
 
@@ -39,7 +59,7 @@ class Sums(NamedTuple):
 class Coefficients(NamedTuple):
     """What the gradient sweep multiplies into each class, see csrc/rows/row.h.
 
-    Without a temperature f = e, and what belongs to f_i and f_i d_i has joined constant and slope.
+    Without a temperature f = e, and what belongs to f_i has joined constant.
     """
 
     constant: tl.tuple
@@ -51,8 +71,10 @@ class Coefficients(NamedTuple):
     smoothing: tl.tuple
     target: tl.tuple
     tempered_constant: tl.tuple
-    slopes: tl.tuple  # students x models
-    others: tl.tuple  # students x models
+    slopes: tl.tuple  # students x models, of what a partner adds
+    means: tl.tuple
+    others: tl.tuple
+    shares: tl.tuple  # pairs
 
 
 class RowState(NamedTuple):
@@ -62,13 +84,19 @@ class RowState(NamedTuple):
     found: Coefficients
     thresholds: tl.tuple  # of each student's top k
     last_ties: tl.tuple
-    inverse_masses: tl.tuple  # what makes exponentials probabilities, for L1
+    levels: tl.tuple  # of L1's pairs: p_i > p_j where d_i - d_j is above
 
 
 @triton.jit
 def kept(weight, x):
     """x, or 0 where its weight is 0: what has no weight cannot make a NaN."""
     return tl.where(weight != 0, x, 0.0)
+
+
+@triton.jit
+def full(x, S: tl.constexpr):
+    """A mean out of sums that are times S.distance."""
+    return x * (1.0 / S.distance)
 
 
 @triton.jit
@@ -103,16 +131,29 @@ def cross_entropy(
     classes,
     S: tl.constexpr,
 ):
-    """(1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy."""
+    """(1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy.
+
+    But a class of weight 0 adds 0 even where its logit is -inf.
+    """
     lse = log_mass(sums, k, S)  # relative to the maximum
-    hard = target_weight * (lse - d_target)
+    value = tl.where(target_weight == 0, 0.0, target_weight * (lse - d_target))
     if S.smooths:
-        soft = (total_weight * lse - sums.weighted_spread[k]) / classes
-        smooth = kept(1.0 - smoothing, (1.0 - smoothing) * hard) + smoothing * soft
-        dead = (sums.live[k] < classes) & (sums.mass[k] == sums.mass[k])
-        return tl.where(dead, float("inf"), smooth)
-    else:
-        return hard
+        soft = full((total_weight * lse * S.distance - sums.weighted_spread[k]) / classes, S)
+        value = kept(1.0 - smoothing, (1.0 - smoothing) * value) + smoothing * soft
+        value = tl.where(sums.lost[k] > 0, float("inf"), value)
+    return tl.where(sums.mass[k] == sums.mass[k], value, float("nan"))
+
+
+@triton.jit
+def uniform_skl(mass, moment, flat, k: tl.constexpr, S: tl.constexpr):
+    """SKL(p, U) = E_p d - mean d of n classes.
+
+    Where the classes weigh much the same, both are nearly the same number; then
+    sum (exp(d) - mass / n) d is the better way to write it.
+    """
+    n = flat.live[k]
+    near = full((flat.excess[k] - flat.lift[k] / n * flat.spread[k]) / mass, S)
+    return tl.where(mass > 0.5 * n, near, moment / mass - full(flat.spread[k] / n, S))
 
 
 @triton.jit
@@ -123,19 +164,22 @@ def regularizer(sums, k: tl.constexpr, S: tl.constexpr):
         if S.entropic:
             value = entropy(sums, k, S)
         else:
-            value = sums.spread[k] / sums.live[k] - moment / mass
+            value = -uniform_skl(mass, moment, sums.flat, k, S)
     elif S.renormalize:
-        mean = sums.top_moment[k] / sums.top_mass[k]
         if S.entropic:
-            value = log_top_mass(sums, k, S) - mean
+            value = log_top_mass(sums, k, S) - sums.top_moment[k] / sums.top_mass[k]
         else:
-            value = sums.top_spread[k] / sums.top_live[k] - mean
+            value = -uniform_skl(sums.top_mass[k], sums.top_moment[k], sums.top_flat, k, S)
     elif S.entropic:
         value = (log_mass(sums, k, S) * sums.top_mass[k] - sums.top_moment[k]) / mass
     else:
-        shift = log_pos(sums.live[k], S.exact) - log_mass(sums, k, S)
-        value = (sums.top_spread[k] + sums.top_live[k] * shift) / sums.live[k]
-        value -= (sums.top_moment[k] + shift * sums.top_mass[k]) / mass
+        live, top = sums.flat.live[k], sums.top_flat
+        shift = log_pos(live, S.exact) - log_mass(sums, k, S)
+        spread = top.spread[k] + top.live[k] * shift * S.distance
+        excess = top.excess[k] + shift * top.lift[k] * S.distance
+        near = full((sums.flat.lift[k] / live * spread - excess) / mass, S)  # as in uniform_skl
+        far = full(spread / live, S) - (sums.top_moment[k] + shift * sums.top_mass[k]) / mass
+        value = tl.where(mass > 0.5 * live, near, far)
     return value
 
 
@@ -150,11 +194,11 @@ def regularizer_gradient(sums, k: tl.constexpr, weight, S: tl.constexpr):
         shift = 1.0 - log_pos(mass, S.exact)
         uniform = zero
         if not S.entropic:
-            shift += log_pos(sums.live[k], S.exact)
-            uniform = 1.0 / sums.live[k]
+            shift += log_pos(sums.flat.live[k], S.exact)
+            uniform = 1.0 / sums.flat.live[k]
         total = -(sums.top_moment[k] + shift * sums.top_mass[k]) / mass
         if not S.entropic:
-            total += uniform * sums.top_live[k]
+            total += uniform * sums.top_flat.live[k]
         found = (
             -weight * total / mass,
             zero,
@@ -172,7 +216,7 @@ def regularizer_gradient(sums, k: tl.constexpr, weight, S: tl.constexpr):
             uniform = zero
         else:
             constant = weight * (mean - 1.0) / mass
-            uniform = weight / (sums.top_live[k] if S.top else sums.live[k])
+            uniform = weight / (sums.top_flat.live[k] if S.top else sums.flat.live[k])
         slope = -weight / mass
         if S.top:
             found = (zero, zero, zero, constant, slope, uniform)
@@ -185,25 +229,19 @@ def regularizer_gradient(sums, k: tl.constexpr, weight, S: tl.constexpr):
 def divergence(
     sums, i: tl.constexpr, j: tl.constexpr, p: tl.constexpr, temperature, S: tl.constexpr
 ):
-    """Value of pair p = (i, j)'s divergence.
-
-    Symmetric KL: the two log masses cancel, D = d_i - d_j, SKL = (sum f_i D / mass_i - sum f_j D /
-    mass_j) / T. L1: first = sum of s p_i, second = sum of s p_j. KL to the teachers comes
-    ready-made in `first`.
-    """
+    """Value of pair p = (i, j)'s divergence."""
     if S.divergence == 3:
-        value = sums.first[p] - sums.second[p]
-        reach = value * 0.0
+        value = sums.pair.gap[p]
     elif S.divergence == 4:
-        value = sums.first[p]
-        reach = sums.reach[p]
+        value = sums.pair.first[p]
     else:
-        value = sums.first[p] / sums.tempered_mass[i] - sums.second[p] / sums.tempered_mass[j]
-        value /= temperature
-        reach = sums.reach[p]
+        shared = sums.pair.first[p] * (sums.pair.gap[p] / sums.tempered_mass[i])
+        value = full((sums.pair.second[p] - shared) / sums.tempered_mass[j], S) / temperature
+    if S.divergence != 3:
+        value = tl.where(sums.pair.reach[p] == float("inf"), float("inf"), value)
+    value = tl.where(value < 0, 0.0, value)  # rounding only; NaN stays
     broken = (sums.mass[i] != sums.mass[i]) | (sums.mass[j] != sums.mass[j])
-    value = tl.where((reach == float("inf")) & (broken == 0), float("inf"), value)
-    return tl.where(value < 0, 0.0, value)  # rounding only; NaN stays
+    return tl.where(broken, float("nan"), value)
 
 
 @triton.constexpr_function
@@ -224,34 +262,77 @@ def pair_weight(i: tl.constexpr, j: tl.constexpr, weights, S: tl.constexpr):
 
 
 @triton.jit
-def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, temperature, S: tl.constexpr):
-    """E_i[D] (E_i[sign] for L1) of the pair (i, j), seen from i."""
+def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, S: tl.constexpr):
+    """E_i[d_i - d_j] (E_i[sign] for L1) of the pair (i, j), seen from i."""
+    p: tl.constexpr = pair_index(min(i, j), max(i, j), S.models)
+    pair = sums.pair
     if i < j:
-        mean = sums.first[pair_index(i, j, S.models)]
-    else:
-        mean = -sums.second[pair_index(j, i, S.models)]
-    if S.divergence == 1:  # L1 sums are means already
-        mean = mean / (sums.tempered_mass[i] * temperature)
+        total = pair.first[p]
+    elif S.divergence == 3:
+        total = -pair.second[p]
+    elif S.exact:
+        total = -pair.other[p]
+    else:  # one sum more would not fit the registers of a resident row
+        total = pair.second[p] - pair.first[p]
+    mean = total / sums.tempered_mass[i]
+    if S.divergence == 1:
         # Where the divergence is infinite its gradient has no value.
-        reach = sums.reach[pair_index(min(i, j), max(i, j), S.models)]
-        mean = tl.where(reach == float("inf"), float("nan"), mean)
+        mean = tl.where(pair.reach[p] == float("inf"), float("nan"), full(mean, S))
     return mean
+
+
+@triton.jit
+def pair_scalars(mass_i, mass_j, gap):
+    """(shared, more_i, minus_more_j) of `divergence.probability_difference`.
+
+    The larger of the two masses gives what they have in common.
+    """
+    more = gap / (mass_i * mass_j)
+    shared = 1.0 / tl.where(mass_i < mass_j, mass_j, mass_i)
+    return shared, tl.where(gap < 0, -more, 0.0), tl.where(gap < 0, 0.0, -more)
+
+
+@triton.jit
+def pair_levels(sums, temperature, S: tl.constexpr):
+    """For each pair, where p_i > p_j: d_i - d_j is above this."""
+    logs = ()
+    for k in tl.static_range(S.models):
+        logs += (log_pos(sums.tempered_mass[k], S.exact),)
+    levels = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            levels += (temperature * (logs[i] - logs[j]),)
+    return levels
+
+
+@triton.jit
+def pair_share(sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr):
+    """What both models of a pair take of f_i - f_j, for symmetric KL."""
+    mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
+    shared, _, _ = pair_scalars(mass_i, mass_j, sums.pair.gap[pair_index(i, j, S.models)])
+    return kept(weight, weight / temperature * shared)
 
 
 @triton.jit
 def divergence_gradient(
     sums, i: tl.constexpr, j: tl.constexpr, weight, temperature, S: tl.constexpr
 ):
-    """(tempered_constant, slope_i, slope_j, other_j) that model j adds to model i's gradient."""
+    """(tempered_constant, slope, mean, other) that model j adds to model i's gradient."""
     w = weight / temperature
     mass_i, mass_j = sums.tempered_mass[i], sums.tempered_mass[j]
     zero = w * 0.0
+    if S.divergence == 3 or S.divergence == 1:
+        mean = pair_mean(sums, i, j, S)
+        # Where it is the difference to the mean that counts, so do the digits that the sweep lacks.
+        lacking = mean - mean.to(S.compute).to(S.scalar)
     if S.divergence == 3:
-        found = (-w * pair_mean(sums, i, j, temperature, S) / mass_i, zero, w / mass_i, zero)
+        slope = w / mass_i
+        found = (-slope * lacking, slope, mean, zero)
     elif S.divergence == 1:
+        gap = sums.pair.gap[pair_index(min(i, j), max(i, j), S.models)]
+        _, more_i, minus_more_j = pair_scalars(mass_i, mass_j, gap if i < j else -gap)
         slope = w / (temperature * mass_i)
-        constant = (w - w * pair_mean(sums, i, j, temperature, S)) / mass_i
-        found = (constant, slope, -slope, w / mass_j)
+        found = (w * more_i - slope * lacking, slope, mean, zero - w * minus_more_j)
     else:
         found = (w / mass_i, zero, zero, w / mass_j)
     return (
@@ -284,7 +365,9 @@ def cast_coefficients(found, dtype: tl.constexpr):
         cast_each(found.target, dtype),
         cast_each(found.tempered_constant, dtype),
         cast_each(found.slopes, dtype),
+        cast_each(found.means, dtype),
         cast_each(found.others, dtype),
+        cast_each(found.shares, dtype),
     )
 
 
@@ -312,6 +395,8 @@ def coefficients(
     hard = ()
     tempered_constant = ()
     slopes = ()
+    means = ()
+    shares = ()
     others = ()
     for i in tl.static_range(S.students):
         zero = sums.mass[i] * 0.0
@@ -323,38 +408,31 @@ def coefficients(
         eps_w = zero
         one_w = zero
         if S.ce:
-            one_w = ce[i] * (1.0 - smoothing) * target_weight
-            eps_w = ce[i] * smoothing / classes
-            c += kept(ce[i], (one_w + eps_w * total_weight) / sums.mass[i])
+            one_w = kept(ce[i], ce[i] * (1.0 - smoothing) * target_weight)
+            eps_w = kept(ce[i], ce[i] * smoothing / classes)
+            c += kept(ce[i], (one_w + eps_w * total_weight).to(S.scalar) / sums.mass[i])
         both = zero
-        own = zero
-        crosses = ()
         if S.d:
             for j in tl.static_range(S.models):
-                if j == i:
-                    crosses += (zero,)
-                    others += (zero,)
-                else:
+                added = (zero, zero, zero, zero)
+                if j != i:
                     weight = pair_weight(i, j, d, S)
                     added = divergence_gradient(sums, i, j, weight, temperature, S)
-                    both += added[0]
-                    own += added[1]
-                    crosses += (added[2],)
-                    others += (added[3],)
-            for j in tl.static_range(S.models):
-                if j == i:
-                    slopes += (own,)
-                else:
-                    slopes += (crosses[j],)
+                both += added[0]
+                slopes += (added[1],)
+                means += (added[2],)
+                others += (added[3],)
+                if S.divergence == 1 and i < j:
+                    shares += (pair_share(sums, i, j, weight, temperature, S),)
         constant += (c if S.tempered else c + both,)
-        slope += (s if S.tempered else s + own,)
+        slope += (s,)
         tempered_constant += (both,)
         uniform += (u,)
         top_constant += (tc,)
         top_slope += (ts,)
         top_uniform += (tu,)
-        soft += (eps_w,)
-        hard += (one_w,)
+        soft += (eps_w.to(S.scalar),)
+        hard += (one_w.to(S.scalar),)
     return Coefficients(
         constant,
         slope,
@@ -366,5 +444,7 @@ def coefficients(
         hard,
         tempered_constant,
         slopes,
+        means,
         others,
+        shares,
     )

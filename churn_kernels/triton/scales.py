@@ -16,7 +16,8 @@ from churn_kernels.triton.math import (
     exp_nonpos,
     number,
 )
-from churn_kernels.triton.softmax import tempered
+from churn_kernels.triton.row import PairSums, pair_index
+from churn_kernels.triton.softmax import tempered, weigh
 from churn_kernels.triton.tile import (
     across,
     any_row,
@@ -31,10 +32,10 @@ from churn_kernels.triton.tile import (
 )
 from churn_kernels.triton.topk import logit_of
 
-REACH = tl.constexpr(2.0**constants.kReachBits)
-REACH_BITS = tl.constexpr(constants.kReachBits)
+REACH = tl.constexpr(constants.kReach)
 LEAST_PEAK = tl.constexpr(constants.kLeastPeak)
-LOWEST = tl.constexpr(-(2.0**128 - 2.0**104))  # float32
+LEAST_EXPONENT = tl.constexpr(constants.kLeastExponent)
+ROUNDING = tl.constexpr(constants.kRounding)
 
 
 class Extremes(NamedTuple):
@@ -42,8 +43,10 @@ class Extremes(NamedTuple):
 
     maximum: tl.tuple
     second: tl.tuple  # the next logit
-    least: tl.tuple  # of the classes that are not at -inf
     broken: tl.tuple  # not 0: a NaN or +inf is among them
+    least: tl.tuple  # of the classes that are not at -inf; where SKL to uniform asks
+    highest: tl.tuple  # of a pair z_i - z_j, the largest
+    minus_lowest: tl.tuple  # and the largest z_j - z_i
     alone: tl.tuple  # of pairs, not 0: a class is at -inf in one of the two only
 
 
@@ -52,10 +55,10 @@ class Scales(NamedTuple):
 
     unit: tl.tuple  # of exp(d) and exp(d) d
     peak: tl.tuple  # 1, or 0 where those sums count the largest class apart
-    spread: tl.tuple
-    top_spread: tl.tuple
+    flat: tl.tuple  # of each student those of UniformSums but `live`, together
+    top_flat: tl.tuple
     weighted_spread: tl.tuple
-    pair: tl.tuple
+    pair: PairSums
 
 
 @triton.jit
@@ -94,66 +97,96 @@ def lane_two_largest(x, S: tl.constexpr):
 
 
 @triton.jit
+def lanes_nothing(count: tl.constexpr, S: tl.constexpr):
+    """Before the largest of each lane: -inf, `count` times."""
+    values = ()
+    for _ in tl.static_range(count):
+        values += (lanes_full(-INFINITY, S.compute, S),)
+    return values
+
+
+@triton.jit
 def extremes(z, at, S: tl.constexpr):
-    maximum = ()
-    second = ()
-    least = ()  # here as the largest of -x
-    for _ in tl.static_range(S.models):
-        maximum += (lanes_full(-INFINITY, S.compute, S),)
-        second += (lanes_full(-INFINITY, S.compute, S),)
-        least += (lanes_full(-INFINITY, S.compute, S),)
+    leasts: tl.constexpr = S.students if S.uniform else 0
+    pairs: tl.constexpr = S.pairs if S.divergence != 4 else 0
+    # `least` is the largest of -x here.
+    a = Extremes(
+        lanes_nothing(S.models, S),
+        lanes_nothing(S.models, S),
+        (),
+        lanes_nothing(leasts, S),
+        lanes_nothing(pairs, S),
+        lanes_nothing(pairs, S),
+        (),
+    )
     if S.resident:
         for part in tl.static_range(S.parts):
-            maximum, second, least = extend(maximum, second, least, at, 0, part, z[part], S)
+            a = extend(a, at, 0, part, z[part], S)
     else:
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
             for part in tl.static_range(S.parts):
-                maximum, second, least = extend(
-                    maximum, second, least, at, block, part, parts[part], S
-                )
-    largest = ()
-    following = ()
-    lowest = ()
-    smallest = ()
+                a = extend(a, at, block, part, parts[part], S)
+    maximum = ()
+    second = ()
     broken = ()
+    least = ()
     for k in tl.static_range(S.models):
-        top, after = maximum[k], second[k]
+        top, after = a.maximum[k], a.second[k]
         if S.wide:
             top, after = tl.reduce((top, after), 0, two_largest)
         broken += (((top != top) | (top == INFINITY)).to(tl.int32),)
-        largest += (tl.where(top == top, top, -INFINITY),)
-        following += (after,)
-        bottom = -row_largest(least[k], S)
-        lowest += (bottom,)
-        if any_row(bottom == -INFINITY, S):
-            bottom = least_live(at, k, S)
-        smallest += (bottom,)
+        maximum += (tl.where(top == top, top, -INFINITY),)
+        second += (after,)
+        if k < leasts:
+            bottom = -row_largest(a.least[k], S)
+            if any_row(bottom == -INFINITY, S):
+                bottom = least_live(at, k, S)
+            least += (bottom,)
+    highest = ()
+    minus_lowest = ()
     alone = ()
-    if S.couples:
+    if pairs > 0:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
-                alone += (find_alone(at, i, j, lowest, S),)
-    return Extremes(largest, following, smallest, broken, alone)
+                high = row_largest(a.highest[len(highest)], S)
+                low = row_largest(a.minus_lowest[len(minus_lowest)], S)
+                highest += (high,)
+                minus_lowest += (low,)
+                if S.couples:
+                    alone += (find_alone(at, i, j, tl.maximum(high, low), S),)
+    return Extremes(maximum, second, broken, least, highest, minus_lowest, alone)
 
 
 @triton.jit
-def extend(maximum, second, least, at, block, part: tl.constexpr, z, S: tl.constexpr):
+def extend(a, at, block, part: tl.constexpr, z, S: tl.constexpr):
     """Extremes of the lanes with one part more."""
-    largest = ()
-    following = ()
-    smallest = ()
+    maximum = ()
+    second = ()
+    least = ()
     for k in tl.static_range(S.models):
         x = z[k].to(S.compute)
         top, after = lane_two_largest(x, S)
-        top, after = two_largest(maximum[k], second[k], top, after)
-        largest += (top,)
-        following += (after,)
-        if has_edge(part, True, S):  # what lies outside the row is no class at -inf
-            c = classes_of(at, block, part, S)
-            x = tl.where((c >= 0) & (c < at.classes), x, INFINITY)
-        smallest += (tl.maximum(least[k], lane_max(-x, S)),)
-    return largest, following, smallest
+        top, after = two_largest(a.maximum[k], a.second[k], top, after)
+        maximum += (top,)
+        second += (after,)
+        if k < len(a.least):
+            if has_edge(part, True, S):  # what lies outside the row is no class at -inf
+                c = classes_of(at, block, part, S)
+                x = tl.where((c >= 0) & (c < at.classes), x, INFINITY)
+            least += (tl.maximum(a.least[k], lane_max(-x, S)),)
+    highest = ()
+    minus_lowest = ()
+    if len(a.highest) > 0:
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                # Neither sees the NaN of a class at -inf in both.
+                apart = z[i].to(S.compute) - z[j].to(S.compute)
+                highest += (tl.maximum(a.highest[len(highest)], lane_max(apart, S)),)
+                minus_lowest += (
+                    tl.maximum(a.minus_lowest[len(minus_lowest)], lane_max(-apart, S)),
+                )
+    return Extremes(maximum, second, (), least, highest, minus_lowest, ())
 
 
 @triton.jit
@@ -169,10 +202,13 @@ def least_live(at, k: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def find_alone(at, i: tl.constexpr, j: tl.constexpr, lowest, S: tl.constexpr):
-    """Whether a class of the row is at -inf in one of two models only: not 0 then."""
+def find_alone(at, i: tl.constexpr, j: tl.constexpr, apart, S: tl.constexpr):
+    """Whether a class of the row is at -inf in one of two models only: not 0 then.
+
+    Then `apart`, the largest distance of two logits, is inf.
+    """
     alone = row_full(0, tl.int32, S)
-    if any_row(tl.minimum(lowest[i], lowest[j]) == -INFINITY, S):
+    if any_row(apart == INFINITY, S):
         found = lanes_full(0, tl.int32, S)
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
@@ -196,21 +232,42 @@ def real(total, by):
 
 
 @triton.jit
+def real_each(totals, by):
+    found = ()
+    for i in tl.static_range(len(totals)):
+        found += (real(totals[i], by[i]),)
+    return found
+
+
+@triton.jit
 def integers(x, S: tl.constexpr):
     """Sum of x, cut to integers, for each lane."""
     return lane_sum(x.to(tl.int64), S)
 
 
 @triton.jit
-def reach_bits(reach):
-    """The least E with reach < 2^E, from REACH_BITS on."""
-    bits = ((reach.to(tl.int32, bitcast=True) >> 23) & 255) - 126
-    return tl.maximum(bits, REACH_BITS)  # at most 128, as no term is inf
+def bits_of(x):
+    """The least E of a float64 0 <= x < 2^E."""
+    return (x.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
+
+
+@triton.jit
+def exponent_scale(exponent, S: tl.constexpr):
+    return power(tl.maximum(exponent, LEAST_EXPONENT), S)
 
 
 @triton.jit
 def scale(reach, S: tl.constexpr):
-    return power(reach_bits(reach), S)
+    """Of terms that are at most `reach`."""
+    return exponent_scale(bits_of(reach.to(tl.float64)), S)
+
+
+@triton.jit
+def uniform_scales(reach, S: tl.constexpr):
+    """Of d, (exp(d) - 1) d and exp(d) - 1 where all |d| are at most `reach`."""
+    bits = bits_of(reach.to(tl.float64))
+    lift = tl.minimum(bits + 1, 0)
+    return exponent_scale(bits, S), exponent_scale(bits + lift, S), exponent_scale(lift, S)
 
 
 @triton.jit
@@ -224,8 +281,7 @@ def peak_bits(row, k: tl.constexpr, inverse_temperature):
     one = number(1.0, tl.float64)
     gap = tl.where(gap > lowest, gap, lowest) * inverse_temperature.to(tl.float64)
     bound = exp_nonpos(gap, True) * tl.maximum(one, -gap)
-    bits = (bound.to(tl.int64, bitcast=True) >> 52).to(tl.int32) - 1022
-    return tl.minimum(tl.maximum(bits, LEAST_PEAK), 0)
+    return tl.minimum(tl.maximum(bits_of(bound), LEAST_PEAK), 0)
 
 
 @triton.jit
@@ -241,51 +297,54 @@ def difference(x, maximum, S: tl.constexpr):
 
 
 @triton.jit
-def weigh(weight, d):
-    """class weight d, a number even where float32 has none."""
-    return tl.maximum(weight * d, LOWEST)
-
-
-@triton.jit
 def weighted_reach(at, row, class_weight, S: tl.constexpr):
-    """The largest |class weight d| of each model."""
+    """The largest |class weight d| of each student."""
     reach = ()
-    for k in tl.static_range(S.models):
+    for k in tl.static_range(S.students):
         largest = lanes_full(0.0, S.compute, S)
         for block in range(0, blocks(at, S)):
             parts = load_block(at, block, True, S)
             for part in tl.static_range(S.parts):
                 c = classes_of(at, block, part, S)
                 d = difference(parts[part][k].to(S.compute), row.maximum[k], S)
-                term = weigh(load_weights(class_weight, at, c, S), d)
+                term = weigh(load_weights(class_weight, at, c, S), d, S)
                 largest = tl.maximum(largest, lane_max(tl.abs(term), S))
         reach += (row_largest(largest, S),)
     return reach
 
 
 @triton.jit
-def pair_reach(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
-    """The largest |d_i - d_j| of the classes that count: not both exponentials are 0.
+def pair_reach(row, p: tl.constexpr, temperature):
+    """Bounds |d_i - d_j| by the differences of the logits, up to the rounding of each d."""
+    lowest = -row.minus_lowest[p].to(tl.float64)
+    return (row.highest[p].to(tl.float64) - lowest) + temperature * ROUNDING
 
-    With teachers, the largest |d_i| / T where teacher j's exponential is not 0, twice: what a term
-    has besides it is less.
+
+@triton.jit
+def far_terms(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
+    """The largest terms of a pair's sums, or, with teachers, |d_i - d_j| of the classes that count.
+
+    Those are the ones whose exponentials are not both 0.
     """
-    largest = lanes_full(0.0, S.compute, S)
+    first = lanes_full(0.0, S.compute, S)
+    second = lanes_full(0.0, S.compute, S)
+    other = lanes_full(0.0, S.compute, S)
     for block in range(0, blocks(at, S)):
         parts = load_block(at, block, True, S)
         for part in tl.static_range(S.parts):
-            a = parts[part][i].to(S.compute)
-            b = parts[part][j].to(S.compute)
-            counts = tempered(b, row.maximum[j], inverse_temperature, S)
-            apart = difference(a, row.maximum[i], S)
+            x = parts[part][i].to(S.compute)
+            y = parts[part][j].to(S.compute)
+            apart = tl.abs(difference(x, row.maximum[i], S) - difference(y, row.maximum[j], S))
+            a = tempered(x, row.maximum[i], inverse_temperature, S)
+            b = tempered(y, row.maximum[j], inverse_temperature, S)
             if S.divergence == 4:
-                apart = apart * inverse_temperature * 2.0
+                apart = tl.where((a > 0) | (b > 0), apart, 0.0)
+                first = tl.maximum(first, lane_max(apart, S))
             else:
-                apart -= difference(b, row.maximum[j], S)
-                counts = tl.maximum(counts, tempered(a, row.maximum[i], inverse_temperature, S))
-            apart = tl.where(counts > 0, tl.abs(apart), 0.0)
-            largest = tl.maximum(largest, lane_max(apart, S))
-    return row_largest(largest, S)
+                first = tl.maximum(first, lane_max(a * apart, S))
+                second = tl.maximum(second, lane_max(tl.abs(a - b) * apart, S))
+                other = tl.maximum(other, lane_max(b * apart, S))
+    return row_largest(first, S), row_largest(second, S), row_largest(other, S)
 
 
 @triton.jit
@@ -312,52 +371,101 @@ def shared_peak(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, 
 
 
 @triton.jit
-def pair_scales(at, row, inverse_temperature, S: tl.constexpr):
-    """Scales of the pairs' sums: with a sweep of its own where logits lie far apart."""
-    bound = row_full(0.0, S.compute, S)
-    for k in tl.static_range(S.models):
-        bound = tl.maximum(bound, reach_of(row, k, row.least[k]))
-    if S.divergence == 4:
-        bound = reach_of(row, 0, row.least[0]) * inverse_temperature * 2.0
-    found = ()
-    for i in tl.static_range(S.models):
-        for j in tl.static_range(i + 1, S.models):
-            if S.divergence != 4:
-                reach = row_full(0.0, S.compute, S)
-                if any_row((bound < REACH) == 0, S):
-                    reach = pair_reach(at, row, i, j, inverse_temperature, S)
-                bits = reach_bits(reach) + shared_peak(at, row, i, j, inverse_temperature, S)
-                found += (power(bits, S),)
-    if S.divergence == 4:
-        reach = row_full(0.0, S.compute, S)
-        if any_row((bound < REACH) == 0, S):
-            for t in tl.static_range(1, S.models):
-                reach = tl.maximum(reach, pair_reach(at, row, 0, t, inverse_temperature, S))
-        found += (scale(reach, S),)
-    return found
+def sure_peak(peak, classes):
+    """Peak bits of sums over probabilities.
+
+    Their difference at the largest class is that of all others.
+    """
+    return tl.where(peak < 0, tl.minimum(0, peak + bits_of(classes.to(tl.float64)) + 1), 0)
 
 
 @triton.jit
-def find_scales(at, row, class_weight, thresholds, inverse_temperature, S: tl.constexpr):
+def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
+    """Of symmetric KL's sums, with a sweep of its own where logits lie far apart.
+
+    A difference of two exponentials is at most 1, and at most 1.3 D where D is small.
+    """
+    first = ()
+    second = ()
+    other = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            reach = pair_reach(row, pair_index(i, j, S.models), temperature)
+            bits = bits_of(reach)
+            peak = shared_peak(at, row, i, j, inverse_temperature, S)
+            a = exponent_scale(bits + peak, S)
+            b = exponent_scale(bits + tl.minimum(bits + 1, 0) + peak, S)
+            c = a
+            far = (reach < REACH) == 0
+            if any_row(far, S):
+                far_a, far_b, far_c = far_terms(at, row, i, j, inverse_temperature, S)
+                a = tl.where(far, scale(far_a, S), a)
+                b = tl.where(far, scale(far_b, S), b)
+                c = tl.where(far, scale(far_c, S), c)
+            first += (a,)
+            second += (b,)
+            other += (c,)
+    return PairSums(first, second, (), other, ())
+
+
+@triton.jit
+def kl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
+    """Of KL to the teachers.
+
+    With |d - d_t| / T <= reach, |D| is at most twice that, and a term at most q D^2 where that is
+    below 1, at most p + q |D| elsewhere.
+    """
+    reach = row_full(0.0, S.compute, S)
+    peak = row_full(LEAST_PEAK, tl.int32, S)
+    for t in tl.static_range(1, S.models):
+        apart, _, _ = far_terms(at, row, 0, t, inverse_temperature, S)
+        reach = tl.maximum(reach, apart)
+        peak = tl.maximum(peak, shared_peak(at, row, 0, t, inverse_temperature, S))
+    bits = bits_of(reach.to(tl.float64) / temperature + ROUNDING)
+    bits = tl.where(bits < 0, 2 * bits, bits) + 2
+    by = exponent_scale(bits + sure_peak(peak, at.classes), S)
+    return PairSums((by,), (), (), (), ())
+
+
+@triton.jit
+def l1_scales(at, row, masses, temperature, inverse_temperature, S: tl.constexpr):
+    """Of L1's sums. No p is above the larger inverse mass, no difference above 2.6 reach of it."""
+    unit = ()
+    gap = ()
+    for i in tl.static_range(S.models):
+        for j in tl.static_range(i + 1, S.models):
+            inverse = tl.maximum(1.0 / masses[i], 1.0 / masses[j])
+            peak = shared_peak(at, row, i, j, inverse_temperature, S)
+            bits = bits_of(pair_reach(row, pair_index(i, j, S.models), temperature)) + 2
+            bits = tl.minimum(tl.minimum(bits, sure_peak(peak, at.classes)), 0)
+            unit += (row_full(S.unit, S.compute, S),)
+            gap += (exponent_scale(bits_of(inverse) + bits, S),)
+    return PairSums(unit, unit, gap, (), ())
+
+
+@triton.jit
+def find_scales(
+    at, row, class_weight, thresholds, temperature, inverse_temperature, S: tl.constexpr
+):
     unit = ()
     peak = ()
-    spread = ()
-    top_spread = ()
+    flat = ()
+    top_flat = ()
     weighted = ()
     for k in tl.static_range(S.models):
         bits = peak_bits(row, k, tl.full((), 1.0, tl.float64))
         unit += (power(bits, S),)
         peak += (tl.where(bits < 0, 0.0, 1.0),)
-        if S.uniform and not S.top:
-            spread += (scale(reach_of(row, k, row.least[k]), S),)
-        if S.uniform and S.top and k < S.students:
-            least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
-            top_spread += (scale(reach_of(row, k, least), S),)
+        if S.uniform and k < S.students:
+            flat += (uniform_scales(reach_of(row, k, row.least[k]), S),)
+            if S.top:
+                least = tl.maximum(logit_of(thresholds[k], S.compute), row.least[k])
+                top_flat += (uniform_scales(reach_of(row, k, least), S),)
     if S.smooths:
         reach = weighted_reach(at, row, class_weight, S)
-        for k in tl.static_range(S.models):
+        for k in tl.static_range(S.students):
             weighted += (scale(reach[k], S),)
-    pair = ()
-    if S.couples or S.divergence == 4:
-        pair = pair_scales(at, row, inverse_temperature, S)
-    return Scales(unit, peak, spread, top_spread, weighted, pair)
+    pair = PairSums((), (), (), (), ())
+    if S.couples:
+        pair = skl_scales(at, row, temperature, inverse_temperature, S)
+    return Scales(unit, peak, flat, top_flat, weighted, pair)

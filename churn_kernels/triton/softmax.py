@@ -6,7 +6,7 @@ d = logit - row maximum, e = exp(d), p = e / mass.
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import INFINITY, at_least_lowest, exp_nonpos, mul_add
+from churn_kernels.triton.math import INFINITY, at_least_lowest, exp_nonpos, lowest_of, mul_add
 from churn_kernels.triton.tile import across
 
 
@@ -19,6 +19,12 @@ def tempered(x, maximum, inverse_temperature, S: tl.constexpr):
         return tl.where(x == -INFINITY, 0.0, exp_nonpos(d, S.exact))
     else:
         return exp_nonpos(d, S.exact)
+
+
+@triton.jit
+def weigh(weight, distance, S: tl.constexpr):
+    """class weight times a distance in units of `S.distance`, a number even where none is."""
+    return tl.maximum(weight * distance, lowest_of(S.compute) * S.distance)
 
 
 @triton.jit

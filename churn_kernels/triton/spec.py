@@ -45,22 +45,28 @@ _FIELDS = (
     "maximum",
     "mass",
     "moment",
-    "spread",
     "live",
+    "spread",
+    "excess",
+    "lift",
     "tempered_mass",
     "top_mass",
     "top_moment",
-    "top_spread",
     "top_live",
+    "top_spread",
+    "top_excess",
+    "top_lift",
     "weighted_spread",
+    "lost",
     "threshold",
     "last_tie",
     "first",
     "second",
+    "gap",
+    "other",
     "reach",
     "tail",
     "top_tail",
-    "total_weight",
     "winner",
     "runner_up",
 )
@@ -92,26 +98,35 @@ def make_spec(
     couples = options.divergence in (DIVERGENCES["skl"], DIVERGENCES["ce"])
     sweeps_twice = options.divergence in (DIVERGENCES["l1"], DISTILLATION)
     tempered = options.temperature != 1.0 and options.divergence != 0
+    lifts = uniform and not (top and options.renormalize_top_k)
+    compute = tl.float64 if dtype == torch.float64 else tl.float32
+    scalar = tl.float64 if exact else compute
     present = {
         "maximum": models,
         "mass": models,
         "moment": models,
-        "spread": models * (uniform and not top),
-        "live": models * (uniform or smooths),
+        "live": students * lifts,
+        "spread": students * (uniform and not top),
+        "excess": students * (uniform and not top),
+        "lift": students * lifts,
         "tempered_mass": models * tempered,
         "top_mass": students * top,
         "top_moment": students * top,
-        "top_spread": students * (top and uniform),
         "top_live": students * (top and uniform),
-        "weighted_spread": models * smooths,
+        "top_spread": students * (top and uniform),
+        "top_excess": students * (top and uniform),
+        "top_lift": students * (top and uniform),
+        "weighted_spread": students * smooths,
+        "lost": students * smooths,
         "threshold": students * top,
         "last_tie": students * top,
         "first": pairs,
         "second": pairs * (options.divergence != DISTILLATION),
+        "gap": pairs * (options.divergence != DISTILLATION),
+        "other": pairs * (exact and couples),
         "reach": pairs * (options.divergence != DIVERGENCES["l1"]),
         "tail": models * exact,
         "top_tail": students * (top and exact),
-        "total_weight": int(smooths and weighted),
         "winner": models * report,
         "runner_up": students * report,
     }
@@ -131,9 +146,13 @@ def make_spec(
         models=models,
         students=students,
         pairs=pairs,
-        compute=tl.float64 if dtype == torch.float64 else tl.float32,
-        scalar=tl.float64 if exact or dtype == torch.float64 else tl.float32,  # of a row
+        compute=compute,
+        scalar=scalar,  # of a row
+        weight=tl.float64 if weighted else scalar,  # of class weights and what they are times
         exact=exact,
+        # What sums over distances of logits are times, so that they do not overflow; exact mode's
+        # have scales of their own.
+        distance=1.0 if exact else 2.0**-32,
         places=places,
         unit=2.0**places,
         element_size=dtype.itemsize,
@@ -144,6 +163,7 @@ def make_spec(
         renormalize=options.renormalize_top_k,
         divergence=options.divergence,
         couples=couples,
+        gaps=pairs > 0 and options.divergence != DISTILLATION and not exact,  # summed, not masses'
         sweeps_twice=sweeps_twice,
         tempered=tempered,
         smooths=smooths,
@@ -154,7 +174,7 @@ def make_spec(
         ce=has_target and (by_term or options.ce_weight != 0),
         r=regularizes and (by_term or options.regularizer_weight != 0),
         d=pairs > 0 and (by_term or options.divergence_weight != 0),
-        counts_live=uniform or smooths,
+        lifts=lifts,
         strided=strided,
         fields=width,
         term_pairs=term_pairs,  # places for pairs in what is returned; `pairs` of them are computed

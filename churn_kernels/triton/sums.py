@@ -8,67 +8,63 @@ and lanes come together in the same way. The order depends on the plan alone.
 import triton
 import triton.language as tl
 
-from churn_kernels.triton.math import (
-    INFINITY,
-    LOWEST_FLOAT,
-    at_least_lowest,
-    exp_nonpos,
-    mul_add,
+from churn_kernels.triton.groups import (
+    add_pair_sums,
+    add_pairs,
+    add_to_uniform,
+    add_uniforms,
+    fold_pairs,
+    fold_uniform,
+    no_pairs,
+    no_uniform,
+    rebase_pairs,
+    rebase_uniform,
+    take_uniform,
 )
-from churn_kernels.triton.row import Sums, pair_index
+from churn_kernels.triton.math import INFINITY, at_least_lowest, exp_nonpos, mul_add
+from churn_kernels.triton.row import PairSums, Sums, pair_index
+from churn_kernels.triton.softmax import weigh
 from churn_kernels.triton.tile import (
     across,
     any_row,
     blocks,
     classes_of,
+    fold_each,
     lane_max,
-    lane_sum,
     load_block,
     load_weights,
     row_full,
     row_max,
     to_lane,
+    zeros,
 )
 from churn_kernels.triton.topk import in_top_k, order_key
 from churn_kernels.triton.tuples import add_each, larger_each, largest_each, take, total_each
 
 ANY_TIE = tl.constexpr(2**30 - 1)  # behind every class: all ties belong
-# Differences of two d beyond this come from a class at -inf, or from a mask.
-FAR = tl.constexpr(-0.25 * LOWEST_FLOAT.value)
-
-
-@triton.jit
-def zeros(count: tl.constexpr, S: tl.constexpr):
-    """A tile of zeros for each of `count` sums."""
-    values = ()
-    for _ in tl.static_range(count):
-        values += (tl.zeros((S.height, S.width), S.compute),)
-    return values
 
 
 @triton.jit
 def no_sums(maximum, S: tl.constexpr):
     """The sums over nothing, class by class of a tile."""
     tops: tl.constexpr = S.students if S.top else 0
-    uniform_tops: tl.constexpr = S.students if S.top and S.uniform else 0
-    smooths: tl.constexpr = S.models if S.smooths else 0
-    pairs: tl.constexpr = S.pairs if S.couples else 0
+    spreads: tl.constexpr = S.students if S.uniform and not S.top else 0
+    lifts: tl.constexpr = S.students if S.lifts else 0
+    uniform_tops: tl.constexpr = S.students if S.uniform and S.top else 0
+    smooths: tl.constexpr = S.students if S.smooths else 0
     return Sums(
         maximum,
         zeros(S.models, S),
         zeros(S.models, S),
-        zeros(S.models if S.uniform and not S.top else 0, S),
-        zeros(S.models if S.counts_live else 0, S),
+        no_uniform(lifts, spreads, S),
         zeros(S.models if S.tempered else 0, S),
         zeros(tops, S),
         zeros(tops, S),
-        zeros(uniform_tops, S),
-        zeros(uniform_tops, S),
+        no_uniform(uniform_tops, uniform_tops, S),
         zeros(smooths, S),
         zeros(smooths, S),
-        zeros(pairs, S),
-        zeros(pairs, S),
-        zeros(pairs, S),
+        zeros(smooths, S),
+        no_pairs(S),
         (),
         (),
     )
@@ -76,76 +72,70 @@ def no_sums(maximum, S: tl.constexpr):
 
 @triton.jit
 def add_part(a, z, c, weights, thresholds, last_ties, inverse_temperature, S: tl.constexpr):
-    """Adds a part's logits z to the sums a, class by class of the tile; c are their indices."""
+    """Adds a part's logits z to the sums a; c are their indices."""
     mass = ()
     moment = ()
-    spread = ()
-    live = ()
     tempered_mass = ()
     top_mass = ()
     top_moment = ()
-    top_spread = ()
-    top_live = ()
     weighted_spread = ()
     weight_live = ()
+    lost = ()
+    raw = ()
     d = ()
+    live = ()
+    live_d = ()
+    es = ()
     f = ()
+    member = ()
+    top_d = ()
+    top_e = ()
     for k in tl.static_range(S.models):
         x = z[k].to(S.compute)
         m = a.maximum[k]
-        raw = x - (across(m, S) if S.resident else to_lane(m, S))
-        e = exp_nonpos(raw)  # exp(-inf) = 0: a class at -inf weighs nothing
-        d += (at_least_lowest(raw),)
+        raw += (x - (across(m, S) if S.resident else to_lane(m, S)),)
+        e = exp_nonpos(raw[k])  # exp(-inf) = 0: a class at -inf weighs nothing
+        es += (e,)
+        d += (at_least_lowest(raw[k]),)
         mass += (a.mass[k] + e,)
         moment += (mul_add(e, d[k], a.moment[k]),)
-        if S.counts_live:
-            live += (a.live[k] + (x != -INFINITY).to(S.compute),)
-        if S.uniform and not S.top:
-            spread += (a.spread[k] + tl.where(x != -INFINITY, d[k], 0.0),)
         if S.tempered:
-            f += (exp_nonpos(raw * inverse_temperature),)
+            f += (exp_nonpos(raw[k] * inverse_temperature),)
             tempered_mass += (a.tempered_mass[k] + f[k],)
         else:
             f += (e,)
-        if S.top and k < S.students:
-            member = in_top_k(order_key(x), c, across(thresholds[k], S), across(last_ties[k], S))
-            member = member & (x != -INFINITY)
-            top_e = tl.where(member, e, 0.0)
-            top_mass += (a.top_mass[k] + top_e,)
-            top_moment += (mul_add(top_e, d[k], a.top_moment[k]),)
-            if S.uniform:
-                top_live += (a.top_live[k] + member.to(S.compute),)
-                top_spread += (a.top_spread[k] + tl.where(member, d[k], 0.0),)
-        if S.smooths:
-            w = tl.where(x != -INFINITY, weights, 0.0)
-            weight_live += (a.weight_live[k] + w,)
-            weighted_spread += (mul_add(w, d[k], a.weighted_spread[k]),)
-    first = ()
-    second = ()
-    reach = ()
-    if S.couples:
-        for i in tl.static_range(S.models):
-            for j in tl.static_range(i + 1, S.models):
-                difference = d[i] - d[j]
-                first += (mul_add(f[i], difference, a.first[len(first)]),)
-                second += (mul_add(f[j], difference, a.second[len(second)]),)
-                reach += (tl.maximum(a.reach[len(reach)], tl.abs(difference)),)
+        if k < S.students:
+            live += (x != -INFINITY,)
+            live_d += (tl.where(live[k], d[k], 0.0),)
+            if S.top:
+                inside = in_top_k(
+                    order_key(x), c, across(thresholds[k], S), across(last_ties[k], S)
+                )
+                member += (inside & live[k],)
+                top_d += (tl.where(member[k], d[k], 0.0),)
+                top_e += (tl.where(member[k], e, 0.0),)
+                top_mass += (a.top_mass[k] + top_e[k],)
+                top_moment += (mul_add(top_e[k], d[k], a.top_moment[k]),)
+            if S.smooths:
+                w = tl.where(live[k], weights, 0.0)
+                term = weigh(w, d[k] * S.distance, S)
+                weighted_spread += (a.weighted_spread[k] + term,)
+                weight_live += (a.weight_live[k] + w * S.distance,)
+                dead = (x == -INFINITY) & (weights != 0)
+                lost += (a.lost[k] + dead.to(S.compute),)
     return Sums(
         a.maximum,
         mass,
         moment,
-        spread,
-        live,
+        add_to_uniform(a.flat, es, live_d, live, S),
         tempered_mass,
         top_mass,
         top_moment,
-        top_spread,
-        top_live,
+        add_to_uniform(a.top_flat, top_e, top_d, member, S),
         weighted_spread,
         weight_live,
-        first,
-        second,
-        reach,
+        lost,
+        add_pairs(a.pair, d, raw, f, S),
         (),
         (),
     )
@@ -171,18 +161,15 @@ def block_sums(
         maximum,
         fold_each(a.mass, S),
         fold_each(a.moment, S),
-        fold_each(a.spread, S),
-        fold_each(a.live, S),
+        fold_uniform(a.flat, S),
         fold_each(a.tempered_mass, S),
         fold_each(a.top_mass, S),
         fold_each(a.top_moment, S),
-        fold_each(a.top_spread, S),
-        fold_each(a.top_live, S),
+        fold_uniform(a.top_flat, S),
         fold_each(a.weighted_spread, S),
         fold_each(a.weight_live, S),
-        fold_each(a.first, S),
-        fold_each(a.second, S),
-        fold_reach(a.reach, S),
+        fold_each(a.lost, S),
+        fold_pairs(a.pair, S),
         (),
         (),
     )
@@ -198,84 +185,59 @@ def finite_each(maximum):
 
 
 @triton.jit
-def fold_each(a, S: tl.constexpr):
-    """Sum over the classes of each lane, of each entry."""
-    folded = ()
-    for i in tl.static_range(len(a)):
-        folded += (lane_sum(a[i], S),)
-    return folded
-
-
-@triton.jit
-def fold_reach(a, S: tl.constexpr):
-    folded = ()
-    for i in tl.static_range(len(a)):
-        folded += (lane_max(a[i], S),)
-    return folded
-
-
-@triton.jit
 def rebase(sums, maximum, inverse_temperature, S: tl.constexpr):
-    """The same sums relative to other, larger maxima: d shifts by delta, exp(d) by exp(delta)."""
+    """The same sums relative to other, larger maxima: d shifts by delta, exp(d) by exp(delta).
+
+    A lane that is left so far below that it weighs nothing adds 0: products with the scale first.
+    """
     mass = ()
     moment = ()
-    spread = ()
     tempered_mass = ()
     top_mass = ()
     top_moment = ()
-    top_spread = ()
     weighted_spread = ()
     delta = ()
+    scale = ()
     tempered_scale = ()
     for k in tl.static_range(S.models):
         # A lane without a class has sums of 0; nothing is to become of them.
         by = tl.where(sums.maximum[k] == -INFINITY, 0.0, sums.maximum[k] - maximum[k])
         by = at_least_lowest(by)
-        scale = exp_nonpos(by)
         delta += (by,)
-        mass += (scale * sums.mass[k],)
-        moment += (scale * mul_add(by, sums.mass[k], sums.moment[k]),)
-        if S.uniform and not S.top:
-            spread += (mul_add(by, sums.live[k], sums.spread[k]),)
+        scale += (exp_nonpos(by),)
+        s = scale[k]
+        mass += (s * sums.mass[k],)
+        moment += (mul_add(s * by, sums.mass[k], s * sums.moment[k]),)
         if S.tempered:
             tempered_scale += (exp_nonpos(by * inverse_temperature),)
             tempered_mass += (tempered_scale[k] * sums.tempered_mass[k],)
         else:
-            tempered_scale += (scale,)
+            tempered_scale += (s,)
         if S.top and k < S.students:
-            top_mass += (scale * sums.top_mass[k],)
-            top_moment += (scale * mul_add(by, sums.top_mass[k], sums.top_moment[k]),)
-            if S.uniform:
-                top_spread += (mul_add(by, sums.top_live[k], sums.top_spread[k]),)
-        if S.smooths:
+            top_mass += (s * sums.top_mass[k],)
+            top_moment += (mul_add(s * by, sums.top_mass[k], s * sums.top_moment[k]),)
+        if S.smooths and k < S.students:
             weighted_spread += (mul_add(by, sums.weight_live[k], sums.weighted_spread[k]),)
-    first = ()
-    second = ()
-    if S.couples:
-        for i in tl.static_range(S.models):
-            for j in tl.static_range(i + 1, S.models):
-                by = delta[i] - delta[j]
-                mass_i = sums.tempered_mass[i] if S.tempered else sums.mass[i]
-                mass_j = sums.tempered_mass[j] if S.tempered else sums.mass[j]
-                # Pairs come in order: the next entry is this one's.
-                first += (tempered_scale[i] * mul_add(by, mass_i, sums.first[len(first)]),)
-                second += (tempered_scale[j] * mul_add(by, mass_j, sums.second[len(second)]),)
     return Sums(
         maximum,
         mass,
         moment,
-        spread,
-        sums.live,
+        rebase_uniform(sums.flat, delta, scale, S),
         tempered_mass,
         top_mass,
         top_moment,
-        top_spread,
-        sums.top_live,
+        rebase_uniform(sums.top_flat, delta, scale, S),
         weighted_spread,
         sums.weight_live,
-        first,
-        second,
-        sums.reach,
+        sums.lost,
+        rebase_pairs(
+            sums.pair,
+            sums.tempered_mass if S.tempered else sums.mass,
+            delta,
+            tempered_scale,
+            inverse_temperature,
+            S,
+        ),
         (),
         (),
     )
@@ -288,18 +250,15 @@ def add_sums(a, b):
         a.maximum,
         add_each(a.mass, b.mass),
         add_each(a.moment, b.moment),
-        add_each(a.spread, b.spread),
-        add_each(a.live, b.live),
+        add_uniforms(a.flat, b.flat),
         add_each(a.tempered_mass, b.tempered_mass),
         add_each(a.top_mass, b.top_mass),
         add_each(a.top_moment, b.top_moment),
-        add_each(a.top_spread, b.top_spread),
-        add_each(a.top_live, b.top_live),
+        add_uniforms(a.top_flat, b.top_flat),
         add_each(a.weighted_spread, b.weighted_spread),
         add_each(a.weight_live, b.weight_live),
-        add_each(a.first, b.first),
-        add_each(a.second, b.second),
-        larger_each(a.reach, b.reach),
+        add_each(a.lost, b.lost),
+        add_pair_sums(a.pair, b.pair),
         (),
         (),
     )
@@ -322,46 +281,42 @@ def over_lanes(a, inverse_temperature, S: tl.constexpr):
         if not S.resident and not S.exact:
             maximum = largest_each(a.maximum)
             a = rebase(a, maximum, inverse_temperature, S)
-        flat = total_each(
-            a.mass
-            + a.moment
-            + a.first
-            + a.second
-            + a.spread
-            + a.live
-            + a.tempered_mass
-            + a.top_mass
-            + a.top_moment
-            + a.top_spread
-            + a.top_live
-            + a.weighted_spread
-        )
-        models: tl.constexpr = len(a.mass)
-        pairs: tl.constexpr = len(a.first)
-        spread: tl.constexpr = 2 * models + 2 * pairs
-        live: tl.constexpr = spread + len(a.spread)
-        tempered_mass: tl.constexpr = live + len(a.live)
+        masses = a.mass + a.moment + a.tempered_mass + a.top_mass + a.top_moment
+        pairs = a.pair.first + a.pair.second + a.pair.gap + a.pair.other
+        flats = a.flat.live + a.flat.spread + a.flat.excess + a.flat.lift
+        tops = a.top_flat.live + a.top_flat.spread + a.top_flat.excess + a.top_flat.lift
+        flat = total_each(masses + pairs + flats + tops + a.weighted_spread + a.lost)
+        moment: tl.constexpr = len(a.mass)
+        tempered_mass: tl.constexpr = moment + len(a.moment)
         top_mass: tl.constexpr = tempered_mass + len(a.tempered_mass)
         top_moment: tl.constexpr = top_mass + len(a.top_mass)
-        top_spread: tl.constexpr = top_moment + len(a.top_moment)
-        top_live: tl.constexpr = top_spread + len(a.top_spread)
-        weighted_spread: tl.constexpr = top_live + len(a.top_live)
+        first: tl.constexpr = top_moment + len(a.top_moment)
+        second: tl.constexpr = first + len(a.pair.first)
+        gap: tl.constexpr = second + len(a.pair.second)
+        other: tl.constexpr = gap + len(a.pair.gap)
+        live: tl.constexpr = other + len(a.pair.other)
+        top_live: tl.constexpr = live + len(flats)
+        weighted_spread: tl.constexpr = top_live + len(tops)
+        lost: tl.constexpr = weighted_spread + len(a.weighted_spread)
         a = Sums(
             maximum,
-            take(flat, 0, models),
-            take(flat, models, models),
-            take(flat, spread, len(a.spread)),
-            take(flat, live, len(a.live)),
+            take(flat, 0, len(a.mass)),
+            take(flat, moment, len(a.moment)),
+            take_uniform(flat, live, len(a.flat.live), len(a.flat.spread)),
             take(flat, tempered_mass, len(a.tempered_mass)),
             take(flat, top_mass, len(a.top_mass)),
             take(flat, top_moment, len(a.top_moment)),
-            take(flat, top_spread, len(a.top_spread)),
-            take(flat, top_live, len(a.top_live)),
+            take_uniform(flat, top_live, len(a.top_flat.live), len(a.top_flat.spread)),
             take(flat, weighted_spread, len(a.weighted_spread)),
             (),
-            take(flat, 2 * models, pairs),
-            take(flat, 2 * models + pairs, pairs),
-            largest_each(a.reach),
+            take(flat, lost, len(a.lost)),
+            PairSums(
+                take(flat, first, len(a.pair.first)),
+                take(flat, second, len(a.pair.second)),
+                take(flat, gap, len(a.pair.gap)),
+                take(flat, other, len(a.pair.other)),
+                largest_each(a.pair.reach),
+            ),
             (),
             (),
         )
@@ -392,24 +347,21 @@ def row_sums(z, at, class_weight, thresholds, last_ties, inverse_temperature, S:
 
 
 @triton.jit
-def with_pairs(sums, first, second, reach):
+def with_pairs(sums, pair):
     """The same sums with others of the pairs."""
     return Sums(
         sums.maximum,
         sums.mass,
         sums.moment,
-        sums.spread,
-        sums.live,
+        sums.flat,
         sums.tempered_mass,
         sums.top_mass,
         sums.top_moment,
-        sums.top_spread,
-        sums.top_live,
+        sums.top_flat,
         sums.weighted_spread,
         sums.weight_live,
-        first,
-        second,
-        reach,
+        sums.lost,
+        pair,
         sums.tail,
         sums.top_tail,
     )
@@ -417,15 +369,15 @@ def with_pairs(sums, first, second, reach):
 
 @triton.jit
 def find_mismatches(z, at, sums, S: tl.constexpr):
-    """Sets a pair's reach to inf where a class is at -inf in one of the two models only.
+    """Keeps a pair's reach of inf only where a class is at -inf in one of the two models alone.
 
-    Such a class has gone into the sums as one that is very far; only then is it looked for.
+    Others have logits further apart than the largest number; only then is it looked for.
     """
     reach = ()
     for i in tl.static_range(S.models):
         for j in tl.static_range(i + 1, S.models):
-            far = sums.reach[pair_index(i, j, S.models)]
-            if any_row(far > FAR, S):
+            far = sums.pair.reach[pair_index(i, j, S.models)]
+            if any_row(far == INFINITY, S):
                 dead = row_full(0, tl.int32, S)
                 for block in range(0, blocks(at, S)):
                     parts = z if S.keeps else load_block(at, block, True, S)
@@ -433,9 +385,10 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
                         a = parts[part][i] == -INFINITY
                         b = parts[part][j] == -INFINITY
                         dead = tl.maximum(dead, row_max((a != b).to(tl.int32), S))
-                far = tl.where(dead > 0, INFINITY, far)
+                far = tl.where(dead > 0, INFINITY, 0.0)
             reach += (far,)
-    return with_pairs(sums, sums.first, sums.second, reach)
+    pair = sums.pair
+    return with_pairs(sums, PairSums(pair.first, pair.second, pair.gap, pair.other, reach))
 
 
 @triton.jit
@@ -458,7 +411,19 @@ def finish_sums(sums, broken, S: tl.constexpr):
             tempered_mass += (sums.mass[k] + poison,)
         if S.exact:
             tail += (sums.tail[k] + poison,)
-    return with_masses(sums, mass, moment, tempered_mass, tail)
+    sums = with_masses(sums, mass, moment, tempered_mass, tail)
+    if S.exact and S.pairs > 0 and S.divergence != 4:
+        # The masses have all digits of their differences.
+        gap = ()
+        for i in tl.static_range(S.models):
+            for j in tl.static_range(i + 1, S.models):
+                if S.tempered:
+                    gap += (tempered_mass[i] - tempered_mass[j],)
+                else:
+                    gap += (tail[i] - tail[j],)
+        pair = sums.pair
+        sums = with_pairs(sums, PairSums(pair.first, pair.second, gap, pair.other, pair.reach))
+    return sums
 
 
 @triton.jit
@@ -467,18 +432,15 @@ def with_masses(sums, mass, moment, tempered_mass, tail):
         sums.maximum,
         mass,
         moment,
-        sums.spread,
-        sums.live,
+        sums.flat,
         tempered_mass,
         sums.top_mass,
         sums.top_moment,
-        sums.top_spread,
-        sums.top_live,
+        sums.top_flat,
         sums.weighted_spread,
         sums.weight_live,
-        sums.first,
-        sums.second,
-        sums.reach,
+        sums.lost,
+        sums.pair,
         tail,
         sums.top_tail,
     )

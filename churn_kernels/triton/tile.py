@@ -264,3 +264,21 @@ def any_row(x, S: tl.constexpr):
         return x
     else:
         return tl.max(x.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def zeros(count: tl.constexpr, S: tl.constexpr):
+    """A tile of zeros for each of `count` sums."""
+    values = ()
+    for _ in tl.static_range(count):
+        values += (tl.zeros((S.height, S.width), S.compute),)
+    return values
+
+
+@triton.jit
+def fold_each(a, S: tl.constexpr):
+    """Sum over the classes of each lane, of each entry."""
+    folded = ()
+    for i in tl.static_range(len(a)):
+        folded += (lane_sum(a[i], S),)
+    return folded
