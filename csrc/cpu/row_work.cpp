@@ -419,7 +419,7 @@ void RowWork::set_gradient(const double* weights) {
   std::fill(partners_.begin(), partners_.end(), rows::PartnerGradient{});
   for (int k = 0; k < students; ++k) {
     rows::ModelGradient& g = gradient_[k] = {};
-    if (target_ >= 0 && o.ce_weight != 0.0) {
+    if (target_ >= 0 && (weights[k] != 0.0 || o.ce_weight != 0.0)) {
       rows::add_cross_entropy_gradient(g, model(k), weights[k], target_weight(), total_weight_,
                                        o.label_smoothing, static_cast<double>(in_.all_classes()));
     }

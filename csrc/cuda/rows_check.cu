@@ -17,6 +17,7 @@ using namespace ck::rows;
 template <class S>
 struct Sums {
   SoftmaxSums<S> model[2];
+  UniformSums<S, S> flat;
   rows::PairSums<S> skl, l1;
   S kl, top;
 };
@@ -37,10 +38,12 @@ __device__ Sums<S> row_sums(const S* a, const S* b, S max_a, S max_b, int64_t cl
     const S e_a = exp_nonpos(d_a), e_b = exp_nonpos(d_b);
     add(s.model[0], e_a, d_a);
     add(s.model[1], e_b, d_b);
-    add_spread(s.model[0], d_a);
-    add_skl(s.skl, e_a, e_b, d_a - d_b);
-    add_l1(s.l1, e_a, e_b, S(e_a > e_b) - S(e_a < e_b));
-    s.kl += kl_term(e_a, d_b, S(1e-30));
+    add_uniform(s.flat, e_a, d_a, S(1));
+    add_skl(s.skl, e_a, e_a - e_b, d_a - d_b);
+    s.skl.gap += e_a - e_b;
+    const S less = probability_difference(e_a, e_b, S(0.5), S(0.25), S(0));
+    add_l1(s.l1, e_a, e_b, less, S(e_a > e_b) - S(e_a < e_b));
+    s.kl += kl_term(e_b, e_a, d_b, S(1e-30));
     s.top += in_top_k(a[c], c, max_a, last_tie) ? e_a : S(0);
   }
   return s;
@@ -54,46 +57,32 @@ __global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* l
   const S max_a = row_max(a, classes), max_b = row_max(b, classes);
   const Sums<S> s = row_sums(a, b, max_a, max_b, classes, int64_t{0});
   const double n = double(classes);
-  const ModelSums m_a{s.model[0].mass,
-                      s.model[0].moment,
-                      s.model[0].spread,
-                      n,
-                      s.model[0].mass,
-                      s.top,
-                      s.top,
-                      s.top,
-                      0.0,
-                      0.0,
-                      s.model[0].mass - S(1),
-                      s.top - S(1)};
-  const ModelSums m_b{s.model[1].mass,
-                      s.model[1].moment,
-                      0.0,
-                      n,
-                      s.model[1].mass,
-                      0.0,
-                      0.0,
-                      0.0,
-                      0.0,
-                      0.0,
-                      s.model[1].mass - S(1),
-                      0.0};
-  const PairSums64 pair{s.skl.first, s.skl.second, 0.0};
+  ModelSums m_a{}, m_b{};
+  m_a.mass = m_a.tempered_mass = s.model[0].mass, m_a.moment = s.model[0].moment;
+  m_a.spread = s.flat.spread, m_a.excess = s.flat.excess, m_a.lift = s.flat.lift;
+  m_a.live = n, m_a.top_mass = m_a.top_moment = m_a.top_spread = s.top;
+  m_a.tail = s.model[0].mass - S(1), m_a.top_tail = s.top - S(1);
+  m_b.mass = m_b.tempered_mass = s.model[1].mass, m_b.moment = s.model[1].moment;
+  m_b.live = n, m_b.tail = s.model[1].mass - S(1);
+  PairSums64 pair{};
+  pair.first = s.skl.first, pair.second = s.skl.second, pair.gap = s.skl.gap;
   loss[row] = cross_entropy(m_a, double(a[target] - max_a), 1.0, n, options.label_smoothing, n) +
               regularizer(m_a, options) + divergence(pair, m_a, m_b, options) + s.kl +
-              (s.l1.first - s.l1.second);
+              s.l1.gap;
 
   ModelGradient g{};
-  double slopes[2] = {}, others[2] = {};
+  PartnerGradient partner{};
   add_cross_entropy_gradient(g, m_a, 1.0, 1.0, n, options.label_smoothing, n);
   add_regularizer_gradient(g, m_a, options, 1.0);
-  add_divergence_gradient(g, slopes, others, 0, 1, m_a.mass, m_b.mass, pair.first / m_a.mass, 1.0,
-                          options);
+  add_divergence_gradient<S>(g, partner, m_a.mass, m_b.mass, pair.first / m_a.mass, pair.gap, 1.0,
+                             options);
   for (int64_t c = 0; c < classes; ++c) {
     const S d_a = a[c] - max_a, d_b = b[c] - max_b;
     const S e_a = exp_nonpos(d_a), e_b = exp_nonpos(d_b);
-    grad_a[c] = pair_gradient(e_a, e_b, d_a, d_b, S(g.constant), S(slopes[0]), S(slopes[1]),
-                              S(g.uniform), S(-others[1]));
+    const S inner = add_to_inner(mul_add(S(g.slope), d_a, S(g.constant)),
+                                 d_a - d_b - S(partner.mean), S(partner.slope));
+    grad_a[c] = mul_add(e_a, inner, add_to_rest(S(g.uniform), e_a - e_b, e_b, S(partner.shared),
+                                                S(-partner.other)));
     grad_b[c] = softmax_gradient(e_b, d_b, S(g.top_constant), S(g.top_slope), S(g.top_uniform));
   }
 }
