@@ -10,7 +10,6 @@ from churn_kernels.triton.batch import (
     target_weights,
     unit_weights,
     weight_of_classes,
-    weighted,
 )
 from churn_kernels.triton.math import INFINITY, canonical, exp_nonpos, lowest_of, scalar
 from churn_kernels.triton.record import load_field, load_indices, load_sums
@@ -114,6 +113,12 @@ def result(x, S: tl.constexpr):
         return x
 
 
+@triton.constexpr_function
+def takes_part(i, S):
+    """Whether the options switch term i on; a weight that is 0 after a division counts."""
+    return (S.ce if i < S.students else S.r if i < 2 * S.students else S.d).value
+
+
 @triton.jit
 def loss_parts(terms, ce, r, d, S: tl.constexpr):
     """(row loss, its cross entropy, the rest) of each row when the terms have these weights."""
@@ -121,13 +126,14 @@ def loss_parts(terms, ce, r, d, S: tl.constexpr):
     rest = tl.zeros_like(terms[0])
     value = tl.zeros_like(terms[0])
     for i in tl.static_range(2 * S.students + S.pairs):
-        weight = ce if i < S.students else r if i < 2 * S.students else d
-        part = weighted(weight, terms[i])
-        value += part
-        if i < S.students:
-            hard += part
-        else:
-            rest += part
+        if takes_part(i, S):
+            weight = ce if i < S.students else r if i < 2 * S.students else d
+            part = weight * terms[i]
+            value += part
+            if i < S.students:
+                hard += part
+            else:
+                rest += part
     return value, hard, rest
 
 
@@ -181,8 +187,9 @@ def reduced_loss(partial, totals, weight, count, ce, r, d, ATOMICS: tl.constexpr
     else:
         value = tl.full((), 0.0, S.scalar)
         for i in tl.static_range(2 * S.students + S.pairs):
-            unit = ce if i < S.students else r if i < 2 * S.students else d
-            value += weighted(unit, batch_total(i, partial, totals, ATOMICS, S))
+            if takes_part(i, S):
+                unit = ce if i < S.students else r if i < 2 * S.students else d
+                value += unit * batch_total(i, partial, totals, ATOMICS, S)
     if S.reduction == 1:
         value = tl.where(count == 0, float("nan"), value)
     return value

@@ -87,7 +87,8 @@ def no_pairs(S: tl.constexpr):
     reach = ()
     for _ in tl.static_range(couples):
         reach += (lane_max(tl.zeros((S.height, S.width), S.compute), S),)
-    return PairSums(zeros(couples, S), zeros(couples, S), zeros(gaps, S), (), reach)
+    others: tl.constexpr = S.pairs if S.others else 0
+    return PairSums(zeros(couples, S), zeros(couples, S), zeros(gaps, S), zeros(others, S), reach)
 
 
 @triton.jit
@@ -96,6 +97,7 @@ def add_pairs(a, d, raw, f, S: tl.constexpr):
     first = ()
     second = ()
     gap = ()
+    other = ()
     reach = ()
     if S.gaps:
         for i in tl.static_range(S.models):
@@ -106,9 +108,11 @@ def add_pairs(a, d, raw, f, S: tl.constexpr):
                     difference = (d[i] - d[j]) * S.distance
                     first += (mul_add(f[i], difference, a.first[len(first)]),)
                     second += (mul_add(less, difference, a.second[len(second)]),)
+                    if S.others:
+                        other += (mul_add(f[j], difference, a.other[len(other)]),)
                     apart = lane_max(tl.abs(raw[i] - raw[j]), S)  # not the NaN of both at -inf
                     reach += (tl.maximum(a.reach[len(reach)], apart),)
-    return PairSums(first, second, gap, (), reach)
+    return PairSums(first, second, gap, other, reach)
 
 
 @triton.jit
@@ -117,7 +121,7 @@ def fold_pairs(a, S: tl.constexpr):
         fold_each(a.first, S),
         fold_each(a.second, S),
         fold_each(a.gap, S),
-        (),
+        fold_each(a.other, S),
         a.reach,
     )
 
@@ -127,11 +131,13 @@ def rebase_pairs(a, mass, delta, scale, inverse_temperature, S: tl.constexpr):
     """`scale` is exp(delta / T), `mass` sum f. No two large numbers cancel.
 
     first' = s_i (first + by mass_i), second' = s_j (second + by gap) + (s_i - s_j) (first + by
-    mass_i), gap' = s_j gap + (s_i - s_j) mass_i, with by = delta_i - delta_j.
+    mass_i), gap' = s_j gap + (s_i - s_j) mass_i, other' = s_j (other + by mass_j), with by =
+    delta_i - delta_j.
     """
     first = ()
     second = ()
     gap = ()
+    other = ()
     if S.gaps:
         for i in tl.static_range(S.models):
             for j in tl.static_range(i + 1, S.models):
@@ -146,7 +152,9 @@ def rebase_pairs(a, mass, delta, scale, inverse_temperature, S: tl.constexpr):
                     first += (scale[i] * moved,)
                     moved_second = scale[j] * mul_add(by, a.gap[len(second)], a.second[len(second)])
                     second += (mul_add(less, moved, moved_second),)
-    return PairSums(first, second, gap, (), a.reach)
+                    if S.others:
+                        other += (scale[j] * mul_add(by, mass[j], a.other[len(other)]),)
+    return PairSums(first, second, gap, other, a.reach)
 
 
 @triton.jit

@@ -30,7 +30,7 @@ class PairSums(NamedTuple):
     first: tl.tuple
     second: tl.tuple
     gap: tl.tuple
-    other: tl.tuple  # exact mode: sum f_j D of symmetric KL, which is first - second
+    other: tl.tuple  # sum f_j D of symmetric KL
     reach: tl.tuple  # inf where a class is at -inf in one of the two only
 
 
@@ -173,13 +173,16 @@ def regularizer(sums, k: tl.constexpr, S: tl.constexpr):
     elif S.entropic:
         value = (log_mass(sums, k, S) * sums.top_mass[k] - sums.top_moment[k]) / mass
     else:
-        live, top = sums.flat.live[k], sums.top_flat
+        live, top = sums.flat.live[k].to(tl.float64), sums.top_flat
         shift = log_pos(live, S.exact) - log_mass(sums, k, S)
+        if not S.exact:  # float32 has too few digits of a mass that is nearly `live`
+            near = -log_pos(1.0 + sums.flat.lift[k].to(tl.float64) / live)
+            shift = tl.where(mass > 0.5 * live, near, shift)
         spread = top.spread[k] + top.live[k] * shift * S.distance
         excess = top.excess[k] + shift * top.lift[k] * S.distance
         near = full((sums.flat.lift[k] / live * spread - excess) / mass, S)  # as in uniform_skl
         far = full(spread / live, S) - (sums.top_moment[k] + shift * sums.top_mass[k]) / mass
-        value = tl.where(mass > 0.5 * live, near, far)
+        value = tl.where(mass > 0.5 * live, near, far).to(S.scalar)
     return value
 
 
@@ -270,10 +273,8 @@ def pair_mean(sums, i: tl.constexpr, j: tl.constexpr, S: tl.constexpr):
         total = pair.first[p]
     elif S.divergence == 3:
         total = -pair.second[p]
-    elif S.exact:
+    else:
         total = -pair.other[p]
-    else:  # one sum more would not fit the registers of a resident row
-        total = pair.second[p] - pair.first[p]
     mean = total / sums.tempered_mass[i]
     if S.divergence == 1:
         # Where the divergence is infinite its gradient has no value.
@@ -408,9 +409,10 @@ def coefficients(
         eps_w = zero
         one_w = zero
         if S.ce:
-            one_w = kept(ce[i], ce[i] * (1.0 - smoothing) * target_weight)
-            eps_w = kept(ce[i], ce[i] * smoothing / classes)
-            c += kept(ce[i], (one_w + eps_w * total_weight).to(S.scalar) / sums.mass[i])
+            # A weight that is 0 because it was divided by infinity counts.
+            one_w = ce[i] * (1.0 - smoothing) * target_weight
+            eps_w = ce[i] * smoothing / classes
+            c += (one_w + eps_w * total_weight).to(S.scalar) / sums.mass[i]
         both = zero
         if S.d:
             for j in tl.static_range(S.models):

@@ -101,6 +101,8 @@ def make_spec(
     lifts = uniform and not (top and options.renormalize_top_k)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
     scalar = tl.float64 if exact else compute
+    # Registers for one more sum there are not where a program keeps a wide row.
+    others = couples and (exact or not (plan.wide and plan.resident))
     present = {
         "maximum": models,
         "mass": models,
@@ -123,7 +125,7 @@ def make_spec(
         "first": pairs,
         "second": pairs * (options.divergence != DISTILLATION),
         "gap": pairs * (options.divergence != DISTILLATION),
-        "other": pairs * (exact and couples),
+        "other": pairs * couples,
         "reach": pairs * (options.divergence != DIVERGENCES["l1"]),
         "tail": models * exact,
         "top_tail": students * (top and exact),
@@ -163,6 +165,7 @@ def make_spec(
         renormalize=options.renormalize_top_k,
         divergence=options.divergence,
         couples=couples,
+        others=others,
         gaps=pairs > 0 and options.divergence != DISTILLATION and not exact,  # summed, not masses'
         sweeps_twice=sweeps_twice,
         tempered=tempered,

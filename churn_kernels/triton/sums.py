@@ -412,6 +412,12 @@ def finish_sums(sums, broken, S: tl.constexpr):
         if S.exact:
             tail += (sums.tail[k] + poison,)
     sums = with_masses(sums, mass, moment, tempered_mass, tail)
+    if S.couples and not S.others:
+        other = ()
+        for p in tl.static_range(S.pairs):
+            other += (sums.pair.first[p] - sums.pair.second[p],)
+        pair = sums.pair
+        sums = with_pairs(sums, PairSums(pair.first, pair.second, pair.gap, other, pair.reach))
     if S.exact and S.pairs > 0 and S.divergence != 4:
         # The masses have all digits of their differences.
         gap = ()
