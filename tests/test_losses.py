@@ -315,6 +315,13 @@ def test_offsets_are_64_bits_wide():
     check([logits], torch.tensor([1, 2, 3]), OPTIONS["per_row"])
 
 
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1)])
+def test_a_target_of_another_shape(shape):
+    target = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"target must be an int64 tensor of shape \(N,\)"):
+        torch.ops.churn_kernels.loss([torch.zeros(3, 2)], target, None, *PLAIN, 0)
+
+
 def test_too_many_models():
     with pytest.raises(RuntimeError, match="1 to 64 models, got 65"):
         torch.ops.churn_kernels.loss([torch.zeros(1, 2)] * 65, None, None, *PLAIN, 0)

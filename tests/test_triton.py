@@ -112,6 +112,18 @@ def test_special_rows(name, kind, dtype, models):
     check(logits, target, OPTIONS[name]._replace(reduction=0), backend="triton")
 
 
+@pytest.mark.parametrize("name", ["plain", "top_k", "top_k_unnormalised"])
+def test_few_ties(name):
+    """Two logits share the maximum; zeros of both signs are equal, and the first of them belong."""
+    generator = seeded("few ties", name)
+    logits = random_logits(generator, 2, 2, 41)
+    logits[0][0, [3, 20]] = 9.0
+    logits[1][1] = 0.0
+    logits[1][1, ::2] = -0.0
+    options = OPTIONS[name]._replace(reduction=0)
+    check(logits, torch.tensor([1, 2]), options, backend="triton")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "classes", [300, pytest.param(SWEEPS, marks=pytest.mark.nightly)], ids=["resident", "sweeps"]
