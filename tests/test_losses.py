@@ -97,7 +97,7 @@ def test_every_option_past_one_chunk(name, classes):
         check(logits, target, OPTIONS[name], class_weight=weight)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 300])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 131, 300])
 def test_row_counts(rows):
     generator = seeded(rows)
     logits = random_logits(generator, 2, rows, 19)
@@ -199,6 +199,14 @@ def test_special_rows(name, kind, dtype):
         logits = special_logits(kind, generator, models, dtype)
         target = torch.tensor([1, 2, 3, 40])
         check(logits, target, OPTIONS[name]._replace(reduction=0))
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_a_term_without_weight_may_be_infinite(reduction):
+    """A class at -inf in one model alone, whose divergence is infinite."""
+    logits = special_logits("masked_in_one", seeded("no weight"), 2, torch.float32)
+    options = OPTIONS["divergence_weight_0"]._replace(reduction=reduction)
+    check(logits, torch.tensor([1, 2, 3, 40]), options)
 
 
 @pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k_uniform", "temperature"])

@@ -112,6 +112,12 @@ def test_special_rows(name, kind, dtype, models):
     check(logits, target, OPTIONS[name]._replace(reduction=0), backend="triton")
 
 
+def test_a_term_without_weight_may_be_infinite():
+    logits = special_logits("masked_in_one", seeded("no weight"), 2, torch.float32)
+    options = OPTIONS["divergence_weight_0"]
+    check(logits, torch.tensor([1, 2, 3, 40]), options, backend="triton")
+
+
 @pytest.mark.parametrize("name", ["plain", "top_k", "top_k_unnormalised"])
 def test_few_ties(name):
     """Two logits share the maximum; zeros of both signs are equal, and the first of them belong."""
