@@ -243,6 +243,14 @@ def test_a_batch_adds_up_what_its_rows_show():
     assert total == 0.0
 
 
+def test_the_batch_loss_is_rounded_once():
+    """2^24 + 129 is a tie in float32, and in float64 what lies above it is lost."""
+    logits = [torch.tensor([[2.0**24, 0.0], [129.0, 0.0], [-80.0, 0.0]])]
+    options = EXACT["sum"]._replace(ce_weight=1.0, regularizer=0, divergence=0)
+    loss, _, _ = kernel(logits, torch.tensor([1, 1, 1]), None, options)
+    assert loss == 2.0**24 + 130
+
+
 def test_the_order_and_the_split_of_the_rows_do_not_show():
     loss = batch_losses("exact")
     total = loss(slice(None), "sum")

@@ -209,6 +209,14 @@ def test_a_term_without_weight_may_be_infinite(reduction):
     check(logits, torch.tensor([1, 2, 3, 40]), options)
 
 
+def test_an_infinite_upstream_leaves_out_terms_without_weight():
+    logits = random_logits(seeded("infinite upstream"), 2, 2, 7)
+    options = PLAIN._replace(ce_weight=0.0, regularizer_weight=0.0, divergence_weight=0.0)
+    target, upstream = torch.tensor([6, 6]), torch.tensor([INF, 1.0])
+    _, _, gradients = kernel(logits, target, None, options._replace(reduction=0), upstream)
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
+
+
 @pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k_uniform", "temperature"])
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_a_class_masked_everywhere_contributes_nothing(name, models):
