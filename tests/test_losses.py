@@ -271,6 +271,18 @@ def test_a_broken_row_poisons_itself_alone(name, poison):
         assert bytes_of(gradient[others]) == bytes_of(before[others])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_broken_row_has_no_gradient_whatever_the_weights(backend):
+    if backend not in ck.available_backends():
+        pytest.skip(f"no {backend} here")
+    logits = random_logits(seeded("broken"), 2, 3, 40)
+    logits[0][1, 11] = float("nan")
+    options = PLAIN._replace(ce_weight=0.0, regularizer_weight=0.0, divergence_weight=0.0)
+    _, _, (gradient, other) = kernel(logits, torch.tensor([0, 1, 2]), None, options, None, backend)
+    assert gradient.isnan().all(1).tolist() == [False, True, False]
+    assert torch.count_nonzero(gradient[[0, 2]]) == torch.count_nonzero(other) == 0
+
+
 @pytest.mark.parametrize("name", ["plain", "everything"])
 @pytest.mark.parametrize("layout", ["transposed", "every_second", "expanded", "stacked_view"])
 def test_layouts(name, layout):
