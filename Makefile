@@ -17,7 +17,7 @@ DEPENDENCIES := build/dependencies.stamp
 LIBRARY := build/library.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help build run study test sanitize nightly bench gpu-report lint format clean
+.PHONY: help build run study test sanitize nightly mutants bench gpu-report lint format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ sanitize: build  ## the library under AddressSanitizer, UndefinedBehaviorSanitiz
 
 nightly: build  ## the tests that take too long for every change
 	@$(BIN)/python -m pytest -q -n 2 -m nightly
+
+mutants: build  ## does a test see each fault of tests/mutants.toml? (an hour)
+	@$(BIN)/python tests/mutants.py
 
 bench: build  ## time losses, hashes, recording and the trainer against their peers
 	@mkdir -p out

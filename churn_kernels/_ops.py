@@ -63,7 +63,9 @@ def stats_width(options: LossOptions, models: int) -> int:
     if options.top_k > 0 and options.regularizer != NO_REGULARIZER:
         per_model += 3
     per_pair = {DIVERGENCES["skl"]: 3, DIVERGENCES["l1"]: 2}.get(options.divergence, 0)
-    return 1 + per_model * models + per_pair * pair_count(models - options.teachers, options.teachers)
+    return (
+        1 + per_model * models + per_pair * pair_count(models - options.teachers, options.teachers)
+    )
 
 
 def raise_target_error(error: Exception) -> None:

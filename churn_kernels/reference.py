@@ -87,7 +87,7 @@ def loss(
 
 
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """z with no finite logit further below its row's largest than the largest number there is.
+    """Z with no finite logit further below its row's largest than the largest number there is.
 
     The largest float32, for float64 logits float64. The gradient does not see it.
     """
@@ -110,7 +110,9 @@ def _cross_entropy(
     if label_smoothing == 0:  # what has no weight is left out, never 0 * inf
         return hard
     smooth = _weighed(surprise, weight, slice(None)).mean(1)
-    return smooth if label_smoothing == 1 else (1 - label_smoothing) * hard + label_smoothing * smooth
+    return (
+        smooth if label_smoothing == 1 else (1 - label_smoothing) * hard + label_smoothing * smooth
+    )
 
 
 def _weighed(surprise: Tensor, weight: Tensor | None, classes: Tensor | slice) -> Tensor:

@@ -53,6 +53,7 @@ FINITE = {
     "cancels but for a few": shuffled(torch.cat([_CANCELS, -_CANCELS, normal(7, 1e-20)])),
     "subnormal": (random_bits(4, 300).view(torch.int32) & -0x7F800001).view(torch.float32),
     "about the smallest normal": tensor(NORMAL, -SMALLEST, -SMALLEST, NORMAL / 2),
+    "the largest subnormal": tensor(NORMAL, -SMALLEST),
     "largest": tensor(*[LARGEST] * 50, *[-LARGEST] * 49),
     "overflows": tensor(LARGEST, LARGEST),
     "overflows below": tensor(*[-LARGEST] * 1000),

@@ -49,6 +49,12 @@ def test_runs_of_bytes_lie_where_they_say(dtype, columns):
     assert words.tolist() == want
 
 
+def test_a_run_may_be_longer_than_its_piece():
+    x = numbers(7, torch.uint8)
+    (words,) = torch.ops.churn_kernels.hash_words([x], [3], [100], [200])
+    assert words.tolist() == specification(torch.cat([torch.zeros(3, dtype=torch.uint8), x]))
+
+
 def test_many_tensors_are_one_call(threads):
     tensors = [numbers(size, torch.uint8) for size in (5, 0, 300_000, 1, 4096, 700_001, 0, 3)]
     want = torch.stack([audit.hash_words(x) for x in tensors])

@@ -232,6 +232,25 @@ def test_the_batch_loss_is_the_exact_sum_of_its_rows():
     assert loss(slice(None), "mean") == torch.tensor(ck.ExactSum().add(rows).value() / 300).float()
 
 
+def test_a_batch_adds_up_what_its_rows_show():
+    """Subnormal losses of rows are 0, in the batch's sum too, where they would add up to more."""
+    logits = [torch.tensor([[0.0, -86.9]]).repeat(9, 1)]
+    options = EXACT["per_row"]._replace(ce_weight=0.5, regularizer=0, divergence=0)
+    target = torch.zeros(9, dtype=torch.int64)
+    rows, _, _ = kernel(logits, target, None, options)
+    total, _, _ = kernel(logits, target, None, options._replace(reduction=2))
+    assert rows.tolist() == [0.0] * 9
+    assert total == 0.0
+
+
+def test_the_batch_loss_is_rounded_once():
+    """2^24 + 129 is a tie in float32, and in float64 what lies above it is lost."""
+    logits = [torch.tensor([[2.0**24, 0.0], [129.0, 0.0], [-80.0, 0.0]])]
+    options = EXACT["sum"]._replace(ce_weight=1.0, regularizer=0, divergence=0)
+    loss, _, _ = kernel(logits, torch.tensor([1, 1, 1]), None, options)
+    assert loss == 2.0**24 + 130
+
+
 def test_the_order_and_the_split_of_the_rows_do_not_show():
     loss = batch_losses("exact")
     total = loss(slice(None), "sum")

@@ -12,6 +12,8 @@ import torch
 from exactness import (
     CASES,
     FINITE,
+    INF,
+    NAN,
     bits_of,
     float32_sum,
     float64_sum,
@@ -69,6 +71,18 @@ class TestValue:
         for name in ("NaN", "a NaN of other bits", "inf", "-inf", "both infinities"):
             x = shuffled(torch.cat([normal(100000), CASES[name]]))
             assert bits_of(ck.exact_sum(x)) == float32_sum(x)
+
+    @pytest.mark.parametrize("place", [0, 600, 999])
+    @pytest.mark.parametrize("special", [NAN, INF, -INF])
+    def test_one_special_in_a_block(self, special, place):
+        x = normal(1000)
+        x[place] = special
+        assert bits_of(ck.exact_sum(x)) == float32_sum(x)
+
+    def test_blocks_of_subnormal_and_the_smallest_normal_numbers(self):
+        x = (random_bits(5, 3000).view(torch.int32) & -0x7F000001).view(torch.float32)
+        for numbers in (x, x.abs(), -x.abs()):
+            assert bits_of(ck.exact_sum(numbers)) == float32_sum(numbers)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, dtype):

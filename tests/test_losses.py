@@ -97,7 +97,7 @@ def test_every_option_past_one_chunk(name, classes):
         check(logits, target, OPTIONS[name], class_weight=weight)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 300])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 131, 300])
 def test_row_counts(rows):
     generator = seeded(rows)
     logits = random_logits(generator, 2, rows, 19)
@@ -201,6 +201,22 @@ def test_special_rows(name, kind, dtype):
         check(logits, target, OPTIONS[name]._replace(reduction=0))
 
 
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+def test_a_term_without_weight_may_be_infinite(reduction):
+    """A class at -inf in one model alone, whose divergence is infinite."""
+    logits = special_logits("masked_in_one", seeded("no weight"), 2, torch.float32)
+    options = OPTIONS["divergence_weight_0"]._replace(reduction=reduction)
+    check(logits, torch.tensor([1, 2, 3, 40]), options)
+
+
+def test_an_infinite_upstream_leaves_out_terms_without_weight():
+    logits = random_logits(seeded("infinite upstream"), 2, 2, 7)
+    options = PLAIN._replace(ce_weight=0.0, regularizer_weight=0.0, divergence_weight=0.0)
+    target, upstream = torch.tensor([6, 6]), torch.tensor([INF, 1.0])
+    _, _, gradients = kernel(logits, target, None, options._replace(reduction=0), upstream)
+    assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)
+
+
 @pytest.mark.parametrize("name", ["plain", "uniform_skl", "top_k_uniform", "temperature"])
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_a_class_masked_everywhere_contributes_nothing(name, models):
@@ -253,6 +269,18 @@ def test_a_broken_row_poisons_itself_alone(name, poison):
     assert bytes_of(loss[others]) == bytes_of(clean[others])
     for gradient, before in zip(gradients, clean_gradients, strict=True):
         assert bytes_of(gradient[others]) == bytes_of(before[others])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_broken_row_has_no_gradient_whatever_the_weights(backend):
+    if backend not in ck.available_backends():
+        pytest.skip(f"no {backend} here")
+    logits = random_logits(seeded("broken"), 2, 3, 40)
+    logits[0][1, 11] = float("nan")
+    options = PLAIN._replace(ce_weight=0.0, regularizer_weight=0.0, divergence_weight=0.0)
+    _, _, (gradient, other) = kernel(logits, torch.tensor([0, 1, 2]), None, options, None, backend)
+    assert gradient.isnan().all(1).tolist() == [False, True, False]
+    assert torch.count_nonzero(gradient[[0, 2]]) == torch.count_nonzero(other) == 0
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -313,6 +341,13 @@ def test_offsets_are_64_bits_wide():
     logits = storage.as_strided((3, 10), (2**30, 1))
     logits.copy_(random_logits(seeded("offsets"), 1, 3, 10, torch.float16)[0])
     check([logits], torch.tensor([1, 2, 3]), OPTIONS["per_row"])
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1)])
+def test_a_target_of_another_shape(shape):
+    target = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"target must be an int64 tensor of shape \(N,\)"):
+        torch.ops.churn_kernels.loss([torch.zeros(3, 2)], target, None, *PLAIN, 0)
 
 
 def test_too_many_models():

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from benchmarks import accuracy
 from parity import INF, seeded
 
 import churn_kernels as ck
+from benchmarks import accuracy
 from churn_kernels import _ops
 
 LOWEST = torch.finfo(torch.float32).min

@@ -112,6 +112,24 @@ def test_special_rows(name, kind, dtype, models):
     check(logits, target, OPTIONS[name]._replace(reduction=0), backend="triton")
 
 
+def test_a_term_without_weight_may_be_infinite():
+    logits = special_logits("masked_in_one", seeded("no weight"), 2, torch.float32)
+    options = OPTIONS["divergence_weight_0"]
+    check(logits, torch.tensor([1, 2, 3, 40]), options, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["plain", "top_k", "top_k_unnormalised"])
+def test_few_ties(name):
+    """Two logits share the maximum; zeros of both signs are equal, and the first of them belong."""
+    generator = seeded("few ties", name)
+    logits = random_logits(generator, 2, 2, 41)
+    logits[0][0, [3, 20]] = 9.0
+    logits[1][1] = 0.0
+    logits[1][1, ::2] = -0.0
+    options = OPTIONS[name]._replace(reduction=0)
+    check(logits, torch.tensor([1, 2]), options, backend="triton")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "classes", [300, pytest.param(SWEEPS, marks=pytest.mark.nightly)], ids=["resident", "sweeps"]
@@ -137,9 +155,10 @@ def test_a_poisoned_row_poisons_itself_alone(poison, classes):
         logits[0][1, 5] = poison
     target = random_target(generator, 3, classes)
     options = PLAIN._replace(reduction=0)
-    loss, _, gradients = kernel(logits, target, None, options, backend="triton")
+    loss, terms, gradients = kernel(logits, target, None, options, backend="triton")
     want, _, want_gradients = kernel(clean, target, None, options, backend="triton")
     assert loss[1].isnan()
+    assert terms[4:6].isnan().tolist() == [True, False]  # accuracy
     assert all(g[1].isnan().all() for g in gradients)
     rest = [0, 2]
     assert bytes_of(loss[rest]) == bytes_of(want[rest])
@@ -164,6 +183,18 @@ def test_every_row_ignored():
     loss, _, gradients = kernel(logits, target, None, PLAIN, backend="triton")
     assert loss.isnan()
     assert all((g == 0).all() for g in gradients)
+    nothing = PLAIN._replace(ce_weight=0.0, regularizer_weight=0.0, divergence_weight=0.0)
+    assert kernel(logits, target, None, nothing, backend="triton")[0].isnan()
+
+
+@pytest.mark.parametrize("mode", [0, 3])
+def test_a_masked_target(mode):
+    """Its cross entropy is infinite, not the largest number."""
+    logits = random_logits(seeded("masked target"), 1, 2, 41)
+    logits[0][0, 3] = -float("inf")
+    options = PLAIN._replace(regularizer=0, divergence=0, reduction=0, mode=mode)
+    loss, _, _ = kernel(logits, torch.tensor([3, 3]), None, options, backend="triton")
+    assert loss.isinf().tolist() == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,13 @@ def test_alignment(dtype):
     assert found(*pair(1024, 1031, 1), invariant=True) == (full, False)
 
 
+def test_a_single_column_lies_beside_itself():
+    """Whatever its stride says."""
+    column = torch.zeros(1, 4).t()
+    assert column.stride() == (1, 4)
+    assert not launch.matrices([column]).strided
+
+
 def test_invariant_copies_only_what_lies_elsewhere():
     first = torch.zeros(4, 1024)
     second = torch.zeros(4, 1031)[:, 1:1025]

@@ -259,8 +259,8 @@ struct General {
   static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
     const Sums total(CK_STACK(Sums::bytes(row, pairs(row))), row, pairs(row));
-    const bool couples =
-        pairs(row) > 0 && row.options->teachers == 0 && !(kExact && row.options->needs_second_sweep());
+    const bool couples = pairs(row) > 0 && row.options->teachers == 0 &&
+                         !(kExact && row.options->needs_second_sweep());
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);

@@ -261,8 +261,7 @@ void find_two_largest(RowWork& work, const Schedule& schedule) {
   for (int64_t chunk = 0; chunk < schedule.chunks(); ++chunk) {
     const double* part = &partial[chunk * size];
     for (int k = 0; k < models; ++k) {
-      best[models + k] =
-          std::max({best[models + k], part[models + k], std::min(best[k], part[k])});
+      best[models + k] = std::max({best[models + k], part[models + k], std::min(best[k], part[k])});
       best[k] = std::max(best[k], part[k]);
     }
     for (int i = 2 * models; i < size; ++i) best[i] = std::max(best[i], part[i]);

@@ -318,8 +318,8 @@ void RowWork::finish_sums() {
   each_pair([&](int i, int j, int p) {
     if (!exact) return;
     if (pair_reach(p) < rows::kReach) pair(p).other = pair(p).first - pair(p).second;
-    pair(p).gap = tempers ? model(i).tempered_mass - model(j).tempered_mass
-                          : model(i).tail - model(j).tail;
+    pair(p).gap =
+        tempers ? model(i).tempered_mass - model(j).tempered_mass : model(i).tail - model(j).tail;
   });
 }
 

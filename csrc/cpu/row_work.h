@@ -48,8 +48,8 @@ class RowWork {
 
   void clear_sums();
   void select_top_k();
-  // After the maxima: leaves rows to the general kernel in which a class is at -inf or two logits are
-  // far apart: products may overflow, and exact sums need scales of their own.
+  // After the maxima: leaves rows to the general kernel in which a class is at -inf or two logits
+  // are far apart: products may overflow, and exact sums need scales of their own.
   void choose_kernels();
   // Whether the row's sums are scaled by its bounds, which the caller is then to find.
   bool needs_bounds() const { return in_.options.exact() && kernels_ == &set_.general; }

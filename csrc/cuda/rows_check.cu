@@ -67,8 +67,7 @@ __global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* l
   PairSums64 pair{};
   pair.first = s.skl.first, pair.second = s.skl.second, pair.gap = s.skl.gap;
   loss[row] = cross_entropy(m_a, double(a[target] - max_a), 1.0, n, options.label_smoothing, n) +
-              regularizer(m_a, options) + divergence(pair, m_a, m_b, options) + s.kl +
-              s.l1.gap;
+              regularizer(m_a, options) + divergence(pair, m_a, m_b, options) + s.kl + s.l1.gap;
 
   ModelGradient g{};
   PartnerGradient partner{};
@@ -81,8 +80,9 @@ __global__ void row_pair(const S* a, const S* b, S* grad_a, S* grad_b, double* l
     const S e_a = exp_nonpos(d_a), e_b = exp_nonpos(d_b);
     const S inner = add_to_inner(mul_add(S(g.slope), d_a, S(g.constant)),
                                  d_a - d_b - S(partner.mean), S(partner.slope));
-    grad_a[c] = mul_add(e_a, inner, add_to_rest(S(g.uniform), e_a - e_b, e_b, S(partner.shared),
-                                                S(-partner.other)));
+    grad_a[c] =
+        mul_add(e_a, inner,
+                add_to_rest(S(g.uniform), e_a - e_b, e_b, S(partner.shared), S(-partner.other)));
     grad_b[c] = softmax_gradient(e_b, d_b, S(g.top_constant), S(g.top_slope), S(g.top_uniform));
   }
 }

@@ -97,7 +97,8 @@ CK_HD int kl_exponent(double reach, int peak, int64_t classes) {
   return at_least((bits < 0 ? 2 * bits : bits) + 2 + sure_peak(peak, classes));
 }
 
-// L1: no p is above the larger inverse mass, and no p_i - p_j above 1.3 times twice the reach of it.
+// L1: no p is above the larger inverse mass, and no p_i - p_j above 1.3 times twice the reach of
+// it.
 CK_HD PairExponents l1_exponents(double inverse_mass, double reach, int peak, int64_t classes) {
   const int bits = min(bits_of(reach) + 2, sure_peak(peak, classes));
   return {0, 0, at_least(bits_of(inverse_mass) + min(bits, 0)), 0};

@@ -167,8 +167,8 @@ CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelS
   } else if (o.divergence == Divergence::kDistill) {
     value = pair.first;
   } else {
-    value = (pair.second - pair.first * (pair.gap / i.tempered_mass)) / j.tempered_mass /
-            o.temperature;
+    value =
+        (pair.second - pair.first * (pair.gap / i.tempered_mass)) / j.tempered_mass / o.temperature;
   }
   if (i.mass != i.mass) return i.mass;
   if (j.mass != j.mass) return j.mass;
@@ -186,8 +186,8 @@ CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double 
           gap < 0.0 ? 0.0 : -more};
 }
 
-// A mean as the sweeps take it, in S. Where it is the difference to it that counts, so do the digits
-// that S has no room for.
+// A mean as the sweeps take it, in S. Where it is the difference to it that counts, so do the
+// digits that S has no room for.
 template <class S>
 CK_HD double rounded(double x) {
   return static_cast<double>(static_cast<S>(x));
