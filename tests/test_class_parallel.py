@@ -138,6 +138,16 @@ def test_many_classes(name):
     assert_no_split_shows(logits, target, None, EXACT[name], ([4071], [1, 2049, 8000]))
 
 
+def test_a_shard_of_fewer_classes_than_k():
+    """All of them are among the k largest."""
+    generator = seeded("narrow")
+    logits = random_logits(generator, 2, ROWS, CLASSES)
+    for z in logits:
+        z[:, :2] += 50.0
+    target = random_target(generator, ROWS, CLASSES)
+    assert_no_split_shows(logits, target, None, EXACT["top_k"], ([2], [1, 2]))
+
+
 def test_a_target_in_each_shard_in_turn():
     logits = random_logits(seeded("turns"), 2, CLASSES, CLASSES)
     assert_no_split_shows(logits, torch.arange(CLASSES), None, EXACT["per_row"], ([1, 17, 40],))

@@ -234,10 +234,11 @@ def test_the_batch_loss_is_the_exact_sum_of_its_rows():
 
 def test_a_batch_adds_up_what_its_rows_show():
     """Subnormal losses of rows are 0, in the batch's sum too, where they would add up to more."""
-    logits = [torch.tensor([[0.0, -86.9]]).repeat(9, 1)]
-    options = EXACT["per_row"]._replace(ce_weight=0.5, regularizer=0, divergence=0)
+    logits = [torch.tensor([[0.0, -86.0]]).repeat(9, 1)]
+    options = EXACT["per_row"]._replace(ce_weight=0.1, regularizer=0, divergence=0)
     target = torch.zeros(9, dtype=torch.int64)
     rows, _, _ = kernel(logits, target, None, options)
+    assert bool((kernel(logits, target, None, options._replace(ce_weight=1.0))[0] > 0).all())
     total, _, _ = kernel(logits, target, None, options._replace(reduction=2))
     assert rows.tolist() == [0.0] * 9
     assert total == 0.0
