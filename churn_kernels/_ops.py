@@ -53,9 +53,9 @@ _libraries: list[Any] = []
 def stats_width(options: LossOptions, models: int) -> int:
     """Row statistics that `loss` saves for `loss_backward`, in float64 values a row.
 
-    Which kernel took the row. A model's: maximum, mass, moment (of its top k, if that is regularised)
-    and classes not at -inf; its mass at the temperature; the threshold, last tie and mass of its
-    top k. A pair's: three sums of symmetric KL, two of L1.
+    Which kernel took the row. A model's: maximum, mass, moment (of its top k, if that is
+    regularised) and classes not at -inf; its mass at the temperature; the threshold, last tie and
+    mass of its top k. A pair's: three sums of symmetric KL, two of L1.
     """
     per_model = 4
     if options.temperature != 1.0:

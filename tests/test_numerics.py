@@ -165,7 +165,7 @@ class TestNearlyEqual:
         assert bool(((found >= 0) & (found < 1e-11)).all())
         for divergence in ("skl", "ce", "l1"):
             found = ck.codistillation_loss([z, z.clone()], divergence=divergence, **options)
-            assert torch.equal(found, torch.zeros(5))
+            assert bool(((found >= 0) & (found < 1e-11)).all())
 
     @pytest.mark.parametrize("top_k", [None, 50])
     @pytest.mark.parametrize("renormalize", [True, False])
