@@ -48,6 +48,7 @@ EXACT = {name: options._replace(mode=modes.EXACT) for name, options in OPTIONS.i
 
 # What `special_logits` makes.
 KINDS = ["shifted", "masked", "masked_in_one", "one_hot", "sure", "equal", "tied", "huge"]
+KINDS += ["near", "far_in_one", "farthest_in_one"]
 # What it makes for comparisons byte by byte: rows without a meaning, and beyond the reference.
 EXACT_KINDS = [*KINDS, "broken", "far"]
 
@@ -166,6 +167,13 @@ def special_logits(kind, generator, models, dtype):
             z[1, 3] = lowest
             z[2, 3] = lowest if k == 0 else z[2, 3]
             z[3, 3] = -INF if k == 0 else -1e4
+        elif kind == "near":  # models that are 1e-4 apart, or equal where the dtype has no room
+            signs = torch.randint(2, z.shape, generator=generator) * 2 - 1
+            z[:] = (logits[0].double() + 1e-4 * k * signs).to(dtype)
+        elif kind == "far_in_one":
+            z[:, 7 + k] = max(-1e30, torch.finfo(dtype).min)
+        elif kind == "farthest_in_one":
+            z[:, 5] = max(-1e38, torch.finfo(dtype).min) if k == 0 else z[:, 5]
         elif kind == "equal":
             z[:] = 0.5
         elif kind == "tied":
