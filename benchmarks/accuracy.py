@@ -1,7 +1,7 @@
 """How far the CPU kernel's terms and gradients are from the truth, beside eager PyTorch in float32.
 
 `python -m benchmarks.accuracy [ROWS] [--kinds | --widths]` prints Markdown tables of mean errors in
-float32 ulps: every term and its gradients, over rows that are hard in different ways, of 2 to 131072
+float32 ulps: every term and its gradients, over rows hard in different ways, of 2 to 131072
 classes.
 The truth is computed with 64 bits of mantissa (NumPy's longdouble on x86), in forms that cancel
 nothing. An ulp is the distance of two float32 numbers at the true value; for a gradient, at the
