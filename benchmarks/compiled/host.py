@@ -62,7 +62,9 @@ def objects(build: Path = BUILD) -> list[Object]:
         words = shlex.split(command)
         isa = next((w.removeprefix("-DCK_ISA=") for w in words if w.startswith("-DCK_ISA=")), None)
         exact = (
-            isa != "baseline" if isa else source in {"row_work.cpp", "loss.cpp", "exact_sum.cpp"}
+            isa != "baseline"
+            if isa
+            else source in {"row_scales.cpp", "row_work.cpp", "loss.cpp", "exact_sum.cpp"}
         )
         if exact:
             file = build / words[words.index("-o") + 1]

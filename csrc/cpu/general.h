@@ -12,6 +12,7 @@
 #include "../rows/row.h"
 #include "../rows/softmax.h"
 #include "../rows/topk.h"
+#include "chunk.h"
 #include "kernels.h"
 #include "memory.h"
 #include "sum.h"
@@ -30,7 +31,6 @@ struct General {
   // Sums over D of a pair are kept in units of its inverse, so that they do not overflow; the fixed
   // point of exact mode has scales of its own.
   static constexpr S kUnit = kExact ? S(1) : S(0x1p-32);
-  using Wide = typename WideOf<A>::type;
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
   // end.
@@ -120,97 +120,12 @@ struct General {
     }
   }
 
-  // One model's sums over a chunk (rows::ModelSums).
-  struct ModelSums {
-    rows::SoftmaxSums<A> all, top;
-    rows::UniformSums<A, Wide> flat, top_flat;
-    A live, tempered_mass, lost, broken;
-    Wide weighted_spread;
-
-    explicit ModelSums(const float* s)
-        : all{A(s[kMass]), A(s[kMoment])},
-          top{A(s[kTopMass]), A(s[kTopMoment])},
-          flat{Wide(s[kSpread]), A(s[kExcess]), A(s[kLift])},
-          top_flat{Wide(s[kTopSpread]), A(s[kTopExcess]), A(s[kTopLift])},
-          live(s[kLive]),
-          tempered_mass(s[kTemperedMass]),
-          lost(s[kLost]),
-          broken(s[kBroken]),
-          weighted_spread(s[kWeightedSpread]) {}
-
-    void add_to(Sum* out) const {
-      all.mass.add_to(out[kMass]);
-      all.moment.add_to(out[kMoment]);
-      live.add_to(out[kLive]);
-      tempered_mass.add_to(out[kTemperedMass]);
-      flat.spread.add_to(out[kSpread]);
-      flat.excess.add_to(out[kExcess]);
-      flat.lift.add_to(out[kLift]);
-      top.mass.add_to(out[kTopMass]);
-      top.moment.add_to(out[kTopMoment]);
-      top_flat.spread.add_to(out[kTopSpread]);
-      top_flat.excess.add_to(out[kTopExcess]);
-      top_flat.lift.add_to(out[kTopLift]);
-      weighted_spread.add_to(out[kWeightedSpread]);
-      lost.add_to(out[kLost]);
-      broken.add_to(out[kBroken]);
-    }
-  };
-
-  // One pair's (rows::PairSums64).
-  struct PairSums {
-    rows::PairSums<A> skl;
-    A mismatch;
-
-    explicit PairSums(const float* s)
-        : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap]), A(s[kOther])}, mismatch(s[kMismatch]) {}
-
-    // `unit` is what the sums over D are times.
-    void add_to(Sum* out, double unit) const {
-      const auto add = [&](const A& sum, Sum& total) {
-        Sum part{};
-        sum.add_to(part);
-        if constexpr (kExact) total.fixed += part.fixed;
-        else total.real += part.real / unit;
-      };
-      add(skl.first, out[kFirst]);
-      add(skl.second, out[kSecond]);
-      add(skl.other, out[kOther]);
-      skl.gap.add_to(out[kGap]);
-      mismatch.add_to(out[kMismatch]);
-    }
-  };
-
-  // All sums of a chunk, in memory of `bytes`.
-  struct Sums {
-    ModelSums* model;
-    PairSums* pair;
-    int models, pairs;
-
-    Sums(void* memory, const RowView& row, int pairs)
-        : model(static_cast<ModelSums*>(memory)),
-          pair(reinterpret_cast<PairSums*>(model + row.models)),
-          models(row.models),
-          pairs(pairs) {
-      const float* scales = row.scales;
-      for (int k = 0; k < models; ++k, scales += kModelSums) new (model + k) ModelSums(scales);
-      for (int p = 0; p < pairs; ++p, scales += kPairSums) new (pair + p) PairSums(scales);
-    }
-    static size_t bytes(const RowView& row, int pairs) {
-      return row.models * sizeof(ModelSums) + pairs * sizeof(PairSums);
-    }
-    void add_to(Sum* out, double unit) const {
-      for (int k = 0; k < models; ++k, out += kModelSums) model[k].add_to(out);
-      for (int p = 0; p < pairs; ++p, out += kPairSums) pair[p].add_to(out, unit);
-    }
-  };
-
   [[gnu::flatten]] static void model_sums(const RowView& row, int k, const Block& block,
-                                          int64_t begin, int64_t end, ModelSums& out) {
+                                          int64_t begin, int64_t end, ModelChunk<A>& out) {
     const bool top = row.options->regularizes_top_k() && k < row.students;
     const bool uniform = row.options->regularizer == Regularizer::kUniformSkl && k < row.students;
     const bool smooths = row.options->label_smoothing != 0.0;
-    ModelSums sums = out;
+    ModelChunk<A> sums = out;
     const V peak(static_cast<S>(row.peaks[k])), one(S(1)), none(S(0));
     V check(S(0));
     each_vector(begin, end, [&](int v, int64_t c, int n) {
@@ -258,14 +173,14 @@ struct General {
 
   static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    const Sums total(CK_STACK(Sums::bytes(row, pairs(row))), row, pairs(row));
+    const Chunk<A> total(CK_STACK(Chunk<A>::bytes(row, pairs(row))), row, pairs(row));
     const bool couples = pairs(row) > 0 && row.options->teachers == 0 &&
                          !(kExact && row.options->needs_second_sweep());
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
       for (int k = 0; k < row.models; ++k) model_sums(row, k, blocks[k], b, e, total.model[k]);
-      PairSums* pair = total.pair;
+      PairChunk<A>* pair = total.pair;
       for (int i = 0; i < row.models && couples; ++i) {
         for (int j = i + 1; j < row.models; ++j) skl_sums(blocks[i], blocks[j], b, e, *pair++);
       }
@@ -274,8 +189,8 @@ struct General {
   }
 
   [[gnu::flatten]] static void skl_sums(const Block& i, const Block& j, int64_t begin, int64_t end,
-                                        PairSums& out) {
-    PairSums sums = out;
+                                        PairChunk<A>& out) {
+    PairChunk<A> sums = out;
     const V unit(kUnit);
     each_vector(begin, end, [&](int v, int64_t, int) {
       const V less = i.tempered[v] - j.tempered[v], D = i.d[v] * unit - j.d[v] * unit;
@@ -353,7 +268,7 @@ struct General {
 
   static void second_sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     void* memory = CK_STACK(row.models * sizeof(Block));
-    const Sums total(CK_STACK(Sums::bytes(row, pairs(row))), row, pairs(row));
+    const Chunk<A> total(CK_STACK(Chunk<A>::bytes(row, pairs(row))), row, pairs(row));
     for (int64_t b = begin; b < end; b += kBlock) {
       const int64_t e = std::min(b + kBlock, end);
       const Block* blocks = fill_all(row, memory, b, e);
@@ -361,7 +276,7 @@ struct General {
         distill_sums(row, blocks, b, e, *total.pair);
         continue;
       }
-      PairSums* pair = total.pair;
+      PairChunk<A>* pair = total.pair;
       for (int i = 0; i < row.models; ++i) {
         for (int j = i + 1; j < row.models; ++j) l1_sums(row, blocks, i, j, b, e, *pair++);
       }
@@ -370,8 +285,8 @@ struct General {
   }
 
   [[gnu::flatten]] static void distill_sums(const RowView& row, const Block* blocks, int64_t begin,
-                                            int64_t end, PairSums& out) {
-    PairSums sums = out;
+                                            int64_t end, PairChunk<A>& out) {
+    PairChunk<A> sums = out;
     const V inverse_temperature(static_cast<S>(1.0 / row.options->temperature));
     const V log_mass(static_cast<S>(row.log_masses[0]));
     const V smallest(std::numeric_limits<S>::min()), lowest(kLowest<S>);
@@ -388,8 +303,8 @@ struct General {
   }
 
   [[gnu::flatten]] static void l1_sums(const RowView& row, const Block* blocks, int i, int j,
-                                       int64_t begin, int64_t end, PairSums& out) {
-    PairSums sums = out;
+                                       int64_t begin, int64_t end, PairChunk<A>& out) {
+    PairChunk<A> sums = out;
     const auto& s = pair_scalars(row, i, j);
     const V shared(static_cast<S>(s.shared)), more_i(static_cast<S>(s.more_i));
     const V minus_more_j(static_cast<S>(s.minus_more_j));
