@@ -385,7 +385,7 @@ def find_mismatches(z, at, sums, S: tl.constexpr):
                         a = parts[part][i] == -INFINITY
                         b = parts[part][j] == -INFINITY
                         dead = tl.maximum(dead, row_max((a != b).to(tl.int32), S))
-                far = tl.where(dead > 0, INFINITY, 0.0)
+                far = tl.where(dead > 0, INFINITY, 0.0).to(S.compute)
             reach += (far,)
     pair = sums.pair
     return with_pairs(sums, PairSums(pair.first, pair.second, pair.gap, pair.other, reach))
