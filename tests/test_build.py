@@ -78,7 +78,7 @@ class TestFacts:
         with pytest.raises(RuntimeError) as caught:
             torch.ops.churn_kernels.exact_round(torch.ones(2))
         assert re.fullmatch(
-            r"exact_round, csrc/ops\.cpp:\d+, words must be what churn_kernels::exact_words "
+            r"check_words, csrc/op_inputs\.cpp:\d+, words must be what churn_kernels::exact_words "
             r"returned, or a sum of such",
             str(caught.value).partition("\n")[0],
         )
