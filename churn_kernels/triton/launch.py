@@ -192,9 +192,10 @@ def is_bounded(dtype: torch.dtype, vector: int) -> bool:
 
 
 def sweep_warps(options: LossOptions, models: int) -> int:
-    """Half where exact sums, of many pairs or of top k, do not fit what all warps leave."""
-    many = models > 3 or options.top_k > 0
-    return SWEEP_WARPS // 2 if options.mode == EXACT and many else SWEEP_WARPS
+    """Half where the sums of many pairs, or exact ones of top k, want more registers."""
+    exact = options.mode == EXACT
+    many = models > (2 if exact else 3) or (exact and options.top_k > 0)
+    return SWEEP_WARPS // 2 if many else SWEEP_WARPS
 
 
 class Call:

@@ -106,11 +106,13 @@ def plan(
         again = element_size == 2
         inner = classes // width
         return Plan(True, 1, width, parts, inner, vector, shift, True, again, warps, registers)
+    programs = 2 if bounded and classes < FEW_PROGRAMS else 1
+    if programs == 2 and vector == 8:
+        sweep_warps //= 2  # two of all warps would leave a thread too few registers
     width = sweep_warps * WARP * vector
     parts = max(1, depth // 8 // vector)
     resident = needed <= width * parts  # of many models little more is held at a time
     inner = classes // width if resident else 0
-    programs = 2 if bounded and classes < FEW_PROGRAMS else 1
     registers = registers_for(programs, sweep_warps)
     return Plan(
         True, 1, width, parts, inner, vector, shift, resident, False, sweep_warps, registers

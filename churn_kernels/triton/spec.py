@@ -101,8 +101,8 @@ def make_spec(
     lifts = uniform and not (top and options.renormalize_top_k)
     compute = tl.float64 if dtype == torch.float64 else tl.float32
     scalar = tl.float64 if exact else compute
-    # Registers for one more sum there are not where a program keeps a wide row.
-    others = couples and (exact or not (plan.wide and plan.resident))
+    # Registers for one more sum there are not where a row is shared out over a program.
+    others = couples and (exact or not plan.wide)
     present = {
         "maximum": models,
         "mass": models,
