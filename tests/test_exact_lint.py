@@ -338,5 +338,6 @@ class TestLibrary:
         baseline = host.functions(host.disassemble(file))
         fast = {f: lines for f, lines in baseline.items() if "FloatSum<float>" in f}
         found = list(host.software_findings(fast))
-        assert len(found) == 9
+        # The general sweeps multiply in float64, too: by the unit of their sums.
+        assert len(found) == 6
         assert "Fused<float, 2, FloatSum<float> >: fused: 0 products in float64" in "\n".join(found)

@@ -104,6 +104,12 @@ class TestFarApart:
         assert_is(value, LARGEST / 4)
         assert not z.isnan().any()
 
+    def test_cross_entropy_of_a_target_at_the_other_end(self, mode):
+        found = ck.regularized_cross_entropy(
+            torch.tensor([[LARGEST, LOWEST]]), torch.tensor([1]), mode=mode
+        )
+        assert_is(found, LARGEST)
+
     @pytest.mark.parametrize("scale", [1e4, 1e9])
     def test_gradients_keep_their_digits(self, mode, scale):
         a = (torch.eye(6) * scale).requires_grad_()

@@ -257,7 +257,9 @@ void RowWork::terms(double* out) const {
     const rows::ModelSums& s = model(k);
     out[k] = 0.0;
     if (target_ >= 0) {
-      const double d = target_logit(k) - maxima_[k];
+      const double z = target_logit(k), away = z - maxima_[k];
+      const double lowest = in_.dtype == DType::kFloat64 ? kLowest<double> : kLowest<float>;
+      const double d = z == -std::numeric_limits<double>::infinity() ? z : rows::max(away, lowest);
       out[k] = rows::cross_entropy(s, d, target_weight(), total_weight_, o.label_smoothing,
                                    static_cast<double>(in_.all_classes()));
     }
