@@ -28,8 +28,8 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
-  // Sums over D of a pair are kept in units of its inverse, so that they do not overflow; the fixed
-  // point of exact mode has scales of its own.
+  // What sums over D of a pair are times, so that they do not overflow; the fixed point of exact mode
+  // has scales of its own.
   static constexpr S kUnit = kExact ? S(1) : S(0x1p-32);
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
