@@ -28,8 +28,8 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
-  // What sums over D of a pair are times, so that they do not overflow; the fixed point of exact mode
-  // has scales of its own.
+  // What sums over D of a pair are times, so that they do not overflow; the fixed point of exact
+  // mode has scales of its own.
   static constexpr S kUnit = kExact ? S(1) : S(0x1p-32);
 
   // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
@@ -305,14 +305,14 @@ struct General {
   [[gnu::flatten]] static void l1_sums(const RowView& row, const Block* blocks, int i, int j,
                                        int64_t begin, int64_t end, PairChunk<A>& out) {
     PairChunk<A> sums = out;
-    const auto& s = pair_scalars(row, i, j);
-    const V shared(static_cast<S>(s.shared)), more_i(static_cast<S>(s.more_i));
-    const V minus_more_j(static_cast<S>(s.minus_more_j));
+    const auto& [level, difference] = pair_scalars(row, i, j);
+    const V shared(static_cast<S>(difference.shared)), more_i(static_cast<S>(difference.more_i));
+    const V minus_more_j(static_cast<S>(difference.minus_more_j));
+    const S at = static_cast<S>(level);
     each_vector(begin, end, [&](int v, int64_t, int) {
       const V e_i = blocks[i].tempered[v], e_j = blocks[j].tempered[v];
       const V less = rows::probability_difference(e_i, e_j, shared, more_i, minus_more_j);
-      rows::add_l1(sums.skl, e_i, e_j, less,
-                   sign(blocks[i], blocks[j], v, static_cast<S>(s.level)));
+      rows::add_l1(sums.skl, e_i, e_j, less, sign(blocks[i], blocks[j], v, at));
     });
     out = sums;
   }

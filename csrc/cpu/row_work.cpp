@@ -225,6 +225,7 @@ void RowWork::prepare_scalars() {
     inverse_masses_[k] = 1.0 / model(k).tempered_mass;
     log_masses_[k] = rows::log_or_nan(model(k).tempered_mass);
   }
+  if (in_.options.divergence != Divergence::kL1) return;
   each_pair([&](int i, int j, int p) {
     pair_scalars_[p] = rows::pair_scalars(model(i).tempered_mass, model(j).tempered_mass,
                                           pair(p).gap, in_.options.temperature);

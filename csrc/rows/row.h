@@ -40,10 +40,15 @@ struct PairSums64 {
   double first, second, gap, other, mismatch;
 };
 
-// What the sweeps take to compare the probabilities of a pair (divergence.h): p_i > p_j where
-// d_i - d_j > level, and the coefficients of p_i - p_j.
+// The coefficients of p_i - p_j, see probability_difference() in divergence.h.
+struct DifferenceScalars {
+  double shared, more_i, minus_more_j;
+};
+
+// What the sweep for L1 takes of a pair: p_i > p_j where d_i - d_j > level.
 struct PairScalars {
-  double level, shared, more_i, minus_more_j;
+  double level;
+  DifferenceScalars difference;
 };
 
 // One model's gradient at a class, before the divergence:
@@ -178,12 +183,16 @@ CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelS
   return value < 0.0 ? 0.0 : value;  // rounding only: a divergence is never negative; NaN stays
 }
 
-// The larger of a pair's masses gives what the two have in common, see probability_difference().
-CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double temperature) {
+// The larger of a pair's masses gives what the two have in common.
+CK_HD DifferenceScalars difference_scalars(double mass_i, double mass_j, double gap) {
   const double more = gap / (mass_i * mass_j);
-  return {temperature * (log_or_nan(mass_i) - log_or_nan(mass_j)),
-          1.0 / (mass_i < mass_j ? mass_j : mass_i), gap < 0.0 ? -more : 0.0,
+  return {1.0 / (mass_i < mass_j ? mass_j : mass_i), gap < 0.0 ? -more : 0.0,
           gap < 0.0 ? 0.0 : -more};
+}
+
+CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double temperature) {
+  return {temperature * (log_or_nan(mass_i) - log_or_nan(mass_j)),
+          difference_scalars(mass_i, mass_j, gap)};
 }
 
 // A mean as the sweeps take it, in S. Where it is the difference to it that counts, so do the
@@ -212,7 +221,7 @@ CK_HD void add_divergence_gradient(ModelGradient& g, PartnerGradient& partner, d
     g.tempered_constant += w / mass_i;
     return;
   }
-  const PairScalars scalars = pair_scalars(mass_i, mass_j, gap, o.temperature);
+  const DifferenceScalars scalars = difference_scalars(mass_i, mass_j, gap);
   const double slope = w / (o.temperature * mass_i);
   partner.slope += slope;
   partner.mean = mean;
