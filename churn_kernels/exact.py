@@ -214,7 +214,7 @@ class ExactSum:
         Args:
             data: bytes or bytearray.
         Raises: TypeError for another type; ValueError for other bytes, for damaged ones, and for
-            those of another EXACT_SPEC.
+            those of a later EXACT_SPEC; sums of the earlier ones mean the same.
         """
         if not isinstance(data, bytes | bytearray):
             raise TypeError(
@@ -230,9 +230,9 @@ class ExactSum:
         if _CHECKSUM.unpack_from(data, _HEAD.size) != (zlib.crc32(data[: _HEAD.size]),):
             raise ValueError(f"{wants}; its checksum is wrong, so a byte of it has changed")
         result = cls()
-        if spec != EXACT_SPEC:
+        if not 1 <= spec <= EXACT_SPEC:
             raise ValueError(
-                f"{wants} under EXACT_SPEC {EXACT_SPEC}, got {spec}; "
+                f"{wants} under EXACT_SPEC 1 to {EXACT_SPEC}, got {spec}; "
                 f"read it with the version of churn_kernels that wrote it"
             )
         result._take(int.from_bytes(packed, "little", signed=True), tuple(specials))

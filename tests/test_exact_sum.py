@@ -294,13 +294,14 @@ class TestBytes:
         assert again == total
         assert again.to_bytes() == data
 
-    def test_what_was_written_stays_readable(self):
-        """-(1 + 2^-149) and an infinity, as EXACT_SPEC 1 writes them."""
+    @pytest.mark.parametrize("spec", [1, 2])
+    def test_what_was_written_stays_readable(self, spec):
+        """-(1 + 2^-149) and an infinity, as each EXACT_SPEC writes them."""
         lanes = (-(2**149) - 1).to_bytes(48, "little", signed=True)
-        head = b"CKXS" + struct.pack("<I", 1) + lanes + struct.pack("<3Q", 0, 1, 0)
+        head = b"CKXS" + struct.pack("<I", spec) + lanes + struct.pack("<3Q", 0, 1, 0)
         data = head + struct.pack("<I", zlib.crc32(head))
         total = ck.ExactSum().add(tensor(-1.0, -(2.0**-149), math.inf))
-        assert total.to_bytes() == data
+        assert (total.to_bytes() == data) == (spec == ck.EXACT_SPEC)
         assert ck.ExactSum.from_bytes(data) == total
 
     def test_every_damaged_byte_shows(self, one_number):
@@ -326,10 +327,11 @@ class TestBytes:
         with pytest.raises(ValueError, match=re.escape(message)):
             ck.ExactSum.from_bytes(change(one_number.to_bytes()))
 
-    def test_another_specification_is_refused(self, one_number):
+    @pytest.mark.parametrize("spec", [0, ck.EXACT_SPEC + 1 if _ops.LOADED else 0, 2**32 - 1])
+    def test_another_specification_is_refused(self, one_number, spec):
         head = one_number.to_bytes()[:-4]
-        head = head[:4] + struct.pack("<I", 2) + head[8:]
-        message = "under EXACT_SPEC 1, got 2; read it with the version of churn_kernels"
+        head = head[:4] + struct.pack("<I", spec) + head[8:]
+        message = f"under EXACT_SPEC 1 to {ck.EXACT_SPEC}, got {spec}; read it with the version"
         with pytest.raises(ValueError, match=message):
             ck.ExactSum.from_bytes(head + struct.pack("<I", zlib.crc32(head)))
 
@@ -394,4 +396,4 @@ class TestArguments:
     def test_the_specification_is_the_librarys(self):
         from churn_kernels._C import constants
 
-        assert ck.EXACT_SPEC == constants.kExactSpec == 1
+        assert ck.EXACT_SPEC == constants.kExactSpec == 2
