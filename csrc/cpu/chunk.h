@@ -62,7 +62,7 @@ struct PairChunk {
     const auto add = [&](const A& sum, Sum& total) {
       Sum part{};
       sum.add_to(part);
-      if constexpr (std::is_same_v<A, FixedSum>) total.fixed += part.fixed;
+      if constexpr (std::is_same_v<A, FixedSum>) add_fixed(total, part.fixed);
       else total.real += part.real / unit;
     };
     add(skl.first, out[kFirst]);
