@@ -150,7 +150,9 @@ class Piece(NamedTuple):
 def _pieces(x: Tensor, first: int) -> list[Piece]:
     """What this process holds of a dense tensor."""
     local, boxes = _placements.boxes(x) if _placements.is_placed(x) else (x, None)
-    bits = local.resolve_conj().resolve_neg().contiguous()
+    bits = local
+    if not bits.is_contiguous() or bits.is_conj() or bits.is_neg():
+        bits = bits.resolve_conj().resolve_neg().contiguous()
     size = bits.element_size()
     if boxes is None:
         whole = max(1, bits.nbytes)

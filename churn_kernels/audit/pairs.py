@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from churn_kernels.audit.generators import random_states
 from churn_kernels.audit.replay import Build, ReplayError, Training, built, state_hashes
-from churn_kernels.audit.state import random_states
 
 Around = Callable[[int, nn.Module], AbstractContextManager[Any]]
 """The block that side 0 or 1 of a pair takes a step in, by the side and its model."""
