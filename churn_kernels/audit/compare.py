@@ -4,7 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from churn_kernels.audit.trace import BEFORE, RANDOM, VALUE, Step, Trace, TraceError, base_of
+from churn_kernels.audit.trace import (
+    BEFORE,
+    RANDOM,
+    VALUE,
+    Step,
+    Trace,
+    TraceError,
+    base_of,
+    without_round,
+)
 
 _MEANING = {
     "buffers": "buffers (such as batch normalisation's means) differ: the forward pass did",
@@ -43,12 +52,16 @@ class Difference:
         """When it shows, in words."""
         if self.step == 0:
             return "before the first step"
-        return f"{'before' if self.first.endswith(BEFORE) else 'in'} step {self.step}"
+        return f"{'before' if self._is_before else 'in'} step {self.step}"
+
+    @property
+    def _is_before(self) -> bool:
+        return without_round(self.first).endswith(BEFORE)
 
     @property
     def what(self) -> str:
         """What differs first, with its values where they are known."""
-        name = self.first.removesuffix(BEFORE)
+        name = base_of(self.first)
         return f"{name} {self.values[0]} against {self.values[1]}" if self.values else name
 
     @property
@@ -61,7 +74,7 @@ class Difference:
             return f"{base} was set to another value in one run"
         if self.step == 0:
             return "the runs begin with other values"
-        if self.first != base and self.first.endswith(BEFORE):
+        if self._is_before:
             return _MEANING_BEFORE.get(base, f"{base} changed between the steps, to other values")
         return _MEANING.get(base, "what the run was given to it, or computed up to there")
 
@@ -149,9 +162,13 @@ def _generators(both: list[tuple[Step, Step]]) -> tuple[Generator, ...]:
     (a, b), *later = both
     names = [n for n in a.hashes if _is_random(n) and a.hashes[n] != b.hashes.get(n)]
     return tuple(
-        Generator(n, next((x.number for x, y in later if n in x.hashes or n in y.hashes), None))
-        for n in names
+        Generator(name, next((x.number for x, y in later if name in _bases(x, y)), None))
+        for name in names
     )
+
+
+def _bases(a: Step, b: Step) -> set[str]:
+    return {base_of(name) for name in (*a.hashes, *b.hashes)}
 
 
 def _differences(

@@ -115,7 +115,9 @@ def flip_ulp(model: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parameters = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    parameters = [p.detach() for p in model.parameters()]
+    parameters = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
+    parameters = [p for p in parameters if p.is_floating_point() and p.numel()]
     sizes = torch.tensor([float(p.numel()) for p in parameters], device="cpu")
     for _ in range(_TRIES if parameters else 0):
         p = parameters[int(torch.multinomial(sizes, 1, generator=generator))]

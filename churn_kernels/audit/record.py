@@ -19,7 +19,7 @@ from churn_kernels.audit.hashes import Later, data_hash, tensors_hash
 from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.parts import Contents, ModelTensors, Part, own_parts, parts_of
 from churn_kernels.audit.state import OWN, Named, check_state
-from churn_kernels.audit.trace import BEFORE, RANDOM, VALUE, Writer, last_states
+from churn_kernels.audit.trace import AGAIN, BEFORE, RANDOM, VALUE, Writer, in_round, last_states
 from churn_kernels.hashing import HASH_SPEC
 
 
@@ -56,6 +56,7 @@ class Recorder:
         self._step = first_step
         self._entries: list[_Entry] = []
         self._observed: set[str] = set()
+        self._rounds = 1  # of steps of any optimizer, in a step of the trace
         self._begin: int | None = None  # where the entries of the next step begin
         self._last = last_states(writer.kept)
         self._versions: dict[str, Any] = {}
@@ -99,7 +100,7 @@ class Recorder:
             if self._begin is None:
                 self._look_for_changes(rehash=False)
             self._observed.add(name)
-            self._entries.append(_Entry(name, data_hash(value)))
+            self._entries.append(_Entry(name, data_hash(value)))  # new in the step
 
     def close(self) -> None:
         """Stop recording; the file is on the disk."""
@@ -121,16 +122,18 @@ class Recorder:
         Args:
             rehash: also what version counters say has not: writes through `.data` pass them by.
         """
+        when = ""
         if self._begin is None:
             self._begin = len(self._entries)
-        self._hash_random_states()
+            when = "" if rehash else BEFORE
+        self._hash_random_states(when)
         for part in self._parts:
             found = part.read()
             self._add_settings(found, BEFORE)
             changed = self._is_changed(part, found)
             if not changed and (part.counted or not rehash or not found.tensors):
                 continue
-            entry = _Entry(f"{part.name}{BEFORE}", found.hash(), part.name, elides=True)
+            entry = self._entry(f"{part.name}{BEFORE}", found.hash(), part.name, elides=True)
             # When it happened, no counter knows: most likely before the forward pass.
             self._entries.insert(len(self._entries) if changed else self._begin, entry)
             self._begin += not changed
@@ -151,6 +154,7 @@ class Recorder:
         for part in stepped:
             self._hash_after(part)
         self._begin = None
+        self._rounds += 1
         if not name:
             self._step += 1
             self._finish_step()
@@ -159,7 +163,7 @@ class Recorder:
         found = part.read()
         self._add_settings(found, "")
         self._is_changed(part, found)
-        self._entries.append(_Entry(part.name, found.hash(), part.name))
+        self._add(part.name, found.hash(), part.name)
 
     def _is_changed(self, part: Part, found: Contents) -> bool:
         """Whether it was written to since it was last asked for, as far as counters tell."""
@@ -173,28 +177,34 @@ class Recorder:
                 continue
             self._settings[name] = value
             later = partial(str, f"{VALUE}{value!r}")
-            self._entries.append(_Entry(f"{name}{when}", later, name, elides=True))
+            self._add(f"{name}{when}", later, name, elides=True)
 
     def _hash_buffers(self) -> None:
-        self._entries.append(_Entry("buffers", tensors_hash(self._tensors.buffers)))
+        self._add("buffers", tensors_hash(self._tensors.buffers))
 
     def _hash_gradients(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         if not name:
             self._hash_buffers()
             gradients = tensors_hash((n, p.grad) for n, p in self._tensors.parameters)
-            self._entries.append(_Entry("gradients", gradients))
+            self._add("gradients", gradients)
             return
         of_groups = [p.grad for group in optimizer.param_groups for p in group["params"]]
         later = tensors_hash((f"{i}", gradient) for i, gradient in enumerate(of_groups))
-        self._entries.append(_Entry(f"{name} gradients", later))
+        self._add(f"{name} gradients", later)
 
-    def _hash_random_states(self) -> None:
+    def _hash_random_states(self, when: str = "") -> None:
         own = (x for _, x in (*self._tensors.parameters, *self._tensors.buffers))
         for whose, state in random_states_of(own).items():
             if whose not in self._random or self._random[whose][0] != state:
                 self._random[whose] = state, bytes_hash(state)
                 name, later = f"{RANDOM}{whose}", partial(str, self._random[whose][1])
-                self._entries.append(_Entry(name, later, name, elides=True))
+                self._add(f"{name}{when}", later, name, elides=True)
+
+    def _add(self, name: str, later: Later, base: str = "", elides: bool = False) -> None:
+        self._entries.append(self._entry(name, later, base, elides))
+
+    def _entry(self, name: str, later: Later, base: str, elides: bool) -> _Entry:
+        return _Entry(in_round(name, self._rounds), later, base, elides)
 
     def _finish_step(self) -> None:
         hashes: dict[str, str] = {}
@@ -204,13 +214,12 @@ class Recorder:
                 continue
             if entry.base:
                 self._last[entry.base] = found
-            name, count = entry.name, 1
+            name = entry.name
             while name in hashes:
-                count += 1
-                name = f"{entry.name} ({count})"
+                name += AGAIN
             hashes[name] = found
         self._writer.step(self._step, hashes)
-        self._entries, self._observed = [], set()
+        self._entries, self._observed, self._rounds = [], set(), 1
 
 
 def _has_closure(given: tuple[Any, ...]) -> bool:

@@ -4,9 +4,10 @@ A trace is a text file of JSON lines. The first one is the header: what was reco
 Each other one is a step: 128-bit hashes by name, in the order in which the step came to them;
 "learning rate" and other settings are `=` and their value. The name of what was changed between a
 step and the one before ends in " before"; of random states, settings and such changes a step has
-only those that are not what they were. A name that comes again in a step has "(2)" after it. The
-last field of a line, `chain`, hashes the line and the chain before it, so that a line that was
-torn, changed or lost is found, and two runs agree up to a step if their chains at it do.
+only those that are not what they were. Where optimizers step more than once in a step of the
+trace, what belongs to the second has "(2)" after its name. The last field of a line, `chain`,
+hashes the line and the chain before it, so that a line that was torn, changed or lost is found, and
+two runs agree up to a step if their chains at it do.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from typing import Any
 FORMAT = 2
 _KIND = "churn_kernels trace"
 
-BEFORE = " before"
+BEFORE, AGAIN = " before", " again"
 RANDOM = "random state of "
 VALUE = "="
 
@@ -164,9 +165,19 @@ class Writer:
             raise OSError("the disk took only part of a step of the trace; make room for it")
 
 
+def in_round(name: str, number: int) -> str:
+    """A name in the part of a step that a number of optimizers' steps came before, from 1."""
+    return name if number == 1 else f"{name} ({number})"
+
+
+def without_round(name: str) -> str:
+    """A name without which round it is of."""
+    return re.sub(rf"( \(\d+\))?({AGAIN})*$", "", name, count=1)
+
+
 def base_of(name: str) -> str:
-    """Of what a hash in a step is the state: its name without when and which time."""
-    return re.sub(r" \(\d+\)$", "", name).removesuffix(BEFORE)
+    """Of what a hash in a step is the state: its name without when."""
+    return without_round(name).removesuffix(BEFORE)
 
 
 def last_states(steps: Iterable[Step]) -> dict[str, str]:
