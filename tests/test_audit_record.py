@@ -22,6 +22,7 @@ from churn_kernels import _ops
 from churn_kernels.audit import hashes
 from churn_kernels.audit.__main__ import main
 from churn_kernels.audit.generators import random_state_hash
+from churn_kernels.audit.replay import built
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
@@ -124,6 +125,44 @@ def test_another_seed_shows_before_the_first_step(tmp_path):
     assert (found.difference.step, found.difference.first) == (0, "parameters")
     (generator,) = found.generators
     assert (generator.name, generator.drawn) == ("random state of PyTorch", None)
+
+
+def test_a_generator_that_nobody_draws_from_is_a_note(tmp_path, capsys):
+    """Processes that seed PyTorch alone begin with other states of NumPy's and Python's."""
+    run(tmp_path / "a")
+    np.random.rand()  # noqa: NPY002
+    run(tmp_path / "b")
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"the runs have the same bits in all {STEPS} steps that both have")
+    note = "note: random state of NumPy differs from the start; nothing was drawn from it"
+    assert note in out
+
+
+def draw(step, model, optimizer):
+    if step == 2:
+        np.random.rand()  # noqa: NPY002
+
+
+def test_what_differs_after_a_generator_is_named_all_the_same(tmp_path, capsys):
+    run(tmp_path / "a", before=draw)
+
+    def draw_and_change(step, model, optimizer):
+        draw(step, model, optimizer)
+        if step == 4:
+            optimizer.param_groups[0]["lr"] = 0.02
+
+    run(tmp_path / "b", before=draw_and_change)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("the runs part ways before step 2: random state of NumPy\n")
+    assert "anything else differs before step 4 first: learning rate 0.01 against 0.02\n" in out
+    note = "note: random state of NumPy differs from the start; step 2 is the first that was drawn"
+    assert note in out
+    assert main(["diff", "--json", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["then"] == {"step": 4, "first": "learning rate before"}
+    assert data["generators"] == {"random state of NumPy": 2}
 
 
 def test_recording_changes_nothing(tmp_path):
@@ -433,6 +472,103 @@ def test_a_model_without_data_is_refused(tmp_path):
     ):
         pass
     optimizer.step()  # no hook is left
+
+
+def refused(tmp_path, message, model=None, **state):
+    model = model or nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    with (
+        pytest.raises(ValueError, match=re.escape(message)),
+        ck.audit.record(tmp_path / "a", model, optimizer, state=state),
+    ):
+        pass
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ck.audit.snapshot(model, optimizer, state)
+    training = ck.audit.Training(model, optimizer, lambda n: None, state=state)
+    with pytest.raises(ck.audit.ReplayError, match=re.escape(message)):
+        built(lambda device: training, "cpu")
+
+
+def test_lazy_modules_are_refused(tmp_path):
+    message = (
+        "got lazy modules that have not been run: 1.weight, 1.bias; call it once on a batch before"
+    )
+    lazy = nn.Sequential(nn.ReLU(), nn.LazyLinear(3))
+    refused(tmp_path, f"model must have parameters with a shape, {message}", lazy)
+    refused(tmp_path, f"critic must have parameters with a shape, {message}", critic=lazy)
+
+
+def test_state_that_cannot_be_brought_back_is_refused(tmp_path):
+    class Half:
+        def state_dict(self):
+            return {}
+
+    kinds = "state must hold objects with state_dict and load_state_dict, tensors, random number "
+    refused(tmp_path, kinds, half=Half())
+    refused(
+        tmp_path,
+        "got 'batches', a generator; iterate over churn_kernels.audit.Rewindable of",
+        batches=(i for i in range(3)),
+    )
+    loader = torch.utils.data.DataLoader(range(3))
+    refused(
+        tmp_path,
+        "a torch.utils.data.dataloader.DataLoader; iterate over churn_kernels.audit",
+        loader=loader,
+    )
+    refused(
+        tmp_path,
+        "state's names must be none of random state, buffers, gradients, parameters, ",
+        buffers=nn.Linear(2, 2),
+    )
+
+
+def test_traces_of_other_named_state_are_not_compared(tmp_path):
+    for name, state in (("a", {}), ("b", {"other": nn.Linear(2, 2)})):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with ck.audit.record(tmp_path / name, model, optimizer, state=state):
+            pass
+    a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
+    message = "must hold runs with the same named state, got {} and {'other': 'Linear'}; record"
+    with pytest.raises(ck.audit.TraceError, match=re.escape(message)):
+        ck.audit.compare(a, b)
+
+
+# Iterators that can be set back ------------------------------------------------------------------
+
+
+def test_an_iterator_goes_back_to_where_it_was():
+    made = []
+
+    def items():
+        for i in range(6):
+            made.append(i)
+            yield torch.full((2,), float(i)) + torch.rand(())
+
+    batches = ck.audit.Rewindable(items())
+    next(batches)
+    restore = batches.mark()
+    first = [next(batches) for _ in range(3)]
+    drawn = torch.rand(())
+    first[0].mul_(0)  # a step may write to its batch
+    restore()
+    torch.manual_seed(9)
+    again = [next(batches) for _ in range(3)]
+    assert torch.equal(torch.rand(()), drawn)  # as if the items had been made anew
+    assert again[0].mean() >= 1
+    assert all(map(torch.equal, first[1:], again[1:]))
+    assert made == [0, 1, 2, 3]
+    assert batches.state_dict() == {"position": 4}
+    batches.load_state_dict({"position": 2})
+    assert torch.equal(next(batches), again[1])
+    del restore
+    batches.load_state_dict({"position": 5})
+    message = "position must be at least 5, got 2; what came before is forgotten"
+    with pytest.raises(ValueError, match=message):
+        batches.load_state_dict({"position": 2})
+    assert len(list(batches)) == 1
 
 
 # The command ------------------------------------------------------------------------------------

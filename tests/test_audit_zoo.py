@@ -92,7 +92,29 @@ def test_state_that_is_not_named_is_listed(name, reached):
     assert reached <= set(found.outside)
     said = text.of_finding(found)
     assert "outside of what is brought back before each replay, these change: " in said
-    assert said.endswith("; add them to state={name: object}")
+    assert said.endswith(
+        "; add them to state={name: object}, and make buffers of tensors that a model holds"
+    )
+
+
+class Remembering(torch.nn.Linear):
+    """Adds up what it has seen, where nobody looks."""
+
+    def __init__(self):
+        super().__init__(zoo.FEATURES, zoo.FEATURES)
+        self.sum, self.calls = 0.0, 0
+
+    def forward(self, x):
+        self.sum = self.sum + x.detach().mean()
+        self.calls += 1
+        return super().forward(x) * self.sum
+
+
+def test_state_that_a_model_hides_is_listed():
+    training = built(zoo.of(lambda: zoo.mlp(Remembering(), width=8)), "cpu", before=2)
+    found = find_in_step([training], 2, replays=3)
+    assert found.verdict == "input"
+    assert found.outside == ("model.2.sum", "model.2.calls")
 
 
 # One change each ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from churn_kernels.audit.trace import (
 
 _MEANING = {
     "buffers": "buffers (such as batch normalisation's means) differ: the forward pass did",
-    "gradients": "the backward pass, or what the forward pass did not show",
+    "gradients": "the data, the forward or the backward pass, or state that was not named",
     "parameters": "the optimizer's step: parameters, gradients, state and settings went into it "
     "with the same bits",
     "optimizer": "the optimizer's state: gradients and parameters have the same bits",

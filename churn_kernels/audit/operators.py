@@ -158,7 +158,7 @@ def find_operator(
         restore()
         step()
     found = first_difference(run, replays)
-    return with_outside(found, lambda: changed_outside(step, step, restore, (model, restore)))
+    return with_outside(found, lambda: changed_outside(step, step, restore, {"model": model}))
 
 
 def first_difference(run: Run, replays: int) -> Finding:

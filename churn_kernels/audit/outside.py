@@ -2,7 +2,7 @@
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from churn_kernels.audit.hashes import data_hash, optimizer_settings, optimizer_
 from churn_kernels.audit.state import can_be_kept, contents
 
 _DEPTH = 4
+_OF_EVERY_MODULE = vars(nn.Module())
 _PLAIN = (int, float, complex, str, bytes, bool, type(None))
 
 
@@ -21,7 +22,7 @@ def changed_outside(
     step: Callable[..., Any],
     run: Callable[[], Any],
     restore: Callable[[], Any],
-    known: tuple[Any, ...],
+    known: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Names of what a step reaches by its variables that is not the same before each replay.
 
@@ -30,7 +31,8 @@ def changed_outside(
             the attributes of what it is bound to.
         run: runs it.
         restore: called before it.
-        known: what is brought back, and followed no further.
+        known: what is brought back, by name, and followed no further; but for what a model holds
+            besides its tensors.
     Returns: names as the step spells them; among them iterators that cannot be set back.
     """
     restore()
@@ -41,13 +43,18 @@ def changed_outside(
     return tuple(name for name in after if after[name] is None or before.get(name) != after[name])
 
 
-def _reached(step: Callable[..., Any], known: tuple[Any, ...]) -> dict[str, str | None]:
+def _reached(step: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, str | None]:
     """A hash of each object that has a state, by name; None for iterators that hide theirs."""
     found: dict[str, str | None] = {}
-    seen = {id(x) for x in known}
-    for x in known:
-        if isinstance(x, nn.Module):
-            seen |= {id(y) for y in (*x.modules(), *x.parameters(), *x.buffers())}
+    seen = {id(x) for x in known.values()}
+    models = {name: x for name, x in known.items() if isinstance(x, nn.Module)}
+    for model in models.values():
+        seen |= {id(y) for y in (*model.modules(), *model.parameters(), *model.buffers())}
+    for name, model in models.items():
+        for path, module in model.named_modules(prefix=name):
+            for attribute, value in vars(module).items():
+                if attribute not in _OF_EVERY_MODULE:
+                    _follow(f"{path}.{attribute}", value, 1, seen, found)
     _follow("", step, 0, seen, found)
     return found
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -131,7 +132,9 @@ def _split(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     """What of some values can stand for itself, and what a hash has to stand for."""
     settings, left = {}, {}
     for key, value in values.items():
-        if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        if (
+            isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+        ) or isinstance(value, np.generic):
             value = value.item()
         if _is_short(value):
             settings[f"{name} {key}" if name else key] = value

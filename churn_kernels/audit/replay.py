@@ -198,7 +198,7 @@ def find_in_step(
         return log
 
     found = first_difference(run, replays)
-    known = (first, first.model, first.optimizer, *first.state.values())
+    known = {"model": first.model, "optimizer": first.optimizer, **first.state}
     step_again = partial(first.step, step)
     return with_outside(found, lambda: changed_outside(first.step, step_again, restores[0], known))
 

@@ -114,7 +114,8 @@ def _outside(found: Finding) -> str:
         return ""
     return (
         f"; outside of what is brought back before each replay, these change: "
-        f"{', '.join(found.outside)}; add them to state={{name: object}}"
+        f"{', '.join(found.outside)}; add them to state={{name: object}}, and make buffers of "
+        f"tensors that a model holds"
     )
 
 
