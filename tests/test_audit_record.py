@@ -21,8 +21,7 @@ import churn_kernels as ck
 from churn_kernels import _ops
 from churn_kernels.audit import hashes
 from churn_kernels.audit.__main__ import main
-from churn_kernels.audit.generators import random_state_hash
-from churn_kernels.audit.replay import built
+from churn_kernels.audit.replay import built, state_hashes
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
@@ -374,13 +373,13 @@ def test_devices_of_the_tensors_do_not_show(monkeypatch):
 
 
 def test_only_generators_that_a_model_draws_from_count(monkeypatch):
-    model = nn.Linear(2, 2)
-    want = random_state_hash(model)
+    training = ck.audit.Training(nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 1), lambda n: 0)
+    want = state_hashes(training)["random state"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.ones(3, dtype=torch.uint8)])
-    assert random_state_hash(model) == want
+    assert state_hashes(training)["random state"] == want
     torch.rand(())
-    assert random_state_hash(model) != want
+    assert state_hashes(training)["random state"] != want
 
 
 def test_kinds_of_tensors(tmp_path):

@@ -3,10 +3,10 @@
 import hashlib
 import random
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 def random_states() -> Callable[[], None]:
@@ -25,29 +25,21 @@ def random_states() -> Callable[[], None]:
     return restore
 
 
-def random_states_of(tensors: Iterable[Tensor]) -> dict[str, bytes]:
+def random_states_of(gpus: Iterable[torch.device]) -> dict[str, Any]:
     """The states of Python's and NumPy's generators, and of PyTorch's, by whose they are.
 
-    Of the latter those of the CPU and of the GPUs that the tensors lie on: what other GPUs a
-    machine has does not show.
+    Of the latter those of the CPU and of some GPUs: what others a machine has does not show.
     """
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others draw from
-    gpus = {x.device for x in tensors if x.is_cuda}
     states = [torch.get_rng_state()]
     states += [torch.cuda.get_rng_state(gpu) for gpu in sorted(gpus, key=lambda gpu: gpu.index)]
     return {
-        "Python": repr(random.getstate()).encode(),
-        "NumPy": f"{kind}{rest}".encode() + np.asarray(keys).tobytes(),
+        "Python": random.getstate(),
+        "NumPy": (kind, np.asarray(keys).tobytes(), rest),
         "PyTorch": b"".join(state.numpy().tobytes() for state in states),
     }
 
 
-def bytes_hash(data: bytes) -> str:
-    """128 bits of a random state."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def random_state_hash(model: torch.nn.Module) -> str:
-    """128 bits of all the random states that a model may draw from."""
-    states = random_states_of((*model.parameters(), *model.buffers()))
-    return bytes_hash(b"".join(states.values()))
+def random_state_hash(state: Any) -> str:
+    """128 bits of a random state, or of several."""
+    return hashlib.blake2b(repr(state).encode(), digest_size=16).hexdigest()

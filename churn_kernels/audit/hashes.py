@@ -22,7 +22,7 @@ _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.
 def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
     """128 bits of named tensors in their order; None where one is not there."""
     kinds = []
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+    by_device: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
     for name, x in tensors:
         if x is None:
             kinds.append(f"{name}\0none\0")
@@ -31,13 +31,12 @@ def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
         if not is_dense(x):
             kinds.append(f"{name}\0{tensor_hash(x)}\0")
             continue
-        by_device.setdefault(_device_of(x), []).append((len(kinds), x))
+        places, dense = by_device.setdefault(_device_of(x), ([], []))
+        places.append(len(kinds))
+        dense.append(x)
         kinds.append(f"{name}\0{_kind(x.dtype, x.shape)}\0")
     digest = hashlib.blake2b("".join(kinds).encode(), digest_size=16)
-    words = []
-    for several in by_device.values():
-        places, dense = zip(*several, strict=True)
-        words.append((places, words_of(dense)))
+    words = [(places, words_of(dense)) for places, dense in by_device.values()]
     return partial(_finished, digest, words)
 
 
@@ -51,15 +50,12 @@ def _device_of(x: Tensor) -> torch.device:
     return x.device
 
 
-def _finished(digest: "hashlib.blake2b", words: list[tuple[tuple[int, ...], Tensor]]) -> str:
+def _finished(digest: "hashlib.blake2b", words: list[tuple[list[int], Tensor]]) -> str:
     """The words in the order of their tensors, whatever devices these lie on."""
-    by_place = {
-        place: row
-        for places, of_device in words
-        for place, row in zip(places, of_device.cpu().numpy(), strict=True)
-    }
-    for place in sorted(by_place):
-        digest.update(by_place[place].tobytes())
+    if words:
+        places = np.concatenate([places for places, _ in words])
+        rows = np.concatenate([of_device.cpu().numpy() for _, of_device in words])
+        digest.update(rows[places.argsort()].tobytes())
     return digest.hexdigest()
 
 

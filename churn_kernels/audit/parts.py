@@ -66,12 +66,14 @@ class ModelTensors:
 
     Attributes:
         parameters, buffers: by name, each tensor once.
+        gpus: that they lie on.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.parameters: NamedTensors = []
         self.buffers: NamedTensors = []
+        self.gpus: set[torch.device] = set()
         self.look()
 
     def look(self) -> None:
@@ -88,6 +90,7 @@ class ModelTensors:
                     if x is not None and id(x) not in seen:
                         seen.add(id(x))
                         found.append((prefix + name, x))
+        self.gpus = {x.device for _, x in (*self.parameters, *self.buffers) if x.is_cuda}
 
 
 def own_parts(tensors: ModelTensors, optimizer: torch.optim.Optimizer) -> list[Part]:

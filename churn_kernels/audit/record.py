@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from churn_kernels.audit.generators import bytes_hash, random_states_of
+from churn_kernels.audit.generators import random_state_hash, random_states_of
 from churn_kernels.audit.hashes import Later, data_hash, tensors_hash
 from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.parts import Contents, ModelTensors, Part, own_parts, parts_of
@@ -61,7 +61,7 @@ class Recorder:
         self._last = last_states(writer.kept)
         self._versions: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
-        self._random: dict[str, tuple[bytes, str]] = {}
+        self._random: dict[str, tuple[Any, str]] = {}
         self._tensors = ModelTensors(model)
         own, parameters = own_parts(self._tensors, optimizer)
         named = {name: parts_of(name, value) for name, value in state.items()}
@@ -193,10 +193,9 @@ class Recorder:
         self._add(f"{name} gradients", later)
 
     def _hash_random_states(self, when: str = "") -> None:
-        own = (x for _, x in (*self._tensors.parameters, *self._tensors.buffers))
-        for whose, state in random_states_of(own).items():
+        for whose, state in random_states_of(self._tensors.gpus).items():
             if whose not in self._random or self._random[whose][0] != state:
-                self._random[whose] = state, bytes_hash(state)
+                self._random[whose] = state, random_state_hash(state)
                 name, later = f"{RANDOM}{whose}", partial(str, self._random[whose][1])
                 self._add(f"{name}{when}", later, name, elides=True)
 

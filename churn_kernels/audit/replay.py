@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.compare import Comparison
-from churn_kernels.audit.generators import random_state_hash
+from churn_kernels.audit.generators import random_state_hash, random_states_of
 from churn_kernels.audit.hashes import data_hash, tensors_hash
 from churn_kernels.audit.log import OperatorLog
 from churn_kernels.audit.operators import AroundReplay, Finding, first_difference, with_outside
@@ -153,7 +153,8 @@ def state_hashes(training: Training) -> dict[str, str]:
     """128 bits of each part of the state, in the order in which a difference spreads."""
     tensors = ModelTensors(training.model)
     buffers = tensors_hash(tensors.buffers)()
-    hashes = {"random state": random_state_hash(training.model), "buffers": buffers}
+    states = random_states_of(tensors.gpus)
+    hashes = {"random state": random_state_hash(states), "buffers": buffers}
     named = [part for name, value in training.state.items() for part in parts_of(name, value)]
     for part in (*named, *reversed(own_parts(tensors, training.optimizer))):
         found = part.read()
