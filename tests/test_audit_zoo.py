@@ -51,12 +51,13 @@ def test_replays_of_a_step_are_equal(name):
     assert len(found.log) > 10
 
 
+WHOLE = [name for name in zoo.SCRIPTS if name != "no module"]  # in which nothing can be flipped
 QUICK = {"dropout", "amp", "complex", "generator of batches"}
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in zoo.SCRIPTS],
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in WHOLE],
 )
 def test_whole_examinations(name):
     found = ck.audit.examine(zoo.SCRIPTS[name], replays=2, pairs=2, steps=2, amplify_steps=1)
@@ -211,6 +212,13 @@ PLANTED = [
     ("frozen", unfrozen, "gradients", "in step 3"),
     ("groups", setting("lr", 0.5, group=1), "learning rate of group 1 0.01 against 0.5", None),
     ("compiled", weight(), "parameters", "before step 3"),
+    ("no module", lambda t: zoo.first_parameter(t).data.add_(1), "parameters", "before step 3"),
+    (
+        "no module",
+        lambda t: zoo.first_parameter(t, "optimizer_of_scale").data.add_(1),
+        "optimizer_of_scale parameters",
+        "before step 3",
+    ),
     ("teacher", weight("teacher"), "teacher", "before step 3"),
     ("teacher", on("teacher", lambda t: t.center.add_(1)), "teacher buffers", "before step 3"),
 ]

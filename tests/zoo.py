@@ -392,6 +392,30 @@ def teacher(device):
     return ck.audit.Training(model, optimizer, step, state={"teacher": follower})
 
 
+def no_module(device):
+    """A tensor that no model has, and another with an optimizer of its own."""
+    x, y = data()
+    weight = torch.randn(FEATURES, CLASSES, requires_grad=True)
+    log_scale = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    optimizer_of_scale = torch.optim.Adam([log_scale], 0.01)
+
+    def step(n):
+        optimizer.zero_grad()
+        optimizer_of_scale.zero_grad()
+        F.cross_entropy(x[rows_of(n)] @ weight * log_scale.exp(), y[rows_of(n)]).backward()
+        optimizer.step()
+        optimizer_of_scale.step()
+
+    named = {"optimizer_of_scale": optimizer_of_scale}
+    return ck.audit.Training(nn.Module(), optimizer, step, state=named)
+
+
+def first_parameter(training, name="optimizer"):
+    optimizer = training.optimizer if name == "optimizer" else training.state[name]
+    return optimizer.param_groups[0]["params"][0]
+
+
 def pruned_mlp():
     model = mlp()
     parametrize.register_parametrization(model[0], "weight", nn.Softplus())
@@ -444,4 +468,5 @@ SCRIPTS = {
     "groups": groups,
     "compiled": compiled,
     "teacher": teacher,
+    "no module": no_module,
 }

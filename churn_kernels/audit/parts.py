@@ -17,7 +17,7 @@ from churn_kernels.audit.hashes import (
     optimizer_state,
     sorted_out,
 )
-from churn_kernels.audit.state import contents
+from churn_kernels.audit.state import Named, contents, loose_parameters
 
 _LONGEST = 60  # characters; what is longer than that is hashed
 _NUMBERS = (bool, int, float, complex, str, type(None))
@@ -67,10 +67,15 @@ class ModelTensors:
     Attributes:
         parameters, buffers: by name, each tensor once.
         gpus: that they lie on.
+
+    Args:
+        model: whose they are.
+        loose: parameters besides those of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, loose: Iterable[Tensor] = ()) -> None:
         self._model = model
+        self._loose = [(f"parameter {i}", x) for i, x in enumerate(loose)]
         self.parameters: NamedTensors = []
         self.buffers: NamedTensors = []
         self.gpus: set[torch.device] = set()
@@ -90,26 +95,43 @@ class ModelTensors:
                     if x is not None and id(x) not in seen:
                         seen.add(id(x))
                         found.append((prefix + name, x))
+        self.parameters += self._loose
         self.gpus = {x.device for _, x in (*self.parameters, *self.buffers) if x.is_cuda}
 
 
-def own_parts(tensors: ModelTensors, optimizer: torch.optim.Optimizer) -> list[Part]:
-    """An optimizer with its settings, and the parameters of a model."""
-    return [
-        _of_optimizer("optimizer", optimizer, ""),
-        _of_tensors("parameters", lambda: tensors.parameters),
-    ]
+class TrainingParts:
+    """All parts of a training.
+
+    Attributes:
+        tensors: the model's, and what its optimizer changes besides.
+        optimizer, parameters: its own.
+        named: by the names of the objects: two of a model, parameters first; an optimizer's own,
+            and the parameters that no model has; one of anything else.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: Named) -> None:
+        modules = [model, *(x for x in state.values() if isinstance(x, nn.Module))]
+        self.tensors = ModelTensors(model, loose_parameters(optimizer, modules))
+        self.optimizer = _of_optimizer("optimizer", optimizer, "")
+        self.parameters = _of_tensors("parameters", lambda: self.tensors.parameters)
+        self.named = {name: _parts_of(name, value, modules) for name, value in state.items()}
+
+    @property
+    def others(self) -> list[Part]:
+        """Those of named objects."""
+        return [part for parts in self.named.values() for part in parts]
 
 
-def parts_of(name: str, value: Any) -> list[Part]:
-    """Those of a named object: two of a model, its parameters first; one of anything else."""
+def _parts_of(name: str, value: Any, modules: list[nn.Module]) -> list[Part]:
     if isinstance(value, nn.Module):
         return [
             _of_tensors(name, value.named_parameters),
             _of_tensors(f"{name} buffers", value.named_buffers),
         ]
     if isinstance(value, torch.optim.Optimizer):
-        return [_of_optimizer(name, value, name)]
+        parts = [_of_optimizer(name, value, name)]
+        loose = [(f"{i}", p) for i, p in enumerate(loose_parameters(value, modules))]
+        return parts + ([_of_tensors(f"{name} parameters", lambda: loose)] if loose else [])
 
     def read() -> Contents:
         found = contents(value)

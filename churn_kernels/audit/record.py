@@ -17,7 +17,7 @@ from torch import nn
 from churn_kernels.audit.generators import random_state_hash, random_states_of
 from churn_kernels.audit.hashes import Later, data_hash, tensors_hash
 from churn_kernels.audit.manifest import manifest, manifest_hash
-from churn_kernels.audit.parts import Contents, ModelTensors, Part, own_parts, parts_of
+from churn_kernels.audit.parts import Contents, Part, TrainingParts
 from churn_kernels.audit.state import OWN, Named, check_state
 from churn_kernels.audit.trace import AGAIN, BEFORE, RANDOM, VALUE, Writer, in_round, last_states
 from churn_kernels.hashing import HASH_SPEC
@@ -62,18 +62,17 @@ class Recorder:
         self._versions: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
         self._random: dict[str, tuple[Any, str]] = {}
-        self._tensors = ModelTensors(model)
-        own, parameters = own_parts(self._tensors, optimizer)
-        named = {name: parts_of(name, value) for name, value in state.items()}
-        self._parts = [own, *(part for parts in named.values() for part in parts), parameters]
+        parts = TrainingParts(model, optimizer, state)
+        self._tensors = parts.tensors
+        self._parts = [parts.optimizer, *parts.others, parts.parameters]
         self._hooks = []
         for name, one in [("", optimizer), *state.items()]:
             if not isinstance(one, torch.optim.Optimizer):
                 continue
-            stepped = [own if not name else named[name][0]]
-            stepped += [parameters] if not name or _shares(one, model) else []
+            stepped = parts.named[name] if name else [parts.optimizer]
+            stepped = [*stepped, *([parts.parameters] if not name or _shares(one, model) else [])]
             stepped += [
-                named[other][0]
+                parts.named[other][0]
                 for other, module in state.items()
                 if isinstance(module, nn.Module) and _shares(one, module)
             ]

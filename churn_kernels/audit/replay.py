@@ -20,7 +20,7 @@ from churn_kernels.audit.hashes import data_hash, tensors_hash
 from churn_kernels.audit.log import OperatorLog
 from churn_kernels.audit.operators import AroundReplay, Finding, first_difference, with_outside
 from churn_kernels.audit.outside import changed_outside
-from churn_kernels.audit.parts import ModelTensors, own_parts, parts_of
+from churn_kernels.audit.parts import TrainingParts
 from churn_kernels.audit.record import recorded_tensors
 from churn_kernels.audit.settings import as_recorded
 from churn_kernels.audit.state import Named, check_state, snapshot
@@ -151,12 +151,11 @@ def built(build: Build, device: str, before: int = 1) -> Training:
 
 def state_hashes(training: Training) -> dict[str, str]:
     """128 bits of each part of the state, in the order in which a difference spreads."""
-    tensors = ModelTensors(training.model)
-    buffers = tensors_hash(tensors.buffers)()
-    states = random_states_of(tensors.gpus)
+    parts = TrainingParts(training.model, training.optimizer, training.state)
+    buffers = tensors_hash(parts.tensors.buffers)()
+    states = random_states_of(parts.tensors.gpus)
     hashes = {"random state": random_state_hash(states), "buffers": buffers}
-    named = [part for name, value in training.state.items() for part in parts_of(name, value)]
-    for part in (*named, *reversed(own_parts(tensors, training.optimizer))):
+    for part in (*parts.others, parts.parameters, parts.optimizer):
         found = part.read()
         hashes[part.name] = found.hash()()
         if found.settings:

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,14 @@ def check_state(model: nn.Module, state: Named) -> None:
                 f"number generators and iterators that can be set back, got {name!r}, "
                 f"{_kind(value)}; {_remedy(value)}"
             )
+
+
+def loose_parameters(
+    optimizer: torch.optim.Optimizer, modules: Iterable[nn.Module]
+) -> list[Tensor]:
+    """What an optimizer changes that no module has."""
+    known = {id(x) for module in modules for x in module.parameters()}
+    return [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
 
 
 def _of_kind(state: Named, kind: Any) -> list[tuple[str, Any]]:
