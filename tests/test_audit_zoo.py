@@ -27,7 +27,7 @@ def trace(path, build, change=None):
     """The trace of a training that is changed before step `AT`."""
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
-    training = build("cpu")
+    training = built(build, "cpu")
     with ck.audit.record(path, training.model, training.optimizer, state=training.state):
         for n in range(1, STEPS + 1):
             if change and n == AT:
@@ -52,7 +52,7 @@ def test_replays_of_a_step_are_equal(name):
 
 
 WHOLE = [name for name in zoo.SCRIPTS if name != "no module"]  # in which nothing can be flipped
-QUICK = {"dropout", "amp", "complex", "generator of batches"}
+QUICK = {"dropout", "amp", "complex", "generator of batches", "scratch"}
 
 
 @pytest.mark.parametrize(

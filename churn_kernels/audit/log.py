@@ -176,11 +176,7 @@ class OperatorLog(TorchDispatchMode):
         inputs.append(repr([x for x in leaves if isinstance(x, _PLAIN)]))
         if torch.Tag.nondeterministic_seeded in func.tags:
             inputs.append(tensor_hash(_generator_state(given, kwargs)))
-        sizes = {id(x): _bytes_of(x) for x in given} if func._schema.name == "aten::resize_" else {}
-        result = func(*args, **kwargs)
-        if func._schema.name in _UNWRITTEN - {"aten::set_"}:
-            for x in tree_leaves(result):
-                _fill(x, self._fill, sizes.get(id(x), 0))
+        result = call_filling(func, args, kwargs, self._fill)
         outputs = written_tensors(func, args, kwargs, result)
         workspace = _WORKSPACE.get(func._schema.name)
         if workspace is not None:
@@ -256,6 +252,26 @@ def _written_arguments(
         for i, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
+
+
+class FilledMemory(TorchDispatchMode):
+    """A block in which memory that nothing has written holds zeros."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        return call_filling(func, args, kwargs or {}, 0)
+
+
+def call_filling(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], byte: int) -> Any:
+    """Call an operator; if it returns memory that nothing has written, that holds a byte."""
+    name = func._schema.name
+    if name not in _UNWRITTEN or name == "aten::set_":
+        return func(*args, **kwargs)
+    kept = _bytes_of(args[0]) if name == "aten::resize_" else 0
+    result = func(*args, **kwargs)
+    _fill(result, byte, kept)
+    return result
 
 
 def _bytes_of(x: Tensor) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from churn_kernels.audit.compare import Comparison
 from churn_kernels.audit.generators import random_state_hash, random_states_of
 from churn_kernels.audit.hashes import data_hash, tensors_hash
-from churn_kernels.audit.log import OperatorLog
+from churn_kernels.audit.log import FilledMemory, OperatorLog
 from churn_kernels.audit.operators import AroundReplay, Finding, first_difference, with_outside
 from churn_kernels.audit.outside import changed_outside
 from churn_kernels.audit.parts import TrainingParts
@@ -128,7 +128,8 @@ def built(build: Build, device: str, before: int = 1) -> Training:
     Raises: ReplayError if it is no `Training`, if its models are lazy and have not been run, if its
         `state` cannot be brought back, or if its `resume` goes too far.
     """
-    training = build(device)
+    with FilledMemory():  # buffers of `torch.empty` are equal, too
+        training = build(device)
     if not isinstance(training, Training):
         raise ReplayError(
             f"target must return a churn_kernels.audit.Training, got {type(training).__name__}; "
