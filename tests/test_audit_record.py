@@ -79,6 +79,7 @@ CHANGES = {
         "after_backward": at(3, lambda model, _: setattr(model[3].bias, "grad", None))
     },
     "parameters": {"before": at(3, lambda model, _: model[3].bias.data.mul_(2))},
+    "parameters after the loss": {"after_backward": at(3, lambda model, _: flip(model[3].bias))},
     "buffers": {"before": at(3, lambda model, _: flip(model[1].running_mean))},
     "numpy": {"before": at(3, lambda *_: np.random.rand())},  # noqa: NPY002
     "python": {"before": at(3, lambda *_: random.random())},
@@ -95,6 +96,7 @@ FIRST = {
     "gradients": "gradients",
     "a gradient that is gone": "gradients",
     "parameters": "parameters before",
+    "parameters after the loss": "parameters before",
     "buffers": "buffers",
     "numpy": "random state of NumPy before",
     "python": "random state of Python before",
@@ -510,6 +512,7 @@ def test_state_that_cannot_be_brought_back_is_refused(tmp_path):
         "got 'batches', a generator; iterate over churn_kernels.audit.Rewindable of",
         batches=(i for i in range(3)),
     )
+    refused(tmp_path, "got 'pairs', a zip; iterate over", pairs=zip([1], [2], strict=True))
     loader = torch.utils.data.DataLoader(range(3))
     refused(
         tmp_path,

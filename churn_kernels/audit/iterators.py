@@ -54,12 +54,14 @@ class Rewindable:
         else:
             with _disable_current_modes():
                 item = next(self._items)
+            if self._marks:
                 self._held.append((item, random_states()))
         self.position += 1
-        with _disable_current_modes():  # a step may write to its batch
-            given = tree_map_only(Tensor, torch.clone, item)
         self._forget()
-        return given
+        if not self._held:
+            return item
+        with _disable_current_modes():  # a step may write to its batch
+            return tree_map_only(Tensor, torch.clone, item)
 
     def state_dict(self) -> dict[str, int]:
         """How many items were taken."""
@@ -93,9 +95,10 @@ class Rewindable:
     def _forget(self) -> None:
         """Drop what nobody can go back to."""
         least = min((mark.position for mark in self._marks), default=self.position)
-        while self._begin < min(least, self.position):
-            self._held.popleft()
+        for _ in range(min(least, self.position) - self._begin):
             self._begin += 1
+            if self._held:
+                self._held.popleft()
 
 
 def rewindable_loader(value: Any) -> Rewindable | None:

@@ -54,11 +54,13 @@ class Part:
         name: in the trace.
         read: gives what it is.
         counted: whether PyTorch's version counters are trusted to tell that it has not changed.
+        early: whether what changes it, between two steps, does before the forward pass.
     """
 
     name: str
     read: Callable[[], Contents]
     counted: bool = False
+    early: bool = False
 
 
 class ModelTensors:
@@ -113,7 +115,7 @@ class TrainingParts:
         modules = [model, *(x for x in state.values() if isinstance(x, nn.Module))]
         self.tensors = ModelTensors(model, loose_parameters(optimizer, modules))
         self.optimizer = _of_optimizer("optimizer", optimizer, "")
-        self.parameters = _of_tensors("parameters", lambda: self.tensors.parameters)
+        self.parameters = _of_parameters("parameters", lambda: self.tensors.parameters)
         self.named = {name: _parts_of(name, value, modules) for name, value in state.items()}
 
     @property
@@ -125,13 +127,13 @@ class TrainingParts:
 def _parts_of(name: str, value: Any, modules: list[nn.Module]) -> list[Part]:
     if isinstance(value, nn.Module):
         return [
-            _of_tensors(name, value.named_parameters),
-            _of_tensors(f"{name} buffers", value.named_buffers),
+            _of_parameters(name, value.named_parameters),
+            Part(f"{name} buffers", lambda: Contents({}, list(value.named_buffers()))),
         ]
     if isinstance(value, torch.optim.Optimizer):
         parts = [_of_optimizer(name, value, name)]
         loose = [(f"{i}", p) for i, p in enumerate(loose_parameters(value, modules))]
-        return parts + ([_of_tensors(f"{name} parameters", lambda: loose)] if loose else [])
+        return parts + ([_of_parameters(f"{name} parameters", lambda: loose)] if loose else [])
 
     def read() -> Contents:
         found = contents(value)
@@ -141,8 +143,8 @@ def _parts_of(name: str, value: Any, modules: list[nn.Module]) -> list[Part]:
     return [Part(name, read)]
 
 
-def _of_tensors(name: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> Part:
-    return Part(name, lambda: Contents({}, list(tensors())))
+def _of_parameters(name: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> Part:
+    return Part(name, lambda: Contents({}, list(tensors())), early=True)
 
 
 def _of_optimizer(name: str, optimizer: torch.optim.Optimizer, prefix: str) -> Part:

@@ -133,9 +133,10 @@ class Recorder:
             if not changed and (part.counted or not rehash or not found.tensors):
                 continue
             entry = self._entry(f"{part.name}{BEFORE}", found.hash(), part.name, elides=True)
-            # When it happened, no counter knows: most likely before the forward pass.
-            self._entries.insert(len(self._entries) if changed else self._begin, entry)
-            self._begin += not changed
+            # Of what no counter saw, nobody knows when it happened.
+            late = changed and not part.early
+            self._entries.insert(len(self._entries) if late else self._begin, entry)
+            self._begin += not late
 
     def _before_step(self, name: str, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         self._tensors.look()

@@ -20,6 +20,8 @@ Named = Mapping[str, Any]
 
 Restore = Callable[[], None]
 
+_SEQUENCE_ITERATORS: tuple[Any, ...] = (type(iter([])), type(iter(())))
+
 OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
 """What a recorder hashes by itself: names that nothing else may have."""
 
@@ -106,8 +108,8 @@ def snapshot(
         optimizer: its state and settings.
         state: what else a step changes, by name: other models and optimizers, schedulers,
             `GradScaler`s, averages of the weights and whatever has `state_dict` and
-            `load_state_dict`; tensors; random number generators; iterators of a list, a tuple or a
-            range, those of a `DataLoader`, and any other in a `Rewindable`.
+            `load_state_dict`; tensors; random number generators; iterators of a list or a tuple,
+            those of a `DataLoader`, and any other in a `Rewindable`.
     Raises: ValueError for lazy modules that have not been run, and for what cannot be brought back.
     """
     state = state or {}
@@ -172,10 +174,8 @@ def _keeper(value: Any) -> Callable[[Any], Restore] | None:
         return _keep_loader
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         return _keep_state_dict
-    if hasattr(value, "__setstate__") and isinstance(value, Iterator):
-        found = value.__reduce__()
-        if isinstance(found, tuple) and isinstance(found[-1], int):  # a place in a sequence
-            return lambda it: _later(it.__setstate__, it.__reduce__()[-1])
+    if isinstance(value, _SEQUENCE_ITERATORS) and isinstance(value.__reduce__()[-1], int):
+        return lambda it: _later(it.__setstate__, it.__reduce__()[-1])
     return None
 
 
