@@ -189,6 +189,24 @@ def test_other_settings_are_named(tmp_path, threads):
     assert len(hashes) == 2
 
 
+def test_an_untouched_state_is_hashed_once_a_step(tmp_path, monkeypatch):
+    """Before a step the parameters alone are hashed again."""
+    counts = []
+    words_of = hashes.words_of
+    monkeypatch.setattr(
+        hashes, "words_of", lambda tensors: counts.append(len(tensors)) or words_of(tensors)
+    )
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with ck.audit.record(tmp_path / "a", model, optimizer):
+        for _ in range(3):
+            counts.clear()
+            model(torch.randn(5, 4)).sum().backward()
+            optimizer.step()
+    parameters, buffers, gradients, state = 4, 3, 4, 4
+    assert counts == [parameters, buffers, gradients, state, parameters]
+
+
 def test_a_step_is_a_few_hundred_bytes(tmp_path):
     run(tmp_path / "a")
     lines = (tmp_path / "a").read_bytes().splitlines()

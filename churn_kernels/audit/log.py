@@ -61,7 +61,6 @@ _OVERWRITING = {
 _WORKSPACE = {
     "aten::_batch_norm_with_update": 3,
     "aten::_ctc_loss": 1,
-    "aten::_cudnn_ctc_loss": 1,
     "aten::_cudnn_rnn": 4,
     "aten::_efficient_attention_forward": 1,
     "aten::_scaled_dot_product_efficient_attention": 1,
@@ -157,6 +156,8 @@ class OperatorLog(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._stack.close()
+        if exception[0] is not None:
+            return
         self.left = data_hash(
             [
                 [contents(model), [p.grad for p in model.parameters()]]
@@ -178,11 +179,12 @@ class OperatorLog(TorchDispatchMode):
             inputs.append(tensor_hash(_generator_state(given, kwargs)))
         result = call_filling(func, args, kwargs, self._fill)
         outputs = written_tensors(func, args, kwargs, result)
-        workspace = _WORKSPACE.get(func._schema.name)
-        if workspace is not None:
-            storage = result[workspace].untyped_storage()
-            self._workspaces[storage._cdata] = StorageWeakRef(storage)
-            outputs = [x for x in outputs if x is not result[workspace]]
+        if func._schema.name in _WORKSPACE:
+            workspace = result[_WORKSPACE[func._schema.name]]
+            if isinstance(workspace, Tensor):
+                storage = workspace.untyped_storage()
+                self._workspaces[storage._cdata] = StorageWeakRef(storage)
+                outputs = [x for x in outputs if x is not workspace]
         if len(self.operations) == self._keep:
             self.kept = [x.detach().clone() for x in outputs]
         module, phase, source = self._where()
