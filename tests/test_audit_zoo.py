@@ -98,6 +98,33 @@ def test_state_that_is_not_named_is_listed(name, reached):
     )
 
 
+CALLS = [0]
+
+
+class Trainer:
+    """A script as a class, whose step is one of its methods."""
+
+    def __init__(self):
+        self.training = zoo.of(zoo.mlp)("cpu")
+        self.batches = (n for n in range(100))
+        self.seen = 0
+
+    def step(self, n):
+        CALLS[0] += 1
+        self.seen += 1
+        self.training.step(next(self.batches))
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_state_of_a_trainer_is_listed(bound):
+    trainer = Trainer()
+    step = trainer.step if bound else lambda n: trainer.step(n)
+    training = replace(trainer.training, step=step)
+    found = find_in_step([training], 2, replays=3)
+    name = "self" if bound else "trainer"
+    assert set(found.outside) == {"CALLS[0]", f"{name}.batches", f"{name}.seen"}
+
+
 class Remembering(torch.nn.Linear):
     """Adds up what it has seen, where nobody looks."""
 

@@ -3,6 +3,7 @@
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ def _reached(step: Callable[..., Any], known: Mapping[str, Any]) -> dict[str, st
             for attribute, value in vars(module).items():
                 if attribute not in _OF_EVERY_MODULE:
                     _follow(f"{path}.{attribute}", value, 1, seen, found)
+            _follow_methods(type(module), 1, seen, found)
     _follow("", step, 0, seen, found)
     return found
 
@@ -63,7 +65,7 @@ def _follow(name: str, value: Any, depth: int, seen: set[int], found: dict[str, 
     if isinstance(value, _PLAIN):
         found[name] = repr(value)
         return
-    if id(value) in seen or depth > _DEPTH:
+    if id(value) in seen or depth > _DEPTH or isinstance(value, type):
         return
     seen.add(id(value))
     if isinstance(value, types.MethodType):
@@ -88,12 +90,22 @@ def _follow(name: str, value: Any, depth: int, seen: set[int], found: dict[str, 
     elif isinstance(value, np.ndarray | set | frozenset):
         found[name] = data_hash(value)()
     elif isinstance(value, Tensor) or can_be_kept(value) or hasattr(value, "state_dict"):
-        found[name] = data_hash(contents(value))()
+        with suppress(Exception):  # the object's own; what it does not tell is left out
+            found[name] = data_hash(contents(value))()
     elif isinstance(value, Iterator):
         found[name] = None
     elif _is_of_the_user(type(value)):
+        _follow_methods(type(value), depth + 1, seen, found)
         for attribute, item in vars(value).items() if hasattr(value, "__dict__") else ():
             _follow(f"{name}.{attribute}", item, depth + 1, seen, found)
+
+
+def _follow_methods(kind: type, depth: int, seen: set[int], found: dict[str, Any]) -> None:
+    """What the methods of a class of the user's name."""
+    for one in filter(_is_of_the_user, kind.__mro__):
+        for value in vars(one).values():
+            if isinstance(value, types.FunctionType):
+                _follow("", value, depth, seen, found)
 
 
 def _variables(function: types.FunctionType) -> list[tuple[str, Any]]:

@@ -263,7 +263,7 @@ def record(
         path: the file to write; about 400 bytes a step. It must not exist yet.
         model: its parameters and buffers are hashed. Of a DTensor (FSDP2's `fully_shard`) the whole
             tensor counts, so that a trace does not show how many processes share it: all of them
-            have to record, each to a file of its own, and add up 16 bytes for each hash of a tensor.
+            have to record, each to a file of its own, and add up 16 bytes a tensor for each hash.
         optimizer: its steps are the trace's.
         state: what else the training changes, by name, as of `snapshot`. Steps of optimizers among
             it are hashed as those of `optimizer`, in the line of its next step. Of the state of
