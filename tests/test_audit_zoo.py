@@ -251,6 +251,17 @@ PLANTED = [
 ]
 
 
+def test_steps_of_other_optimizers_are_in_the_line_of_the_next(tmp_path):
+    names = list(trace(tmp_path / "a", zoo.SCRIPTS["gan"]).steps[2].hashes)
+    assert names == [
+        *("random state of PyTorch", "optimizer_d gradients", "optimizer_d", "discriminator"),
+        *("discriminator before (2)", "random state of PyTorch (2)", "optimizer_d gradients (2)"),
+        *("optimizer_d (2)", "discriminator (2)"),
+        *("discriminator before (3)", "random state of PyTorch (3)"),
+        *("buffers", "gradients", "optimizer", "parameters"),
+    ]
+
+
 @pytest.mark.parametrize(("name", "change", "what", "when"), PLANTED)
 def test_what_was_changed_is_named(name, change, what, when, tmp_path):
     one, other = (

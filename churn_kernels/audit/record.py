@@ -203,7 +203,8 @@ class Recorder:
         self._entries.append(self._entry(name, later, base, elides))
 
     def _entry(self, name: str, later: Later, base: str, elides: bool) -> _Entry:
-        return _Entry(in_round(name, self._rounds), later, base, elides)
+        name = name if name in OWN else in_round(name, self._rounds)
+        return _Entry(name, later, base, elides)
 
     def _finish_step(self) -> None:
         hashes: dict[str, str] = {}

@@ -24,6 +24,7 @@ from churn_kernels.audit.parts import TrainingParts
 from churn_kernels.audit.record import recorded_tensors
 from churn_kernels.audit.settings import as_recorded
 from churn_kernels.audit.state import Named, check_state, snapshot
+from churn_kernels.audit.trace import last_states
 
 
 class ReplayError(ValueError):
@@ -270,11 +271,8 @@ def replay(
     number = difference.step - 1
     recorded = [step for step in comparison.a.steps if step.number == number]
     now = state_hashes(first)
-    same = all(
-        step.hashes.get(name) == now[name]
-        for step in recorded
-        for name in ("parameters", "optimizer")
-    )
+    then = last_states(recorded)
+    same = all(then.get(name) == now[name] for name in ("parameters", "optimizer"))
     finding = find_in_step(
         trainings,
         difference.step,
