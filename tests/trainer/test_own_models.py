@@ -262,12 +262,21 @@ def test_what_cannot_be_trained_is_named(name, options, message, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing had begun
 
 
-def test_a_module_that_cannot_be_imported_is_named(own_nets):
-    (own_nets / "own_nets.py").write_text("1 / 0\n")
-    with pytest.raises(
-        ValueError,
-        match=r"got 'own_nets:Net': ZeroDivisionError: division by zero \(own_nets.py, line 1\); c",
-    ):
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (
+            "1 / 0",
+            r"ZeroDivisionError: division by zero \(own_nets.py, line 1\); correct the modul",
+        ),
+        ("raise SystemExit(3)", r"SystemExit: 3 \(own_nets.py, line 1\); correct the module"),
+        ("import nowhere", "No module named 'nowhere'; is it on the path, or in "),
+        ("def", "SyntaxError: invalid syntax"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named(code, said, own_nets):
+    (own_nets / "own_nets.py").write_text(code)
+    with pytest.raises(ValueError, match=rf"got 'own_nets:Net': {said}"):
         members_of(own("Net"))
 
 

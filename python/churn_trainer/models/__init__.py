@@ -161,7 +161,7 @@ def _made(name: str, make: Callable[[], Any], shape: Shape) -> nn.Module:
             with torch.no_grad():  # the first pass makes the weights
                 network.eval()(torch.zeros(2, *shape))
             network.train()
-    except Exception as error:  # of anybody's code
+    except (Exception, SystemExit) as error:  # of anybody's code
         raise ValueError(
             f"model {name} must make a network when called with shape and classes, got: "
             f"{_reason(error)}; correct it there, or model.options"
@@ -174,7 +174,7 @@ def _made(name: str, make: Callable[[], Any], shape: Shape) -> nn.Module:
     return network
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What was raised, in one line, and where in somebody's own code."""
     frames = [
         f"{Path(frame.filename).name}, line {frame.lineno}"
@@ -211,7 +211,7 @@ def _imported(name: str, trust: Sequence[str]) -> Callable[..., nn.Module]:
             f"model.name must be package.module:Name, got {name!r}: {error}; is it on the path, or "
             f"in {folder}?"
         ) from None
-    except Exception as error:  # of anybody's code
+    except (Exception, SystemExit) as error:  # of anybody's code
         raise ValueError(
             f"model.name must be package.module:Name, got {name!r}: {_reason(error)}; correct the "
             "module"
