@@ -37,7 +37,8 @@ class Task:
     @property
     def cost(self) -> float:
         """How long it takes, in a unit of its own: forward and backward passes of a member."""
-        method, epochs = self.runs[0].method, self.runs[0].optimisation.epochs
+        method, optimisation = self.runs[0].method, self.runs[0].optimisation
+        epochs = optimisation.epochs - max(optimisation.go_on_from, default=0)
         return len(self.runs) * epochs * (method.members + method.teachers / 3)
 
     def train(self, root: Path, options: Options, tell: Callable[[Event], None]) -> None:
@@ -195,7 +196,7 @@ class _Schedule:
         for task in list(self.waiting):
             if task.after & self.failed.keys():
                 self.waiting.remove(task)
-                self._give_up(task, "its teachers failed")
+                self._give_up(task, "a run that it needs failed")
             elif task.after <= self.done and self.running < self.workers.count:
                 self.waiting.remove(task)
                 self.running += 1
