@@ -162,6 +162,16 @@ class TestNearlyEqual:
         bias = ((found.double() - wanted).sum() / wanted.sum()).abs()
         assert bias < (1e-2 if apart == 1e-5 else 1e-3)
 
+    @pytest.mark.parametrize("classes", [2, 3])
+    @pytest.mark.parametrize("divergence", ["skl", "l1"])
+    def test_rounding_makes_no_divergence_negative(self, mode, backend, divergence, classes):
+        """Logits a last place apart, and rows enough for any sign of what rounding leaves."""
+        g, rows = seeded(0), 100 if backend == "triton" else 10000
+        a = torch.randn(rows, classes, generator=g)
+        b = a * (1 + 1e-7 * torch.randn(rows, classes, generator=g))
+        found = ck.codistillation_terms([a, b], divergence=divergence, mode=mode).divergence
+        assert found.min() >= 0
+
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
     @pytest.mark.parametrize("teachers", [1, 2])
     def test_models_that_agree_are_at_no_distance(self, mode, temperature, teachers):
