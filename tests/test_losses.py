@@ -201,6 +201,14 @@ def test_special_rows(name, kind, dtype):
         check(logits, target, OPTIONS[name]._replace(reduction=0))
 
 
+def test_of_equal_logits_the_first_are_the_largest(isa):
+    """However many of a vector's lanes they are."""
+    for k in range(1, 41):
+        z = torch.zeros(1, 40, requires_grad=True)
+        ck.softmax_entropy(z, top_k=k, renormalize_top_k=False, reduction="sum").backward()
+        assert (z.grad[0] != z.grad[0, -1]).sum() == k % 40
+
+
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_a_term_without_weight_may_be_infinite(reduction):
     """A class at -inf in one model alone, whose divergence is infinite."""
