@@ -141,6 +141,16 @@ def top_k_fits(k: int, classes: int) -> None:
         )
 
 
+def squared_temperature(name: str, value: object) -> float:
+    """A temperature whose square is a finite number > 0, by which distillation multiplies."""
+    checked = positive(name, value)
+    if not 0 < checked * checked < math.inf:
+        raise ValueError(
+            f"{name} squared must be finite and > 0, got {checked}; 1 leaves the logits as they are"
+        )
+    return checked
+
+
 # The losses' options by name: each check returns the value as it is to be kept.
 OPTIONS: dict[str, Callable[[str, object], Any]] = {
     "alpha": share_below_one,
@@ -410,6 +420,8 @@ def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | N
         remedy = "pass target.squeeze(-1)"
     elif got == (*shape, logits.shape[-1]):
         remedy = "for one-hot rows pass target.argmax(-1)"
+    elif len(got) == len(shape) == 1:
+        remedy = f"pass {shape[0]} labels, or the logits of {got[0]} rows"
     elif math.prod(got) == math.prod(shape):
         remedy = f"pass target.reshape{shape}"
     else:

@@ -103,7 +103,8 @@ class Comparison:
             the start is none before something was drawn from it.
         then: where random states are all that differs there, the first difference of anything else.
         generators: those that differ from the start.
-        settings: names of what the two ran on that differs, with both values.
+        settings: names of what the two ran on that differs, with both values; where it changed
+            when an interrupted run went on, the step after which, as well.
     """
 
     a: Trace
@@ -134,6 +135,11 @@ def compare(a: Trace, b: Trace) -> Comparison:
         if not trace.steps:
             raise TraceError(f"{trace.path} must hold a step, got none; {trace.damage}")
     both = list(zip(a.steps, b.steps, strict=False))
+    settings = _differing(a.header["manifest"], b.header["manifest"])
+    for after in sorted({one.after for trace in (a, b) for one in trace.resumptions}):
+        if any(trace.manifest(after) != trace.manifest(after + 1) for trace in (a, b)):
+            changed = _differing(a.manifest(after + 1), b.manifest(after + 1))
+            settings |= {f"{name} after step {after}": pair for name, pair in changed.items()}
     generators = _generators(both)
     found = _differences(both, {one.name for one in generators})
     difference = next(found, None)
@@ -145,7 +151,7 @@ def compare(a: Trace, b: Trace) -> Comparison:
         b,
         len(both),
         difference,
-        _differing(a.header["manifest"], b.header["manifest"]),
+        settings,
         then,
         generators,
     )

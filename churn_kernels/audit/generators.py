@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def random_states() -> Callable[[], None]:
@@ -40,6 +41,12 @@ def random_states_of(gpus: Iterable[torch.device]) -> dict[str, Any]:
     }
 
 
-def random_state_hash(state: Any) -> str:
+def state_hash(state: Any) -> str:
     """128 bits of a random state, or of several."""
     return hashlib.blake2b(repr(state).encode(), digest_size=16).hexdigest()
+
+
+def random_state_hash(model: nn.Module) -> str:
+    """128 bits of all the random states that a model may draw from."""
+    gpus = {x.device for x in (*model.parameters(), *model.buffers()) if x.is_cuda}
+    return state_hash(random_states_of(gpus))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from churn_kernels.audit.generators import random_state_hash, random_states_of
+from churn_kernels.audit.generators import random_states_of, state_hash
 from churn_kernels.audit.hashes import Later, data_hash, tensors_hash
 from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.parts import Contents, Part, TrainingParts
@@ -195,7 +195,7 @@ class Recorder:
     def _hash_random_states(self, when: str = "") -> None:
         for whose, state in random_states_of(self._tensors.gpus).items():
             if whose not in self._random or self._random[whose][0] != state:
-                self._random[whose] = state, random_state_hash(state)
+                self._random[whose] = state, state_hash(state)
                 name, later = f"{RANDOM}{whose}", partial(str, self._random[whose][1])
                 self._add(f"{name}{when}", later, name, elides=True)
 
@@ -271,7 +271,8 @@ def record(
             optimizers, before a step, PyTorch's version counters tell whether it was changed: a
             change through `.data` shows after the step.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
-            starts again from its checkpoint of that step. Later steps are forgotten.
+            starts again from its checkpoint of that step. Later steps are forgotten, and a line
+            says what it ran on from there.
     Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
     Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
         resumed at that step by this model; ValueError for lazy modules that have not been run, and

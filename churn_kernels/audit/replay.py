@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.compare import Comparison
-from churn_kernels.audit.generators import random_state_hash, random_states_of
+from churn_kernels.audit.generators import random_state_hash
 from churn_kernels.audit.hashes import data_hash, tensors_hash
 from churn_kernels.audit.log import FilledMemory, OperatorLog
 from churn_kernels.audit.operators import AroundReplay, Finding, first_difference, with_outside
@@ -155,8 +155,7 @@ def state_hashes(training: Training) -> dict[str, str]:
     """128 bits of each part of the state, in the order in which a difference spreads."""
     parts = TrainingParts(training.model, training.optimizer, training.state)
     buffers = tensors_hash(parts.tensors.buffers)()
-    states = random_states_of(parts.tensors.gpus)
-    hashes = {"random state": random_state_hash(states), "buffers": buffers}
+    hashes = {"random state": random_state_hash(training.model), "buffers": buffers}
     for part in (*parts.others, parts.parameters, parts.optimizer):
         found = part.read()
         hashes[part.name] = found.hash()()
@@ -249,7 +248,7 @@ def replay(
             f"comparison must have a difference in or after step 1 to replay, got {found}; compare "
             f"the seeds and the initialisations"
         )
-    manifests = [trace.header["manifest"] for trace in (comparison.a, comparison.b)]
+    manifests = [trace.manifest(difference.step) for trace in (comparison.a, comparison.b)]
     for trace, manifest in zip((comparison.a, comparison.b), manifests, strict=True):
         try:
             with as_recorded(manifest):
