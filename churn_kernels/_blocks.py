@@ -1,14 +1,14 @@
-"""What the open blocks choose: `reduction_mode`, `backend` and `distributed.class_parallel`.
+"""State of the open blocks: `reduction_mode`, `backend` and `distributed.class_parallel`.
 
-A block holds for the thread or the asyncio task that opened it: a ContextVar keeps the open ones.
-Three places need more than that:
+A block applies to the thread or asyncio task that opened it: a ContextVar stores the open blocks.
+Three cases need more than that:
 
-- Blocks may close in any order (generators, ExitStack): each takes away itself, and nothing else.
-- Autograd runs backward passes of a GPU, and deeply nested ones, in threads of its own, which may
-  compute a loss again (activation checkpointing). It hands PyTorch's thread-local objects over to
-  them, so the open blocks are kept there, too.
-- torch.compile cannot trace a ContextVar. It can read an attribute of a module, and reads it again
-  before each call to find out whether its graph still fits: `current`.
+- Blocks may close in any order (generators, ExitStack): each removes only itself.
+- Autograd runs backward passes on a GPU, and deeply nested ones, in threads of its own, which may
+  recompute a loss (activation checkpointing). It passes PyTorch's thread-local objects on to
+  them, so the open blocks are stored there, too.
+- torch.compile cannot trace a ContextVar. It can read a module attribute, `current`, and guards its
+  graph on it.
 """
 
 import sys
@@ -24,29 +24,29 @@ UNSET = ""
 
 
 class Choices(NamedTuple):
-    """What holds where the open blocks are; of each kind the innermost decides."""
+    """The settings of the open blocks; the innermost of each kind wins."""
 
     mode: str | None = UNSET  # None: PyTorch's own switch decides
     backend: str | None = None  # None: no block chooses one
-    class_exchange: Any = None  # what brings the classes together that the processes hold
+    class_exchange: Any = None  # the `_class_shards.Exchange` of class_parallel
 
 
 class _State(NamedTuple):
     choices: Choices
-    blocks: tuple[dict[str, Any], ...]  # the choices of each open block, the innermost last
+    blocks: tuple[dict[str, Any], ...]  # the settings of each open block, innermost last
 
 
 _NONE = _State(Choices(), ())
 _open: ContextVar[_State] = ContextVar("churn_kernels", default=_NONE)
 _traced: Choices | None = None  # in a block that torch.compile traces
-_used = False  # whether there ever was a block: without, nothing is handed over
+_used = False  # whether any block was ever opened
 
 _KEY = "churn_kernels"  # of PyTorch's thread-local objects
 _this = sys.modules[__name__]
 
 
 def choices() -> Choices:
-    """What the blocks choose that are open in this thread and task."""
+    """The settings of the blocks that are open in this thread and task."""
     if torch.compiler.is_compiling():
         return _this.current if _traced is None else _traced
     return _state().choices if _used else _NONE.choices
@@ -62,7 +62,7 @@ def _state() -> _State:
     state = _open.get()
     if state is _NONE and torch._C._is_key_in_tls(_KEY):
         thread, handed_over = torch._C._get_obj_in_tls(_KEY)
-        if thread != get_ident():  # this one is autograd's
+        if thread != get_ident():  # this is an autograd thread
             return handed_over
     return state
 
@@ -80,7 +80,7 @@ def _keep(blocks: tuple[dict[str, Any], ...]) -> None:
 
 @contextmanager
 def block(**chosen: Any) -> Iterator[None]:
-    """A block in which these fields of `Choices` hold."""
+    """A block that sets these fields of `Choices`."""
     if torch.compiler.is_compiling():
         global _traced
         before = _traced

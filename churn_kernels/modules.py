@@ -1,7 +1,7 @@
-"""The losses as modules: each holds the keyword arguments of the function of its name.
+"""The losses as modules: each stores the keyword arguments of its function.
 
-The options are attributes, checked when they are set: `criterion.beta = ramp` is what the next call
-uses. They are saved in `state_dict`, and come back with it; `class_weight` is a buffer, so that it
+The options are attributes, checked when set: after `criterion.beta = ramp` the next call uses the
+new value. They are saved in and restored from `state_dict`; `class_weight` is a buffer, so it
 moves with the module. A call may override any: `criterion(logits, target, beta=0.5)`.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from churn_kernels import _checks, losses
-from churn_kernels._compiler import tells_the_compiler
+from churn_kernels._compiler import with_compile_errors
 
 
 class _LossModule(nn.Module):
-    """Keyword arguments of a loss, checked, and its call."""
+    """Base class: stores and checks the keyword arguments of a loss, and calls it."""
 
     _function: ClassVar[Callable[..., Any]]
     _check_of: ClassVar[Mapping[str, Callable[[str, object], Any]]]
@@ -29,9 +29,9 @@ class _LossModule(nn.Module):
     def __init_subclass__(
         cls, function: Callable[..., Any] | None = None, **checks: Callable[[str, object], Any]
     ) -> None:
-        """Take the options of `function`; `checks` are those that differ from the others' losses.
+        """Take the options of `function`; `checks` replace the default checks of some options.
 
-        A class of a user's own, derived from one of these, names no function.
+        A user's class derived from one of these passes no function.
         """
         super().__init_subclass__()
         if function is None:
@@ -58,8 +58,8 @@ class _LossModule(nn.Module):
         for name, value in options.items():
             if value is Parameter.empty:
                 raise TypeError(
-                    f"{type(self).__name__}() must be given {name}, got none; pass {name}=..., "
-                    f"as {self._function.__name__} takes it"
+                    f"{type(self).__name__}() requires {name}, got none; pass {name}=..., "
+                    f"as in {self._function.__name__}"
                 )
         self._options = {name: self._checked(name, value) for name, value in options.items()}
 
@@ -71,11 +71,11 @@ class _LossModule(nn.Module):
             value = _checks.class_weights(value)
         super().__setattr__(name, value)
 
-    @tells_the_compiler
+    @with_compile_errors
     def _checked(self, name: str, value: object) -> Any:
         return self._check_of[name](name, value)
 
-    @tells_the_compiler
+    @with_compile_errors
     def _refuse_unknown(self, options: Mapping[str, Any]) -> None:
         known = [*self._defaults, *["class_weight"] * self._weighs_classes]
         for name in options:
@@ -95,13 +95,13 @@ class _LossModule(nn.Module):
         return self._function(*inputs, **options)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The options, for `state_dict`: plain numbers, names and None."""
+        """The options, for `state_dict`: plain numbers, strings and None."""
         return dict(self._options)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take the options of a `state_dict`; those that it does not name stay as they are.
+        """Set the options of a `state_dict`; options that it lacks stay unchanged.
 
-        Raises: TypeError, ValueError for what is no option of this loss, or no value of one.
+        Raises: TypeError, ValueError for an unknown option or an invalid value.
         """
         if not isinstance(state, Mapping):
             raise TypeError(
@@ -115,12 +115,12 @@ class _LossModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        # State that was saved without options leaves them as they are.
+        # A state saved without options leaves them unchanged.
         state_dict.setdefault(prefix + _EXTRA_STATE_KEY_SUFFIX, {})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
-        """The keyword arguments that are not the defaults, as they would be written in a call."""
+        """The keyword arguments that differ from the defaults, as written in a call."""
         shown = [
             f"{name}={value!r}"
             for name, value in self._options.items()
@@ -136,7 +136,7 @@ def _reader(name: str) -> Callable[[_LossModule], Any]:
 
 
 def _with_signature(cls: type[_LossModule], keywords: Sequence[Parameter]) -> Callable[..., None]:
-    """The constructor of a module, which shows its keyword arguments."""
+    """The constructor of a module, with its keyword arguments in the signature."""
 
     def __init__(self: _LossModule, **options: Any) -> None:
         super(cls, self).__init__(**options)
@@ -150,10 +150,10 @@ def _with_signature(cls: type[_LossModule], keywords: Sequence[Parameter]) -> Ca
 class CodistillationLoss(_LossModule, function=losses.codistillation_loss):
     """`codistillation_loss` as a module.
 
-    Args: the keyword arguments of `codistillation_loss`; attributes, too.
+    Args: the keyword arguments of `codistillation_loss`; also attributes.
     Shapes: logits, K tensors (N, C) or (..., C), or one (K, N, C); target (N,) or (...) int64 or
         None; the loss (), or of the target's shape.
-    Raises: as `codistillation_loss`, when it is made, when an option is set, and when it is called.
+    Raises: as `codistillation_loss`, when constructed, when an option is set, and when called.
     """
 
     def forward(
@@ -166,10 +166,10 @@ class CodistillationLoss(_LossModule, function=losses.codistillation_loss):
 class RegularizedCrossEntropy(_LossModule, function=losses.regularized_cross_entropy):
     """`regularized_cross_entropy` as a module.
 
-    Args: the keyword arguments of `regularized_cross_entropy`; attributes, too.
+    Args: the keyword arguments of `regularized_cross_entropy`; also attributes.
     Shapes: logits (N, C) or (..., C); target (N,) or (...) int64; the loss (), or of the target's
         shape.
-    Raises: as `regularized_cross_entropy`, when it is made, when an option is set, and when it is
+    Raises: as `regularized_cross_entropy`, when constructed, when an option is set, and when
         called.
     """
 
@@ -181,9 +181,9 @@ class RegularizedCrossEntropy(_LossModule, function=losses.regularized_cross_ent
 class SymmetricKL(_LossModule, function=losses.symmetric_kl):
     """`symmetric_kl` as a module.
 
-    Args: the keyword arguments of `symmetric_kl`; attributes, too.
+    Args: the keyword arguments of `symmetric_kl`; also attributes.
     Shapes: p_logits, q_logits (N, C) or (..., C); the divergence (), or (N,) or (...).
-    Raises: as `symmetric_kl`, when it is made, when an option is set, and when it is called.
+    Raises: as `symmetric_kl`, when constructed, when an option is set, and when called.
     """
 
     def forward(self, p_logits: Tensor, q_logits: Tensor, **overrides: Any) -> Tensor:
@@ -194,9 +194,9 @@ class SymmetricKL(_LossModule, function=losses.symmetric_kl):
 class SoftmaxEntropy(_LossModule, function=losses.softmax_entropy):
     """`softmax_entropy` as a module.
 
-    Args: the keyword arguments of `softmax_entropy`; attributes, too.
+    Args: the keyword arguments of `softmax_entropy`; also attributes.
     Shapes: logits (N, C) or (..., C); the entropy (), or (N,) or (...).
-    Raises: as `softmax_entropy`, when it is made, when an option is set, and when it is called.
+    Raises: as `softmax_entropy`, when constructed, when an option is set, and when called.
     """
 
     def forward(self, logits: Tensor, **overrides: Any) -> Tensor:
@@ -207,9 +207,9 @@ class SoftmaxEntropy(_LossModule, function=losses.softmax_entropy):
 class UniformSKL(_LossModule, function=losses.uniform_skl):
     """`uniform_skl` as a module.
 
-    Args: the keyword arguments of `uniform_skl`; attributes, too.
+    Args: the keyword arguments of `uniform_skl`; also attributes.
     Shapes: logits (N, C) or (..., C); the divergence (), or (N,) or (...).
-    Raises: as `uniform_skl`, when it is made, when an option is set, and when it is called.
+    Raises: as `uniform_skl`, when constructed, when an option is set, and when called.
     """
 
     def forward(self, logits: Tensor, **overrides: Any) -> Tensor:
@@ -220,12 +220,12 @@ class UniformSKL(_LossModule, function=losses.uniform_skl):
 class DistillationLoss(_LossModule, function=losses.distillation_loss, alpha=_checks.share):
     """`distillation_loss` as a module.
 
-    Args: the keyword arguments of `distillation_loss`, of which `alpha` is required; attributes,
-        too.
+    Args: the keyword arguments of `distillation_loss`, of which `alpha` is required; also
+        attributes.
     Shapes: student_logits (N, C) or (..., C); teacher_logits of the same shape, M of them, or one
         tensor with M along a dimension in front; target (N,) or (...) int64 or None; the loss (),
         or of the target's shape.
-    Raises: as `distillation_loss`, when it is made, when an option is set, and when it is called.
+    Raises: as `distillation_loss`, when constructed, when an option is set, and when called.
     """
 
     def forward(

@@ -358,12 +358,12 @@ def test_no_number_of_processes_shows(tmp_path):
 
 
 TOLD = {
-    "rows": "ValueError: number of rows must be the same in every process of class_parallel, got "
-    "4 in process 0 and 3 in process 1; split the classes of the logits, and nothing else",
-    "target": "ValueError: target must be the same in every process of class_parallel, got one of "
+    "rows": "ValueError: number of rows must be the same on every rank of class_parallel, got "
+    "4 on rank 0 and 3 on rank 1; split only the classes of the logits",
+    "target": "ValueError: target must be the same on every rank of class_parallel, got one with "
     "checksum ",
-    "options": "ValueError: divergence_weight must be the same in every process of class_parallel, "
-    "got 1 in process 0 and 2 in process 1; split",
+    "options": "ValueError: divergence_weight must be the same on every rank of class_parallel, "
+    "got 1 on rank 0 and 2 on rank 1; split",
     "range": "TargetError: target must hold class indices in [0, 41), got 41 at row 0; pass "
     "ignore_index for rows without a label",
     "top_k": "ValueError: top_k must be at most the number of classes C = 41, got 42",
@@ -372,17 +372,16 @@ TOLD = {
     "pass logits.float()",
     "reference": "ValueError: class_parallel takes CPU tensors, and runs on backend 'cpu', got "
     "backend 'reference'; choose 'cpu', or build the library",
-    "report": "ValueError: churn_report takes whole rows, got a block of class_parallel; call it "
+    "report": "ValueError: churn_report takes whole rows, got a class_parallel block; call it "
     "outside the block",
-    "lost": "ValueError: every process of class_parallel must call the same losses in the same "
-    "order, but process 0 of the group has come to another collective; did a call of its raise "
-    "before?",
+    "lost": "ValueError: every rank of class_parallel must call the same losses in the same "
+    "order, but rank 0 of the group is in another collective; did an earlier call on it raise?",
 }
 
 
 REFUSED = (
-    "ValueError: every process of class_parallel must accept its arguments, but process 1 of the "
-    "group refused its own; its error says why"
+    "ValueError: every rank of class_parallel must accept its arguments, but rank 1 of the "
+    "group rejected its own; see its error"
 )
 ALONE = {
     "alone: float64": "ValueError: class_parallel takes float32, float16 or bfloat16",
@@ -470,7 +469,7 @@ def test_every_process_is_told_what_does_not_fit(tmp_path):
 def test_needs_torch_distributed_to_be_initialised():
     message = (
         "churn_kernels.distributed.class_parallel needs an initialised torch.distributed; call "
-        "torch.distributed.init_process_group first, or the losses outside of the block in one "
+        "torch.distributed.init_process_group first, or the losses outside the block in one "
         "process"
     )
     with (
