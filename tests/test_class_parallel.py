@@ -238,7 +238,7 @@ def test_rows_of_one_class_in_all_processes_are_refused():
     options = LossOptions(mode=3)
     target = torch.zeros(4, dtype=torch.long)
     ops = _class_shards.ShardOps(Meeting(1).at(0))
-    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes where there is a"):
+    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes if there is a"):
         _autograd.evaluate_by_rows(ops, [torch.zeros(4, 1)], target, None, options, False)
 
 
