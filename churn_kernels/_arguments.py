@@ -1,6 +1,5 @@
 """Converts the losses' scalar arguments to options, checked once for each distinct set."""
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -92,16 +91,10 @@ def distillation(
     reduction: str,
 ) -> LossOptions:
     alpha = _checks.share("alpha", alpha)  # 1 is allowed: the teachers alone are a training signal
-    temperature = _checks.option("temperature", temperature)
-    square = temperature * temperature
-    if not 0 < square < math.inf:
-        raise ValueError(
-            f"temperature must have a finite and non-zero square, which multiplies the "
-            f"distillation term, got {temperature}; 1 leaves the logits as they are"
-        )
+    temperature = _checks.squared_temperature("temperature", temperature)
     return LossOptions(
         ce_weight=1.0 - alpha,
-        divergence_weight=alpha * square,
+        divergence_weight=alpha * (temperature * temperature),
         divergence=DISTILLATION,
         teachers=teachers,
         label_smoothing=_checks.option("label_smoothing", label_smoothing),

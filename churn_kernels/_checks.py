@@ -139,6 +139,16 @@ def top_k_fits(k: int, classes: int) -> None:
         )
 
 
+def squared_temperature(name: str, value: object) -> float:
+    """A temperature whose square, a factor of the distillation term, is finite and > 0."""
+    checked = positive(name, value)
+    if not 0 < checked * checked < math.inf:
+        raise ValueError(
+            f"{name} squared must be finite and > 0, got {checked}; 1 leaves the logits as they are"
+        )
+    return checked
+
+
 # The losses' options by name: each check returns the value to store.
 OPTIONS: dict[str, Callable[[str, object], Any]] = {
     "alpha": share_below_one,

@@ -84,9 +84,10 @@ inline constexpr int kPairScalars = 4, kGradientScalars = 9, kPartnerScalars = 4
 
 // Scales of exact mode's unbounded sums. Per model: the largest |d| over all its
 // classes and over its k largest, and the largest |class weight d|. Per pair: the largest |term|
-// of its sums, and the largest z_i - z_j and z_j - z_i; for the pair with the teachers, kFirstReach
-// is the largest |d - d_t| where a probability is not 0. Models x kModelBounds, then pairs x
-// kPairBounds.
+// of its sums, and the largest z_i - z_j and z_j - z_i. For the pair with the teachers: as
+// kFirstReach the largest |d - d_t| of a class with weight in teacher t; as kSecondReach the
+// student's largest exp(d / T) where no teacher has weight; and as kOtherReach 1 if the teachers
+// differ at a class where any has weight. Models x kModelBounds, then pairs x kPairBounds.
 enum ModelBound : int { kReach, kTopReach, kWeightedReach, kModelBounds };
 enum PairBound : int {
   kHighest,
