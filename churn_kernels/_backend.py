@@ -293,14 +293,14 @@ def _evaluate_shard(
         if target is not None:
             target = _checks.target(target, logits[0], batch)
     except Exception:
-        _class_shards.refuse(exchange)  # the other ranks are waiting for this one
+        _class_shards.report_rejection(exchange)  # the other ranks are waiting for this one
         raise
     options = options._replace(mode=modes.EXACT)
     ops: Any = _class_shards.ShardOps(exchange)
     if share is not None:
         ops = share(ops, _OPS["cpu"])
     loss, terms = _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
-    _class_shards.keep(exchange, loss)
+    _class_shards.store_exchange(exchange, loss)
     return loss, terms
 
 

@@ -75,7 +75,7 @@ def _state() -> _State:
     return state
 
 
-def _keep(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
+def _set_blocks(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
     global _used
     _used = True
     chosen: dict[str, Any] = handed_over[1].choices._asdict() if handed_over else {}
@@ -100,10 +100,10 @@ def block(**chosen: Any) -> Iterator[None]:
             _traced = before
         return
     state = _open.get()
-    _keep((*state.blocks, chosen), _handed_over() if state is _NONE else state.handed_over)
+    _set_blocks((*state.blocks, chosen), _handed_over() if state is _NONE else state.handed_over)
     try:
         yield
     finally:
         state = _open.get()
         blocks = tuple(other for other in state.blocks if other is not chosen)
-        _keep(blocks, state.handed_over)
+        _set_blocks(blocks, state.handed_over)

@@ -42,9 +42,8 @@ def number(name: str, value: object) -> float:
     try:
         checked = float(value)
     except OverflowError:  # an int or a Fraction
-        raise ValueError(
-            f"{name} must fit in a float, got a number beyond 1.8e308; check how it was computed"
-        ) from None
+        problem = f"{name} must fit in a float, got a number beyond 1.8e308"
+        raise ValueError(f"{problem}; check how it was computed") from None
     if not -math.inf < checked < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {checked}; check how it was computed")
     return checked
@@ -99,8 +98,7 @@ def index(name: str, value: object) -> int:
     checked = integer(name, value)
     if not -(2**63) <= checked < 2**63:
         raise ValueError(
-            f"{name} must fit in int64, the dtype of targets, got {checked}; pass a "
-            f"number that is not a class, such as -100"
+            f"{name} must fit in int64, got {checked}; pass a number outside [0, C), e.g. -100"
         )
     return checked
 
@@ -220,7 +218,7 @@ def models(name: str, logits: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], 
             or other.dtype != dtype
             or other.device != device
         ):
-            _differs(name, logits)
+            _raise_mismatch(name, logits)
     return rows(*logits)
 
 
@@ -321,7 +319,7 @@ def several_classes(classes: int, batch: Sequence[int] | None = None) -> None:
         )
 
 
-def _differs(name: str, logits: Sequence[Any]) -> None:
+def _raise_mismatch(name: str, logits: Sequence[Any]) -> None:
     """Raise for the first model whose tensor does not match the first one's."""
     first = logits[0]
     for k, other in enumerate(logits):
@@ -382,11 +380,11 @@ def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor
             )
         raise TypeError(f"target must be int64 class indices, got {_short(value.dtype)}; {remedy}")
     if value.shape != (logits.shape[-2:-1] if batch is None else batch):
-        _refuse_shape(tuple(value.shape), logits, batch)
+        _raise_for_shape(tuple(value.shape), logits, batch)
     if value.device != logits.device:
         raise ValueError(
-            f"target must be on the logits' device, {logits.device}, got {value.device}; "
-            f"pass target.to(logits.device)"
+            f"target must be on the logits' device, {logits.device}, got {value.device}; pass "
+            f"target.to(logits.device)"
         )
     return value if batch is None or is_placed(value) else value.flatten()
 
@@ -395,7 +393,7 @@ def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
     return (logits.shape[-2],) if batch is None else tuple(batch)
 
 
-def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
+def _raise_for_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
     """Raise for a target whose shape is not that of the rows; guess the intent from the shapes."""
     shape = _rows_shape(logits, batch)
     stacked = batch is None and logits.dim() == 3
@@ -451,14 +449,13 @@ def class_weights(value: object, classes: int | None = None) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(
             f"class_weight must be a tensor of shape ({classes or 'C'},), got "
-            f"{type(value).__name__}; "
-            f"pass torch.as_tensor(class_weight)"
+            f"{type(value).__name__}; pass torch.as_tensor(class_weight)"
         )
     dense("class_weight", value)
     if not value.is_floating_point():
         raise TypeError(
-            f"class_weight must be floating point, got {_short(value.dtype)}; "
-            f"pass class_weight.float()"
+            f"class_weight must be floating point, got {_short(value.dtype)}; pass "
+            f"class_weight.float()"
         )
     if value.dim() != 1 or classes not in (None, value.shape[0]):
         raise ValueError(
@@ -477,9 +474,7 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return  # no values to check
-    if _is_symbolic(value):
-        return
-    if not value.is_cpu and not _DEBUG:
+    if _is_symbolic(value) or (not value.is_cpu and not _DEBUG):
         return
     wrong = ((value < 0) | (value >= classes)) & (value != ignore_index)
     if wrong.any():

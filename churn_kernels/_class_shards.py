@@ -98,7 +98,9 @@ class ShardOps:
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Loss, statistics and terms of the whole rows."""
         options, want = LossOptions(*arguments[:-1]), arguments[-1]
-        self._shard = shard = _agree(logits, target, class_weight, options, self._exchange)
+        self._shard = shard = _check_agreement(
+            logits, target, class_weight, options, self._exchange
+        )
         if target is not None:
             _checks.several_classes(shard.classes)
         if class_weight is not None:
@@ -143,7 +145,7 @@ _EXCHANGE_ATTRIBUTE = "_churn_kernels_class_exchange"
 _any_stored = False  # whether any node in this process has one
 
 
-def keep(exchange: Exchange, loss: Tensor) -> None:
+def store_exchange(exchange: Exchange, loss: Tensor) -> None:
     """Store the exchange on the loss's node, and on the nodes whose forward pass is running.
 
     Non-reentrant checkpointing recomputes the loss from the loss's own node; reentrant
@@ -191,14 +193,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FACTS = 3 + 3 + len(LossOptions._fields) + 2
 
 
-def refuse(exchange: Exchange) -> None:
+def report_rejection(exchange: Exchange) -> None:
     """Tell the other ranks that this one rejected its arguments."""
     facts = torch.zeros(_FACTS, dtype=torch.float64, device="cpu")
     facts[0], facts[1] = _MARK, 1.0
     exchange.gather(facts)
 
 
-def _agree(
+def _check_agreement(
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
@@ -219,8 +221,8 @@ def _agree(
     everyone = torch.stack(
         exchange.gather(torch.tensor(facts, dtype=torch.float64, device="cpu"))
     ).tolist()
-    for rank, (_, refused, *_) in enumerate(everyone):
-        if refused:
+    for rank, (_, rejected, *_) in enumerate(everyone):
+        if rejected:
             raise ValueError(
                 f"every rank of class_parallel must accept its arguments, but rank {rank} "
                 f"of the group rejected its own; see its error"
@@ -236,14 +238,14 @@ def _agree(
             if here != there:
                 raise ValueError(
                     f"{name} must be the same on every rank of class_parallel, got "
-                    f"{_shown(name, here)} on rank 0 and {_shown(name, there)} on rank "
+                    f"{_format_fact(name, here)} on rank 0 and {_format_fact(name, there)} on rank "
                     f"{rank}; split only the classes of the logits"
                 )
     widths = [int(width) for _, _, width, *_ in everyone]
     return Shard(sum(widths[: exchange.place]), sum(widths))
 
 
-def _shown(name: str, value: float) -> str:
+def _format_fact(name: str, value: float) -> str:
     if name in ("target", "class_weight"):
         return "none" if value < 0 else f"one with checksum {int(value):08x}"
     return str(_DTYPES[int(value)]) if name == "dtype" else f"{value:g}"

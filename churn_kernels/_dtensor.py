@@ -18,7 +18,14 @@ from torch import Tensor
 from churn_kernels import _backend, _blocks, _checks, _class_shards, modes
 from churn_kernels._options import REDUCTIONS, ROW_TERMS, LossOptions
 from churn_kernels._placements import is_placed, replicated
-from churn_kernels._row_shards import RowShardOps, Total, agree, counts, mean_terms, reduced
+from churn_kernels._row_shards import (
+    RowShardOps,
+    Total,
+    mean_divisors,
+    mean_terms,
+    reduced,
+    sum_and_check,
+)
 
 _TENSOR_MODULE = "torch.distributed.tensor"  # imported already if any DTensor exists
 _BY_ROW = (REDUCTIONS["none"], ROW_TERMS)
@@ -74,8 +81,8 @@ def _evaluate(
     exchange = _class_shards.exchange_of(_blocks.choices())
     try:
         layout = Layout(named, batch, with_classes=True)
-        layout.check_kind("target", target)
-        layout.check_kind("class_weight", class_weight)
+        layout.check_is_dtensor("target", target)
+        layout.check_is_dtensor("class_weight", class_weight)
         if target is not None:
             _checks.several_classes(first.shape[-1], batch)
             _checks.target(target, first, batch)
@@ -83,7 +90,7 @@ def _evaluate(
             class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     except Exception:
         if exchange is not None:
-            _class_shards.refuse(exchange)  # the other ranks are waiting for this one
+            _class_shards.report_rejection(exchange)  # the other ranks are waiting for this one
         raise
     local = layout.rows(logits), layout.by_row(target), layout.whole(class_weight)
     if mode is None:
@@ -126,7 +133,9 @@ def _evaluate_rows(
     logits, target, class_weight = local
     first = logits[0]
     models = len(logits) if first.dim() == 2 else first.shape[0]
-    mine, everyone = counts(target, class_weight, first, first.shape[-1], options, layout.total)
+    mine, everyone = mean_divisors(
+        target, class_weight, first, first.shape[-1], options, layout.total
+    )
     by_row = options
     if options.reduction not in _BY_ROW:
         by_row = options._replace(
@@ -171,7 +180,7 @@ class Layout:
         placed = [name for name, x in tensors if is_placed(x)]
         self._name = placed[0] if placed else "target or class_weight"
         for name, x in tensors:
-            self.check_kind(name, x)
+            self.check_is_dtensor(name, x)
         first = tensors[0][1]
         self._first, self._mesh, self._placements = first, first.device_mesh, first.placements
         for name, x in tensors:
@@ -235,7 +244,7 @@ class Layout:
                 f".to_local() of tensors that you split yourself"
             )
 
-    def check_kind(self, name: str, x: Any) -> None:
+    def check_is_dtensor(self, name: str, x: Any) -> None:
         """`x` is a DTensor, or None."""
         if x is None or is_placed(x):
             return
@@ -312,7 +321,7 @@ class RowGroup:
             yield
         except (ValueError, IndexError) as error:
             problem = error
-        agree(problem, torch.zeros(0, device=device), self.total)
+        sum_and_check(problem, torch.zeros(0, device=device), self.total)
 
 
 def local_rows(
@@ -325,7 +334,7 @@ def local_rows(
     if not any(is_placed(x) for _, x in (*tensors, ("target", target))):
         return [x for _, x in tensors], target, RowGroup(None)
     layout = Layout(tensors, batch, with_classes=False)
-    layout.check_kind("target", target)
+    layout.check_is_dtensor("target", target)
     return layout.rows([x for _, x in tensors]), layout.by_row(target), RowGroup(layout)
 
 

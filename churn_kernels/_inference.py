@@ -37,14 +37,14 @@ def _saveable_in_graph(x: Any) -> Any:
         return x
     from torch._dynamo.comptime import comptime
 
-    comptime(_look_at_x)
+    comptime(_record_inference_x)
     return torch.ops.churn_kernels.copy(x) if _made_in_inference_mode() else x
 
 
 _seen: list[bool] = []
 
 
-def _look_at_x(context: Any) -> None:
+def _record_inference_x(context: Any) -> None:
     """At compile time: record whether x, a local of the traced function, is an inference tensor.
 
     Inside the graph x does not tell; the graph arguments that it was computed from do.

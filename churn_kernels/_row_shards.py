@@ -27,7 +27,7 @@ from churn_kernels.modes import EXACT
 Total = Callable[[Tensor], Tensor]  # the sum over the ranks, in place
 
 
-def counts(
+def mean_divisors(
     target: Tensor | None,
     class_weight: Tensor | None,
     logits: Tensor,
@@ -49,10 +49,12 @@ def counts(
         problem = None
     except _checks.TargetError as error:
         problem = error
-    return mine, agree(problem, mine, total, check=mine.is_cpu)
+    return mine, sum_and_check(problem, mine, total, check=mine.is_cpu)
 
 
-def agree(problem: Exception | None, mine: Tensor, total: Total, *, check: bool = True) -> Tensor:
+def sum_and_check(
+    problem: Exception | None, mine: Tensor, total: Total, *, check: bool = True
+) -> Tensor:
     """The sum of `mine` over the ranks; with `check`, raises on every rank if one has a problem."""
     flagged = total(torch.cat([mine, mine.new_tensor([problem is not None])]))
     if problem is not None:
@@ -117,7 +119,7 @@ class RowShardOps:
         inputs = logits, target, class_weight
         students = _shape(logits)[0] - options.teachers
         pairs = pair_count(students, options.teachers)
-        _, everyone = counts(target, None, logits[0], self._classes, options, self._total)
+        _, everyone = mean_divisors(target, None, logits[0], self._classes, options, self._total)
         active = weight = float(everyone[0])
         if target is not None and class_weight is not None:
             taken = class_weight[target[target != options.ignore_index]]

@@ -20,9 +20,9 @@ class _LossModule(nn.Module):
     """Base class: stores and checks the keyword arguments of a loss, and calls it."""
 
     _function: ClassVar[Callable[..., Any]]
-    _check_of: ClassVar[Mapping[str, Callable[[str, object], Any]]]
+    _option_checks: ClassVar[Mapping[str, Callable[[str, object], Any]]]
     _defaults: ClassVar[dict[str, Any]]
-    _weighs_classes: ClassVar[bool]
+    _has_class_weight: ClassVar[bool]
 
     class_weight: Tensor | None
 
@@ -40,16 +40,18 @@ class _LossModule(nn.Module):
         keywords = [option for option in parameters if option.kind is Parameter.KEYWORD_ONLY]
         cls._function = staticmethod(function)
         cls._defaults = {option.name: option.default for option in keywords}
-        cls._weighs_classes = cls._defaults.pop("class_weight", function) is not function
-        cls._check_of = {name: checks.get(name, _checks.OPTIONS[name]) for name in cls._defaults}
+        cls._has_class_weight = cls._defaults.pop("class_weight", function) is not function
+        cls._option_checks = {
+            name: checks.get(name, _checks.OPTIONS[name]) for name in cls._defaults
+        }
         for name in cls._defaults:
             setattr(cls, name, property(_reader(name), doc=f"`{name}` of the next call."))
         cls.__init__ = _with_signature(cls, keywords)  # type: ignore[method-assign]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        self._refuse_unknown(options)
-        if self._weighs_classes:
+        self._reject_unknown(options)
+        if self._has_class_weight:
             weight = options.pop("class_weight", None)
             self.register_buffer(
                 "class_weight", None if weight is None else _checks.class_weights(weight)
@@ -64,7 +66,7 @@ class _LossModule(nn.Module):
         self._options = {name: self._checked(name, value) for name, value in options.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._check_of:
+        if name in self._option_checks:
             self._options = {**self._options, name: self._checked(name, value)}
             return
         if name == "class_weight" and value is not None:
@@ -73,11 +75,11 @@ class _LossModule(nn.Module):
 
     @with_compile_errors
     def _checked(self, name: str, value: object) -> Any:
-        return self._check_of[name](name, value)
+        return self._option_checks[name](name, value)
 
     @with_compile_errors
-    def _refuse_unknown(self, options: Mapping[str, Any]) -> None:
-        known = [*self._defaults, *["class_weight"] * self._weighs_classes]
+    def _reject_unknown(self, options: Mapping[str, Any]) -> None:
+        known = [*self._defaults, *["class_weight"] * self._has_class_weight]
         for name in options:
             if name not in known:
                 raise TypeError(
@@ -87,10 +89,10 @@ class _LossModule(nn.Module):
 
     def _evaluate(self, *inputs: Any, **overrides: Any) -> Any:
         options = self._options
-        if self._weighs_classes:
+        if self._has_class_weight:
             options = {**options, "class_weight": self.class_weight}
         if overrides:
-            self._refuse_unknown(overrides)
+            self._reject_unknown(overrides)
             options = {**options, **overrides}
         return self._function(*inputs, **options)
 
@@ -108,7 +110,7 @@ class _LossModule(nn.Module):
                 f"the state of {type(self).__name__} must be a dict of its options, got "
                 f"{type(state).__name__}; load what state_dict() returned"
             )
-        self._refuse_unknown(state)
+        self._reject_unknown(state)
         checked = {name: self._checked(name, value) for name, value in state.items()}
         self._options = {**self._options, **checked}
 
@@ -126,7 +128,7 @@ class _LossModule(nn.Module):
             for name, value in self._options.items()
             if value != self._defaults[name]
         ]
-        if self._weighs_classes and self.class_weight is not None:
+        if self._has_class_weight and self.class_weight is not None:
             shown.append(f"class_weight=<{self.class_weight.numel()} weights>")
         return ", ".join(shown)
 
