@@ -269,7 +269,7 @@ def launch_settings(
 def alone(
     reduction: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str
 ) -> dict[str, Any]:
-    """Whether a row's loss and gradients are the same bytes alone and in its batch."""
+    """Whether a row's loss and gradients have the same bytes alone and in its batch."""
     option = Option({"alpha": ALPHA, "mode": "invariant", "reduction": reduction})
     given = inputs(option, dtype, shape).to(device)
     batch = evaluate(option, given, backend)
