@@ -416,6 +416,8 @@ def _raise_for_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] 
         remedy = "pass target.squeeze(-1)"
     elif got == (*shape, logits.shape[-1]):
         remedy = "for one-hot rows pass target.argmax(-1)"
+    elif len(got) == len(shape) == 1:
+        remedy = f"pass {shape[0]} labels, or the logits of {got[0]} rows"
     elif math.prod(got) == math.prod(shape):
         remedy = f"pass target.reshape{shape}"
     else:
@@ -487,11 +489,8 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
 
 def _is_symbolic(value: Tensor) -> bool:
     """Whether `value` is a fake tensor, or is traced by make_fx."""
-    return (
-        isinstance(value, FakeTensor)
-        or _get_mode(_MODES.FAKE) is not None
-        or _get_mode(_MODES.PROXY) is not None
-    )
+    active = map(_get_mode, (_MODES.FAKE, _MODES.PROXY))
+    return isinstance(value, FakeTensor) or any(mode is not None for mode in active)
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:

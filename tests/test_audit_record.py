@@ -254,7 +254,8 @@ def test_a_name_that_comes_twice(tmp_path):
                 recorder.observe(**{name: [1]})
 
 
-def test_resuming_makes_the_trace_of_a_run_that_was_not_interrupted(tmp_path):
+def test_resuming_makes_the_steps_of_a_run_that_was_not_interrupted(tmp_path, threads):
+    threads(1)
     run(tmp_path / "whole")
     # What a checkpoint of step 3 would bring back is made again by three steps.
     state = {}
@@ -277,7 +278,30 @@ def test_resuming_makes_the_trace_of_a_run_that_was_not_interrupted(tmp_path):
     ):
         run(tmp_path / "cut", resume_at=5)
     run(tmp_path / "cut", before=bring_back, resume_at=3)
-    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+    cut, whole = (ck.audit.Trace.load(tmp_path / name) for name in ("cut", "whole"))
+    assert not cut.damage
+    assert [(step.number, step.hashes) for step in cut.steps] == [
+        (step.number, step.hashes) for step in whole.steps
+    ]
+    assert ck.audit.compare(cut, whole).difference is None
+    assert ck.audit.compare(cut, whole).settings == {}
+    assert [one.after for one in cut.resumptions] == [3]
+    # Once more after the same step, and once after a later one, with other threads.
+    threads(2)
+    run(tmp_path / "cut", before=bring_back, resume_at=3)
+    run(tmp_path / "cut", resume_at=5, before=bring_back)
+    cut = ck.audit.Trace.load(tmp_path / "cut")
+    assert [(one.after, one.manifest["threads"]) for one in cut.resumptions] == [
+        (3, 1),
+        (3, 2),
+        (5, 2),
+    ]
+    assert [step.number for step in cut.steps] == list(range(STEPS + 1))
+    assert [cut.manifest(step)["threads"] for step in (0, 3, 4, 6)] == [1, 1, 2, 2]
+    assert ck.audit.compare(cut, whole).settings == {"threads after step 3": (2, 1)}
+    # Taken back behind a resumption, which is forgotten with its steps.
+    run(tmp_path / "cut", resume_at=2)
+    assert [one.after for one in ck.audit.Trace.load(tmp_path / "cut").resumptions] == [2]
 
 
 def test_resuming_what_cannot_be(tmp_path):

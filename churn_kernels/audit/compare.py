@@ -44,7 +44,8 @@ class Comparison:
         a, b: the traces.
         steps: steps that both have.
         difference: the first one; None if what both have is the same.
-        settings: names of what the two ran on that differs, with both values.
+        settings: names of what the two ran on that differs, with both values; where it changed
+            when an interrupted run went on, the step after which, as well.
     """
 
     a: Trace
@@ -72,12 +73,17 @@ def compare(a: Trace, b: Trace) -> Comparison:
         if not trace.steps:
             raise TraceError(f"{trace.path} must hold a step, got none; {trace.damage}")
     both = list(zip(a.steps, b.steps, strict=False))
+    settings = _differing(a.header["manifest"], b.header["manifest"])
+    for after in sorted({one.after for trace in (a, b) for one in trace.resumptions}):
+        if any(trace.manifest(after) != trace.manifest(after + 1) for trace in (a, b)):
+            changed = _differing(a.manifest(after + 1), b.manifest(after + 1))
+            settings |= {f"{name} after step {after}": pair for name, pair in changed.items()}
     return Comparison(
         a,
         b,
         len(both),
         next((found for pair in both if (found := _difference(*pair))), None),
-        _differing(a.header["manifest"], b.header["manifest"]),
+        settings,
     )
 
 

@@ -126,7 +126,8 @@ def record(
             have to record, each to a file of its own, and add up 16 bytes a tensor and step.
         optimizer: its steps are the trace's.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
-            starts again from its checkpoint of that step. Later steps are forgotten.
+            starts again from its checkpoint of that step. Later steps are forgotten, and a line
+            says what it ran on from there.
     Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
     Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
         resumed at that step by this model; OSError if it cannot be written.

@@ -224,7 +224,7 @@ def replay(
             f"comparison must have a difference in or after step 1 to replay, got {found}; compare "
             f"the seeds and the initialisations"
         )
-    manifests = [trace.header["manifest"] for trace in (comparison.a, comparison.b)]
+    manifests = [trace.manifest(difference.step) for trace in (comparison.a, comparison.b)]
     for trace, manifest in zip((comparison.a, comparison.b), manifests, strict=True):
         try:
             with as_recorded(manifest):

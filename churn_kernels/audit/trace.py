@@ -1,15 +1,16 @@
 """The file of a recorded run: one line a step, each chained to the one before.
 
 A trace is a text file of JSON lines. The first one is the header: what was recorded, and on what.
-Each other one is a step: 128-bit hashes by name, in the order in which the step came to them. The
-last field of a line, `chain`, hashes the line and the chain before it, so that a line that was
-torn, changed or lost is found, and two runs agree up to a step if their chains at it do.
+Each other one is a step: 128-bit hashes by name, in the order in which the step came to them; or it
+says where the run was interrupted and went on, and on what. The last field of a line, `chain`,
+hashes the line and the chain before it, so that a line that was torn, changed or lost is found, and
+two runs agree up to a step if their chains at it do.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Resumption:
+    """Where an interrupted run went on.
+
+    Attributes:
+        after: the step after which it did.
+        manifest: what it ran on from there.
+        chain: hash of everything up to here.
+    """
+
+    after: int
+    manifest: dict[str, Any]
+    chain: str
+
+
+@dataclass(frozen=True)
 class Trace:
     """A recorded run.
 
@@ -45,12 +61,19 @@ class Trace:
         header: what was recorded, as plain data; `manifest` is what it ran on.
         steps: those whose lines are whole.
         damage: what is wrong with the rest of the file; "" if nothing is.
+        resumptions: in their order.
     """
 
     path: Path
     header: dict[str, Any]
     steps: list[Step]
     damage: str
+    resumptions: list[Resumption] = field(default_factory=list)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """What that step ran on."""
+        manifests = [one.manifest for one in self.resumptions if one.after < step]
+        return manifests[-1] if manifests else self.header["manifest"]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trace":
@@ -68,6 +91,7 @@ class Trace:
         lines = path.read_bytes().split(b"\n")
         header = _header(path, lines[0])
         steps: list[Step] = []
+        resumptions: list[Resumption] = []
         chain = header["chain"]
         for index, line in enumerate(lines[1:], start=2):
             last = index == len(lines)
@@ -76,10 +100,14 @@ class Trace:
             found = _checked(line, chain)
             if found is None:
                 what = "was cut off" if last else "does not follow from the lines before it"
-                return cls(path, header, steps, f"line {index} {what}; nothing after it counts")
-            chain = found.pop("chain")
-            steps.append(Step(found.pop("step"), found["hashes"], chain))
-        return cls(path, header, steps, "")
+                damage = f"line {index} {what}; nothing after it counts"
+                return cls(path, header, steps, damage, resumptions)
+            chain = found["chain"]
+            if "resumed_after" in found:
+                resumptions.append(Resumption(found["resumed_after"], found["manifest"], chain))
+            else:
+                steps.append(Step(found["step"], found["hashes"], chain))
+        return cls(path, header, steps, "", resumptions)
 
 
 class Writer:
@@ -102,7 +130,7 @@ class Writer:
 
     @classmethod
     def resume(cls, path: Path, header: dict[str, Any], step: int) -> "Writer":
-        """Go on after `step`, forgetting the steps after it.
+        """Go on after `step`, forgetting what came after it; a line says so, and on what.
 
         Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model, or
             ends before that step.
@@ -120,13 +148,17 @@ class Writer:
                 f"resume_at must be a step of {path}, got {step}, and the trace {found}; resume "
                 f"from a checkpoint of a step that it has"
             )
+        before = [one for one in trace.resumptions if one.after <= step]
+        last_is_step = not before or before[-1].after < step
         writer = cls.__new__(cls)
-        writer._chain = kept[-1].chain
-        lines = path.read_bytes().split(b"\n")[: 1 + len(kept)]
+        writer._chain = kept[-1].chain if last_is_step else before[-1].chain
+        lines = path.read_bytes().split(b"\n")[: 1 + len(kept) + len(before)]
         part = path.with_name(path.name + ".part")
         part.write_bytes(b"\n".join(lines) + b"\n")
         os.replace(part, path)
         writer._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        ran_on = {name: header[name] for name in ("manifest_hash", "manifest")}
+        writer._write({"resumed_after": step, **ran_on})
         return writer
 
     def step(self, number: int, hashes: dict[str, str]) -> None:

@@ -20,10 +20,10 @@ def training_of(run: Run, trust: Sequence[str] = ()) -> Callable[[str], Training
         trust: see `models.build_model`.
     Raises: ValueError for another method.
     """
-    if run.method.teachers or run.method.stale_steps:
+    if run.method.teachers or run.method.stale_steps or run.optimisation.go_on_from:
         raise ValueError(
-            f"method must be one without teachers or stale partners, got {run.method.name}; audit "
-            "what it is made from"
+            f"method must be one without teachers or stale partners, got {run.method.name}, and "
+            f"go_on_from empty, got {list(run.optimisation.go_on_from)}; audit what it is made from"
         )
     dataset, rows = load_dataset(run.data), slice(TEST_BLOCK)
 
@@ -37,6 +37,9 @@ def training_of(run: Run, trust: Sequence[str] = ()) -> Callable[[str], Training
             loop.begin_epoch()  # what other steps noted is no part of this one
             loop.one_step()
 
-        return Training(loop.members, loop.sgd, step, predict=lambda: loop.predict(rows)[0])
+        tested = loop.batches.test_rows[:, rows]
+        return Training(
+            loop.members, loop.bare_optimizer, step, predict=lambda: loop.predict(tested)[0]
+        )
 
     return build

@@ -66,6 +66,9 @@ def train_runs(
     trace: Annotated[
         bool, typer.Option(help="Record every step, for `churn-audit diff` of two trainings.")
     ] = False,
+    keep_checkpoint: Annotated[
+        bool, typer.Option(help="Leave the last checkpoint of a run that ends, for --go-on-from.")
+    ] = True,
     trust: TrustOption = None,
 ) -> None:
     """Train runs, each into a folder of its own with its settings, metrics and test logits.
@@ -84,6 +87,8 @@ def train_runs(
 
       churn-train train --config run.toml --epochs 20 --show
 
+      churn-train train --config run.toml --epochs 40 --go-on-from 20
+
       torchrun --nproc-per-node 8 -m churn_trainer train --devices 8 --data imagenet
     """
     with ending():
@@ -100,6 +105,7 @@ def train_runs(
             tensorboard=tensorboard,
             trace=trace,
             trust=trust or (),
+            keep_checkpoint=keep_checkpoint,
         )
         with _telling(wanted) as tell:
             folders = train(wanted, out, options, tell)

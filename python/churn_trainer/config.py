@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 from churn_kernels.modes import MODES
@@ -20,7 +21,20 @@ from churn_trainer.settings import (
     positive,
     setting,
     share,
+    shown,
 )
+
+MOST_RUNS = 100_000
+"""Runs of one command."""
+
+MOST_SIDE = 1 << 14
+"""Pixels of an image's side."""
+
+OPTIMIZERS = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("beta1", "beta2", "epsilon", "amsgrad"),
+}
+"""Optimizer -> the settings that are its own."""
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 SCHEDULES = ("constant", "step", "cosine")
@@ -75,11 +89,16 @@ class Data:
     crop_padding: int = setting(0, "Zero pixels around a training image before its random crop.")
     crop_size: int = setting(0, "Side of the crop, in the middle for test images; 0: image_size.")
     flip: bool = setting(False, "Mirror every second training image, at random.")
+    validation_rows: int = setting(
+        0, "Training rows kept aside, by class, to choose the best epoch with; 0: none.", later=True
+    )
     synthetic: Synthetic = field(default_factory=Synthetic)
 
     def __post_init__(self) -> None:
-        for name in ("train_rows", "image_size", "crop_padding", "crop_size"):
+        for name in ("train_rows", "validation_rows"):
             at_least(f"data.{name}", getattr(self, name), 0, "0 is the default")
+        for name in ("image_size", "crop_padding", "crop_size"):
+            at_least(f"data.{name}", getattr(self, name), 0, "0 is the default", MOST_SIDE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +113,7 @@ class Model:
     options: dict[str, Any] = setting({}, "Further arguments of a timm network or of your own.")
 
     def __post_init__(self) -> None:
+        at_least("the number of hidden layers", len(self.hidden), 0, "list fewer", 1000)
         for width in self.hidden:
             at_least("hidden", width, 1, "list the widths of the hidden layers")
         share("dropout", self.dropout, "0 leaves out none")
@@ -101,16 +121,39 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimisation:
-    """SGD with momentum, v = momentum v + g, w = w - rate(t) v."""
+    """SGD with momentum, v = momentum v + g, w = w - rate(t) v; or torch's AdamW."""
 
     epochs: int = setting(100, "Passes over the training rows.")
+    go_on_from: tuple[int, ...] = setting(
+        (),
+        "Epochs after which a finished run is taken up, of otherwise the same settings; none: "
+        "train from the start.",
+        later=True,
+    )
     batch_rows: int = setting(
         32, "Rows per minibatch, over all devices; an epoch's last is smaller."
     )
-    learning_rate: float = setting(0.02, "Step size, at its peak.")
-    momentum: float = setting(0.9, "Decay of the velocity, in [0, 1).")
-    nesterov: bool = setting(False, "Nesterov's form of the momentum.")
-    weight_decay: float = setting(0.0, "L2 penalty: this times the weights joins the gradient.")
+    drop_last: bool = setting(
+        False, "Leave out an epoch's last minibatch where it is smaller.", later=True
+    )
+    accumulate: int = setting(
+        1, "Parts of a minibatch, one after the other, whose gradients add up.", later=True
+    )
+    optimizer: str = setting("sgd", "Optimizer: sgd or adamw.", later=True)
+    learning_rate: float = setting(0.02, "Step size, at its peak; for AdamW 0.001 is customary.")
+    momentum: float = setting(0.9, "SGD: decay of the velocity, in [0, 1).")
+    nesterov: bool = setting(False, "SGD: Nesterov's form of the momentum.")
+    beta1: float = setting(
+        0.9, "AdamW: decay of the gradients' running mean, in [0, 1).", later=True
+    )
+    beta2: float = setting(0.999, "AdamW: the same of their squares' mean, in [0, 1).", later=True)
+    epsilon: float = setting(1e-8, "AdamW: what joins the root of the squares.", later=True)
+    amsgrad: bool = setting(False, "AdamW: divide by the largest root so far.", later=True)
+    weight_decay: float = setting(
+        0.0,
+        "This times the weights joins SGD's gradient (an L2 penalty); times the step size, too, "
+        "AdamW takes it from the weights.",
+    )
     clip_norm: float = setting(1.0, "Largest Euclidean norm of one model's gradient; 0: any.")
     schedule: str = setting("constant", "Step size over time: constant, step or cosine.")
     warmup_epochs: int = setting(0, "Epochs in which the step size rises linearly to its peak.")
@@ -124,10 +167,28 @@ class Optimisation:
     precision: str = setting(
         "32-true", "Lightning's word: 32-true, 64-true, bf16-mixed, bf16-true."
     )
+    best: str = setting(
+        "cross_entropy",
+        "With validation rows, the epoch that is kept: lowest cross_entropy there, highest "
+        "accuracy, or the last.",
+        later=True,
+    )
 
     def __post_init__(self) -> None:
-        at_least("epochs", self.epochs, 1, "one epoch is one pass over the training rows")
+        at_least("epochs", self.epochs, 1, "one epoch is one pass over the training rows", 10**6)
+        for first, second in pairwise((0, *self.go_on_from, self.epochs)):
+            if first >= second:
+                raise ValueError(
+                    f"go_on_from must rise from 1 and stay below epochs = {self.epochs}, got "
+                    f"{list(self.go_on_from)}; raise epochs to how many there are to be in all"
+                )
         at_least("batch_rows", self.batch_rows, 1, "32 is the default")
+        at_least("accumulate", self.accumulate, 1, "1 takes a minibatch whole")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        share("beta1", self.beta1, "0.9 is the default")
+        share("beta2", self.beta2, "0.999 is the default")
+        positive("epsilon", self.epsilon, "1e-8 is the default")
+        one_of("best", self.best, ("cross_entropy", "accuracy", "last"))
         positive("learning_rate", self.learning_rate, "0.02 is the default")
         share("momentum", self.momentum, "0 is plain gradient descent")
         not_negative("weight_decay", self.weight_decay, "0 is none")
@@ -139,6 +200,14 @@ class Optimisation:
         one_of("reduction_mode", self.reduction_mode, ("default", *MODES))
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov must go with a momentum above 0, got 0; set momentum")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for optimizer, names in OPTIMIZERS.items():
+            for name in names:
+                if optimizer != self.optimizer and getattr(self, name) != defaults[name]:
+                    raise ValueError(
+                        f"{name} must be left at {defaults[name]} with {self.optimizer}, got "
+                        f"{getattr(self, name)}; it is a setting of {optimizer}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -203,10 +272,23 @@ class Run(Settings):
         }
         return tuple(source for source in SOURCES if draws[source])
 
+    def earlier(self) -> Run | None:
+        """The shorter run from whose end this one goes on, or None."""
+        if not self.optimisation.go_on_from:
+            return None
+        *before, epochs = self.optimisation.go_on_from
+        shorter = dataclasses.replace(self.optimisation, epochs=epochs, go_on_from=tuple(before))
+        return dataclasses.replace(self, optimisation=shorter)
+
     def teacher(self) -> Run | None:
         """The run whose models teach this one, or None. Same data, model, recipe and seeds."""
         ensemble = self.method.teacher()
         return None if ensemble is None else dataclasses.replace(self, method=ensemble)
+
+    def needs(self) -> list[Run]:
+        """The runs that have to end before this one begins, each after those that it needs."""
+        direct = [run for run in (self.earlier(), self.teacher()) if run is not None]
+        return [needed for run in direct for needed in (*run.needs(), run)]
 
 
 @dataclass(frozen=True)
@@ -263,6 +345,12 @@ class Study(Settings):
 
     def __post_init__(self) -> None:
         at_least("runs", self.runs, 2, "churn compares runs")
+        count = len(self.methods) * self.runs * self.splits
+        if count > MOST_RUNS:
+            raise ValueError(
+                f"a study must have at most {MOST_RUNS} runs, got {shown(count)}: "
+                f"{len(self.methods)} methods x {self.splits} splits x {self.runs} runs; lower one"
+            )
         at_least("splits", self.splits, 1, "with one split the intervals are over runs alone")
         at_least("seed", self.seed, 0, "any whole number from 0 will do")
         at_least("curve_points", self.curve_points, 1, "the last point is the trained model")

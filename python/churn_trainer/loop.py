@@ -18,13 +18,17 @@ from torch import Tensor
 import churn_kernels as ck
 from churn_kernels import audit
 from churn_kernels.audit.state import random_states
+from churn_trainer.best import Best
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run
-from churn_trainer.data.batches import Batches
+from churn_trainer.data.batches import Batches, fewest_rows
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.members import Members, build_members
 from churn_trainer.objectives import measured_logits, measured_members, objective
+from churn_trainer.optimizers import make_optimizer
 from churn_trainer.schedule import learning_rate
+from churn_trainer.settings import at_least
+from churn_trainer.surroundings import THREADS, differences, surroundings, threads_kept
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -47,6 +51,7 @@ class Epoch:
         labels: (R, N) of the test rows.
         diverged: run's place -> what was said.
         history: what the callback returned for the epochs before.
+        validation: (R, V, C) logits and (R, V) labels of the validation rows; None without any.
     """
 
     number: int
@@ -56,6 +61,30 @@ class Epoch:
     labels: Tensor
     diverged: dict[int, str]
     history: Sequence[Any]
+    validation: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a training went on from a checkpoint.
+
+    Attributes:
+        step: the step after which it did.
+        changed: a clause for each thing that decides bits and is another one since.
+        restored: the same of the threads, whose number is what it was.
+    """
+
+    step: int
+    changed: Sequence[str]
+    restored: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What became of it."""
+        said = [f"after step {self.step}"] + [self.restored] * bool(self.restored)
+        if self.changed:
+            said.append(f"its bits may be others from here on: {', '.join(self.changed)}")
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,9 @@ class Trained:
         labels: (R, N) int64 of the test rows.
         history: what the callback returned, epoch by epoch.
         diverged: run's place -> what was said; its logits mean nothing.
+        kept: run's place -> the epoch whose weights these are, where validation rows chose it.
+        threads: how many computed.
+        resumed: each time that it went on from a checkpoint.
     """
 
     members: Members
@@ -75,6 +107,9 @@ class Trained:
     labels: Tensor
     history: list[Any]
     diverged: dict[int, str]
+    kept: dict[int, int]
+    threads: int
+    resumed: list[Resumed]
 
 
 def make_fabric(precision: Any = "32-true", accelerator: str = "cpu", devices: int = 1) -> Fabric:
@@ -112,15 +147,19 @@ def fit(
     measured: Sequence[int] = (),
     on_epoch: Callable[[Epoch], Any] = lambda epoch: None,
     checkpoint: Checkpoint | None = None,
+    earlier: Checkpoint | None = None,
     trust: Sequence[str] = (),
     trace: Path | None = None,
+    on_resume: Callable[[Resumed], None] = lambda resumed: None,
 ) -> Trained:
     """Trains R runs, from the checkpoint where there is one.
 
     Every number of a step follows from the settings and the step's number: a training that is
-    killed and goes on from its checkpoint ends with the same bits, on a CPU. Another number of
-    processes or threads is another order of sums in matrix products, and several processes add
-    their gradients: from the first step on weights and logits agree but for rounding. The epoch's
+    killed and goes on from its checkpoint ends with the same bits, on a CPU. It goes on with as
+    many threads as it began with, for another number is another order of sums in matrix products;
+    what else decides bits and cannot be brought back, such as the processor's instructions and
+    torch's version, is compared, and `on_resume` is told. Several processes add their gradients:
+    from the first step on weights and logits agree with those of one but for rounding. The epoch's
     cross entropy adds nothing to that: of the same rows' values it has the same bits.
 
     Args:
@@ -131,8 +170,10 @@ def fit(
         measured: epochs (from 1) after which the test rows are measured.
         on_epoch: called after each epoch; what it returns is kept, what it raises ends it all.
         checkpoint: where the state is saved.
+        earlier: the end of the shorter runs from which these go on, where they have not begun.
         trust: see `build_model`.
         trace: a file for `audit.record`, one line a step; one that is there already goes on.
+        on_resume: called before the first step that follows a checkpoint.
     Raises:
         ValueError: runs that cannot be trained together, a model that does not fit the data, a
             checkpoint of something else.
@@ -144,24 +185,36 @@ def fit(
         )
     fabric = fabric or make_fabric(runs[0].optimisation.precision)
     training = Loop(runs, dataset, fabric, teachers, trust)
-    if checkpoint is not None and (state := checkpoint.load()) is not None:
-        training.load_state(state)
-    with training.recorded(trace):
-        while training.step < training.total_steps and len(training.diverged) < len(runs):
-            training.one_step()
-            if training.step % training.batches.steps == 0:
-                training.end_epoch(measured, on_epoch)
-            if checkpoint is not None and training.time_to_save(checkpoint):
-                training.save(checkpoint)
-    if checkpoint is not None:
-        training.save(checkpoint)  # so that writing the results can be killed too
-    return Trained(
-        training.members,
-        training.evaluate(),
-        training.batches.test_labels,
-        training.history,
-        training.diverged,
-    )
+    with threads_kept():
+        state = None if checkpoint is None else checkpoint.load()
+        if state is None and earlier is not None and (state := earlier.load()) is None:
+            raise ValueError(
+                f"{earlier.path} must hold the end of the run that go_on_from names, got no such "
+                "file; train that one again with the same --runs, in a new folder, without "
+                "--no-keep-checkpoint"
+            )
+        if state is not None:
+            on_resume(training.load_state(state))
+        with training.recorded(trace):
+            while training.step < training.total_steps and len(training.diverged) < len(runs):
+                training.one_step()
+                if training.step % training.batches.steps == 0:
+                    training.end_epoch(measured, on_epoch)
+                if checkpoint is not None and training.time_to_save(checkpoint):
+                    training.save(checkpoint)
+        if checkpoint is not None:
+            training.save(checkpoint)  # so that writing the results can be killed too
+        training.best.restore(training.members)
+        return Trained(
+            training.members,
+            training.evaluate(training.batches.test_rows),
+            training.batches.test_labels,
+            training.history,
+            training.diverged,
+            training.best.epochs,
+            torch.get_num_threads(),
+            training.resumed,
+        )
 
 
 @dataclass
@@ -178,6 +231,7 @@ class Loop:
     ask_at: int = 0  # the step after which the processes next ask whether to save
     history: list[Any] = field(default_factory=list)
     diverged: dict[int, str] = field(default_factory=dict)
+    resumed: list[Resumed] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         run, fabric = self.runs[0], self.fabric
@@ -185,18 +239,22 @@ class Loop:
         rank, self.ranks = fabric.global_rank, fabric.world_size
         self.batches = Batches(self.runs, self.dataset, fabric.device, rank, self.ranks)
         shape, classes = self.batches.shape, self.dataset.classes
-        self.members = build_members(self.runs, shape, classes, trust=self.trust, rank=rank)
+        rows = self.batches.train_rows.shape[1]
+        self.members = build_members(
+            self.runs,
+            shape,
+            classes,
+            trust=self.trust,
+            rank=rank,
+            fewest=fewest_rows(rows, self.optimisation, self.ranks),
+        )
         self.total_steps = self.optimisation.epochs * self.batches.steps
         self.ramp_steps = self.method.ramp_share * self.total_steps
-        self.sgd = torch.optim.SGD(
-            self.members.parameters(),
-            lr=self.optimisation.learning_rate,
-            momentum=self.optimisation.momentum,
-            nesterov=self.optimisation.nesterov,
-            weight_decay=self.optimisation.weight_decay,
-        )
+        self.bare_optimizer = make_optimizer(self.optimisation, self.members.parameters())
+        self.best = Best(self.optimisation.best)
+        self.surroundings = surroundings(fabric.device, self.ranks)
         self.stale = copy.deepcopy(self.members) if self.method.stale_steps else None
-        self.model, self.optimizer = fabric.setup(self.members, self.sgd)
+        self.model, self.optimizer = fabric.setup(self.members, self.bare_optimizer)
         self.recorder: audit.Recorder | None = None
         for fixed in (self.stale, self.teachers):
             if fixed is not None:
@@ -206,11 +264,11 @@ class Loop:
 
     def begin_epoch(self) -> None:
         """Room for the loss of every row of an epoch, in its order; a process fills in its own."""
-        rows = self.batches.train_rows.shape
-        self.losses = torch.zeros(rows, device=self.fabric.device)  # (R, n)
+        rows = len(self.runs), self.batches.epoch_rows
+        self.losses = torch.zeros(rows, device=self.fabric.device)
 
     def one_step(self) -> None:
-        """One minibatch: forward, loss with all gradients, clipping, SGD."""
+        """One minibatch: forward, loss with all gradients, clipping, the optimizer's step."""
         self.members.step = self.step
         rate = learning_rate(self.optimisation, self.step, self.batches.steps)
         for group in self.optimizer.param_groups:
@@ -221,6 +279,28 @@ class Loop:
         inputs, labels, rows = self.batches.train(self.step)
         if self.recorder is not None:
             self.recorder.observe(inputs=inputs, labels=labels)
+        count = self.batches.parts(self.step)
+        parts = list(zip(inputs.tensor_split(count, 1), labels.tensor_split(count, 1), strict=True))
+        totals, losses = [], []
+        for number, part in enumerate(parts):
+            self.members.part = number
+            # Processes average their gradients, once; each loss is over the whole minibatch's rows.
+            with self.fabric.no_backward_sync(self.model, enabled=number < count - 1):
+                total, loss = self._forward(*part)
+                self.fabric.backward(total * (self.ranks / rows))
+            totals.append(total.detach())
+            losses.append(loss)
+        if self.recorder is not None:
+            self.recorder.observe(loss=totals[0] if count == 1 else totals)
+        norms = self.members.clip_gradients(self.optimisation.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses[:, self.batches.places(self.step)] = torch.cat(losses, dim=1)
+        self.step += 1
+        self.finite &= norms.isfinite().all(dim=0)
+
+    def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised, summed over rows; (R, B) cross entropies of what is measured."""
         logits = self.model(inputs)  # (K, R, B, C)
         fixed = self.stale if self.teachers is None else self.teachers
         with torch.no_grad():
@@ -234,21 +314,11 @@ class Loop:
             others,
             self.runs[0].mode,
         )
-        if self.recorder is not None:
-            self.recorder.observe(loss=total)
-        # Processes average their gradients; each loss is over the whole minibatch's rows.
-        self.fabric.backward(total * (self.ranks / rows))
-        norms = self.members.clip_gradients(self.optimisation.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
         predicted = measured_logits(self.method, logits.detach())
         cross_entropy = ck.regularized_cross_entropy(
             predicted.flatten(0, 1), labels.flatten(), reduction="none", mode=self.runs[0].mode
         )
-        self.losses[:, self.batches.places(self.step)] = cross_entropy.view_as(labels).float()
-        self.step += 1
-        self.finite &= norms.isfinite().all(dim=0)
+        return total, cross_entropy.view_as(labels).float()
 
     @contextmanager
     def recorded(self, trace: Path | None) -> Iterator[None]:
@@ -264,7 +334,9 @@ class Loop:
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002
         try:
-            block = audit.record(trace, self.members, self.sgd, resume_at=self.step or None)
+            block = audit.record(
+                trace, self.members, self.bare_optimizer, resume_at=self.step or None
+            )
             with block as self.recorder:
                 yield
         except (audit.TraceError, FileNotFoundError) as error:
@@ -282,7 +354,12 @@ class Loop:
         # Elsewhere than at its own rows a process holds zeros: their sum has every row's bits.
         rows = self._summed(self.losses).tolist()
         loss = torch.tensor([exact_mean(one) for one in rows], dtype=torch.float64)
-        logits = self.evaluate() if number in measured else None
+        logits = self.evaluate(self.batches.test_rows) if number in measured else None
+        validation = None
+        if self.batches.validation_rows.shape[1]:
+            held_out, labels = self.batches.validation_rows, self.batches.validation_labels
+            validation = self.evaluate(held_out), labels
+            self.best.see(number, *validation, self.members)
         self._find_diverged(number, loss, logits)
         self.begin_epoch()
         self.history.append(
@@ -295,25 +372,27 @@ class Loop:
                     self.batches.test_labels,
                     dict(self.diverged),
                     tuple(self.history),
+                    validation,
                 )
             )
         )
 
     @torch.no_grad()
-    def evaluate(self) -> Tensor:
-        """(R, N, C) float32 logits of the test rows, on the CPU; the processes share the work."""
-        rows, block = self.batches.test_rows.shape[1], TEST_BLOCK
-        logits = torch.zeros(len(self.runs), rows, self.dataset.classes, device=self.fabric.device)
-        for start in range(self.fabric.global_rank * block, rows, self.ranks * block):
+    def evaluate(self, rows: Tensor) -> Tensor:
+        """(R, N, C) float32 logits of rows (R, N), on the CPU; the processes share the work."""
+        count, block = rows.shape[1], TEST_BLOCK
+        logits = torch.zeros(len(self.runs), count, self.dataset.classes, device=self.fabric.device)
+        for start in range(self.fabric.global_rank * block, count, self.ranks * block):
             part = slice(start, start + block)
-            logits[:, part] = self.predict(part)
+            logits[:, part] = self.predict(rows[:, part])
         return self._summed(logits).cpu()
 
     @torch.no_grad()
-    def predict(self, rows: slice) -> Tensor:
-        """(R, b, C) float32 logits of some test rows, of what is measured."""
+    def predict(self, rows: Tensor) -> Tensor:
+        """(R, b, C) float32 logits, of what is measured, of rows (R, b) that do not train."""
+        self.members.step, self.members.part = self.step, 0
         self.model.eval()
-        values = self.model(self.batches.test(rows), measured_members(self.method))
+        values = self.model(self.batches.held_out(rows), measured_members(self.method))
         self.model.train()
         return measured_logits(self.method, values.float())
 
@@ -348,10 +427,25 @@ class Loop:
             "finite": self.finite,
             "history": self.history,
             "diverged": self.diverged,
+            "best": self.best.state(),
+            "surroundings": self.surroundings,
+            "resumed": [(one.step, list(one.changed), one.restored) for one in self.resumed],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`."""
+    def load_state(self, state: dict[str, Any]) -> Resumed:
+        """The reverse of `state`, with the threads it had; tells what else differs."""
+        before = state.get("surroundings", self.surroundings)  # earlier versions did not say
+        at_least("threads of the checkpoint", before[THREADS], 1, "delete it", 4096)
+        restored = ""
+        if before[THREADS] != torch.get_num_threads():
+            restored = f"threads are {before[THREADS]} as before, not {torch.get_num_threads()}"
+            torch.set_num_threads(before[THREADS])
+        self.surroundings = surroundings(self.fabric.device, self.ranks)
+        changed = differences(before, self.surroundings)
+        self.resumed = [Resumed(*one) for one in state.get("resumed", [])]
+        self.resumed.append(Resumed(state["step"], changed, restored))
+        if "best" in state:
+            self.best.load_state(state["best"])
         self.step = self.first_step = state["step"]
         self.history = state["history"]
         self.diverged = state["diverged"]
@@ -362,6 +456,7 @@ class Loop:
         if self.fabric.is_global_zero:  # the others' zeros add nothing
             self.losses.copy_(state["losses"])
         self.finite.copy_(state["finite"])
+        return self.resumed[-1]
 
     def _find_diverged(self, number: int, loss: Tensor, logits: Tensor | None) -> None:
         finite = loss.isfinite() & self.finite.cpu()

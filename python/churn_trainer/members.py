@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from typing_extensions import override
 
+from churn_kernels.audit.record import random_state_hash, tensors_hash
 from churn_trainer.config import Draw, Run
-from churn_trainer.models import NETWORKS, build_model, check_logits
-from churn_trainer.settings import derive_seed
+from churn_trainer.models import NETWORKS, build_model, check_logits, count_weights
+from churn_trainer.settings import check_memory, derive_seed
 
 STACKED_PARAMETERS = 1_000_000
 """Networks with more parameters than this fill a device alone, and are not stacked."""
@@ -28,14 +31,21 @@ _GENERATOR = threading.Lock()
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Torch's global generators start from `seed` inside the block, and go on as before after it.
+    """The global generators of torch, NumPy and Python start from `seed` inside the block.
 
-    One thread at a time: the generators belong to the process.
+    After it they go on as before. One thread at a time: the generators belong to the process.
     """
     devices = [device] if device is not None and device.type == "cuda" else []
     with _GENERATOR, torch.random.fork_rng(devices=devices):
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 class Members(nn.Module):
@@ -45,11 +55,12 @@ class Members(nn.Module):
         members: K.
         runs: R.
         step: number of the training step, which dropout follows from.
+        part: number of the part of the step's minibatch, which dropout follows from too.
     """
 
     def __init__(self, members: int, runs: int):
         super().__init__()
-        self.members, self.runs, self.step = members, runs, 0
+        self.members, self.runs, self.step, self.part = members, runs, 0, 0
 
     def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
         """(R, B, *shape) -> (k, R, B, C): all members of a run see the same inputs.
@@ -83,21 +94,33 @@ class Stacked(Members):
     def __init__(self, networks: Sequence[nn.Module], members: int, runs: int):
         super().__init__(members, runs)
         parameters, buffers = stack_module_state(list(networks))
-        self.names = [*parameters, *buffers]
-        self.stacked = nn.ParameterList(parameters.values())
+        self.stacked = nn.ParameterList(
+            nn.Parameter(values, values.requires_grad) for values in parameters.values()
+        )
         self.constants = nn.ParameterList(
             nn.Parameter(buffer, requires_grad=False) for buffer in buffers.values()
         )
+        # A tensor that a network has under several names is stacked once, under the first.
+        order = {name: place for place, name in enumerate((*parameters, *buffers))}
+        network = networks[0]
+        named = [
+            *network.named_parameters(remove_duplicate=False),
+            *network.named_buffers(remove_duplicate=False),
+        ]
+        first = {id(tensor): order[name] for name, tensor in named if name in order}
+        self.places = {name: first[id(tensor)] for name, tensor in named}
+        self.saved = [name for name in network.state_dict() if name in self.places]
         # In a list, so that it is no submodule: only its code is used.
         self.skeleton = [copy.deepcopy(networks[0]).to("meta")]
 
     @override
     def forward(self, inputs: Tensor, members: int | None = None) -> Tensor:
         count = self.members if members is None else members
-        state = {name: values[: count * self.runs] for name, values in self._state()}
+        state = [values[: count * self.runs] for values in self._values()]
 
-        def one(state: dict[str, Tensor], inputs: Tensor) -> Tensor:
-            return functional_call(self.skeleton[0], state, (inputs,))
+        def one(state: list[Tensor], inputs: Tensor) -> Tensor:
+            named = {name: state[place] for name, place in self.places.items()}
+            return functional_call(self.skeleton[0], named, (inputs,))
 
         rows = inputs.repeat(count, *[1] * (inputs.dim() - 1))
         networks = None if self.training else max(1, EVALUATED_ROWS // inputs.shape[1])
@@ -123,17 +146,21 @@ class Stacked(Members):
     @override
     def weights(self, member: int, run: int) -> dict[str, Tensor]:
         place = member * self.runs + run
-        return {name: values[place].detach().cpu().clone() for name, values in self._state()}
+        values = self._values()
+        return {
+            name: values[self.places[name]][place].detach().cpu().clone() for name in self.saved
+        }
 
     @override
     def load_weights(self, member: int, run: int, weights: dict[str, Tensor]) -> None:
         _check_weights(self.weights(member, run), weights)
+        values = self._values()
         with torch.no_grad():
-            for name, values in self._state():
-                values[member * self.runs + run].copy_(weights[name])
+            for name in self.saved:
+                values[self.places[name]][member * self.runs + run].copy_(weights[name])
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        return zip(self.names, [*self.stacked, *self.constants], strict=True)
+    def _values(self) -> list[Tensor]:
+        return [*self.stacked, *self.constants]
 
 
 class Separate(Members):
@@ -142,7 +169,7 @@ class Separate(Members):
     Args:
         networks: the M networks.
         members, runs: K and R.
-        seeds: of the dropout of each run; None: there is none.
+        seeds: of what each run draws in a pass, such as dropout; None: nothing.
         rank: this process among several, whose dropout is its own.
     """
 
@@ -190,9 +217,10 @@ class Separate(Members):
 
     def _logits(self, member: int, run: int, inputs: Tensor) -> Tensor:
         network = self._network(member, run)
-        if self.seeds is None or not self.training:
+        if self.seeds is None:
             return network(inputs)
-        seed = derive_seed(self.seeds[run], Draw.DROPOUT, self.step, member, self.rank)
+        place = (self.step, member, self.rank, *([self.part] if self.part else []))
+        seed = derive_seed(self.seeds[run], Draw.DROPOUT, *place)
         with seeded(seed, inputs.device):
             return network(inputs)
 
@@ -204,6 +232,7 @@ def build_members(
     *,
     trust: Sequence[str] = (),
     rank: int = 0,
+    fewest: int = 2,
 ) -> Members:
     """The members of R runs that share all settings but their seeds, newly initialised.
 
@@ -216,16 +245,18 @@ def build_members(
         classes: C.
         trust: see `build_model`.
         rank: see `Separate`.
-    Raises: ValueError if the model does not fit the data; as `build_model`.
+        fewest: see `check_network`.
+    Raises: ValueError as `check_network`.
     """
     method = runs[0].method
-    networks = []
-    for member in range(method.members):
-        for run in runs:
-            place = method.teachers + member
-            with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
-                networks.append(build_model(run.model, shape, classes, trust))
-    check_logits(runs[0].model.name, networks[0], shape, classes)
+    check_network(
+        runs[0], shape, classes, trust, fewest=fewest, networks=method.members * len(runs)
+    )
+    networks = [
+        _initialised(run, method.teachers + member, shape, classes, trust)
+        for member in range(method.members)
+        for run in runs
+    ]
     if stackable(networks[0], shape):
         return Stacked(networks, method.members, len(runs))
     seeds = [run.seeds.dropout for run in runs]
@@ -233,8 +264,51 @@ def build_members(
     return Separate(networks, method.members, len(runs), seeds if random else None, rank)
 
 
+def check_network(
+    run: Run,
+    shape: tuple[int, ...],
+    classes: int,
+    trust: Sequence[str] = (),
+    *,
+    fewest: int = 2,
+    networks: int = 1,
+) -> nn.Module:
+    """A network of the run, newly initialised, of which everything that can be wrong was tried.
+
+    Args:
+        run, shape, classes, trust: see `build_members`.
+        fewest: rows of the training's smallest pass.
+        networks: how many of them there are to be.
+    Raises: ValueError if there is no such model, it does not fit the data or memory, two of the
+        same seed differ, or it cannot be trained on so few rows.
+    """
+    if run.method.top_k > classes:
+        raise ValueError(
+            f"method.top_k must be at most {classes}, the classes of {run.data.name}, got "
+            f"{run.method.top_k}; 0 takes all"
+        )
+    held = 4 if run.optimisation.optimizer == "adamw" else 3  # weights, gradients, averages
+    weights = count_weights(run.model, shape, classes)
+    remedy = "choose a smaller model, or train fewer at a time"
+    check_memory("the models' weights and gradients", 4.0 * held * networks * weights, remedy)
+    network = _initialised(run, 0, shape, classes, trust)
+    if run.model.name not in NETWORKS:
+        again = _initialised(run, 0, shape, classes, trust).state_dict()
+        _check_equal(run.model.name, network.state_dict(), again)
+    with seeded(0):
+        check_logits(run.model.name, network, shape, classes, fewest)
+    return network
+
+
+def _initialised(
+    run: Run, place: int, shape: tuple[int, ...], classes: int, trust: Sequence[str]
+) -> nn.Module:
+    with seeded(derive_seed(run.seeds.initialisation, Draw.INITIALISATION, place)):
+        return build_model(run.model, shape, classes, trust)
+
+
 def stackable(network: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether `torch.func` can compute it in a stack: small, no running statistics, no dropout.
+    """Whether `torch.func` can compute it in a stack: small, no running statistics, nothing drawn.
 
     What else it may not do, such as to branch on its values, shows when it is tried on zeros.
     """
@@ -245,11 +319,13 @@ def stackable(network: nn.Module, shape: tuple[int, ...]) -> bool:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     if normalised or _has_dropout(network) or parameters > STACKED_PARAMETERS:
         return False
-    try:
-        Stacked([network], 1, 1)(torch.zeros(1, 2, *shape))
-    except (RuntimeError, ValueError):
-        return False
-    return True
+    with seeded(0):
+        before = random_state_hash(network)
+        try:
+            Stacked([network], 1, 1)(torch.zeros(1, 2, *shape))
+        except Exception:  # of anybody's code, in a place that it was not written for
+            return False
+        return random_state_hash(network) == before
 
 
 def _has_dropout(network: nn.Module) -> bool:
@@ -257,6 +333,19 @@ def _has_dropout(network: nn.Module) -> bool:
         isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         for module in network.modules()
     )
+
+
+def _check_equal(name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    for key, value in first.items():
+        if not isinstance(value, Tensor):
+            continue
+        one, other = (tensors_hash([(key, state.get(key))])() for state in (first, second))
+        if one != other:
+            raise ValueError(
+                f"model {name} must have the same first weights whenever it is made from the same "
+                f"seed, got others in {key}; draw them from torch's, NumPy's or Python's global "
+                "generator, which the trainer seeds"
+            )
 
 
 def _check_weights(own: dict[str, Tensor], weights: Any) -> None:

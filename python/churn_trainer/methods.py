@@ -53,7 +53,7 @@ class Method:
         return find_method(name)
 
     def __post_init__(self) -> None:
-        at_least("method.members", self.members, 1, "1 trains a model alone")
+        at_least("method.members", self.members, 1, "1 trains a model alone", 1000)
         share("method.alpha", self.alpha, "1 would leave no cross entropy")
         one_of("method.regularizer", self.regularizer, ("entropy", "uniform_skl"))
         at_least("method.top_k", self.top_k, 0, "0 takes all classes")
@@ -68,7 +68,7 @@ class Method:
             )
         share("method.label_smoothing", self.label_smoothing, "0 is none")
         positive("method.temperature", self.temperature, "1 leaves the logits as they are")
-        at_least("method.teachers", self.teachers, 0, "0 learns from the labels alone")
+        at_least("method.teachers", self.teachers, 0, "0 learns from the labels alone", 1000)
         if not 0 <= self.distillation <= 1:
             raise ValueError(
                 f"method.distillation must be in [0, 1], got {self.distillation}; 0.5 will do"

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from churn_trainer.config import Run, Seeds
-from churn_trainer.settings import merged, read_settings
+from churn_trainer.config import MOST_RUNS, Run, Seeds
+from churn_trainer.settings import at_least, merged, read_settings
 
 ConfigOption = Annotated[
     Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
@@ -125,8 +125,7 @@ def runs_of(given: dict[str, Any], config: Path | None, seed: int, runs: int = 1
 
     Raises: ValueError for wrong settings.
     """
-    if runs < 1:
-        raise ValueError(f"runs must be at least 1, got {runs}; 1 is the default")
+    at_least("runs", runs, 1, "1 is the default", MOST_RUNS)
     tables = merged(read_settings(config) if config else {}, given)
     names = [field.name for field in dataclasses.fields(Seeds)]
     seeds = [{**dict.fromkeys(names, seed + number), "split": seed} for number in range(runs)]

@@ -7,6 +7,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import stat
 import tomllib
 import types
 import typing
@@ -24,12 +26,29 @@ _KINDS: dict[Any, str] = {
     bool: "true or false",
 }
 
+LARGEST = 2**63 - 1
+"""Largest whole number of a setting: what a tensor of int64 holds."""
 
-def setting(default: Any, text: str) -> Any:
-    """A dataclass field with its default and the sentence that `--help` shows."""
+FILE_BYTES = 1 << 20
+"""Largest file of settings."""
+
+SHOWN = 100
+"""Characters of a wrong value that a message shows."""
+
+
+def setting(default: Any, text: str, *, later: bool = False) -> Any:
+    """A dataclass field with its default and the sentence that `--help` shows.
+
+    Args:
+        default: of the setting.
+        text: the sentence.
+        later: it joined after runs had been named: at its default it is no part of a name, so that
+            these keep theirs.
+    """
+    metadata = {"help": text, "later": later}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def derive_seed(seed: int, *where: int) -> int:
@@ -67,10 +86,22 @@ class Settings:
 # Checks -------------------------------------------------------------------------------------------
 
 
-def at_least(name: str, value: int, minimum: int, remedy: str) -> None:
-    """Raises ValueError unless `value` >= `minimum`."""
+def at_least(name: str, value: int, minimum: int, remedy: str, most: int = LARGEST) -> None:
+    """Raises ValueError unless `minimum` <= `value` <= `most`."""
     if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}; {remedy}")
+        raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}; {remedy}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}; {remedy}")
+
+
+def check_memory(what: str, size: float, remedy: str) -> None:
+    """Raises ValueError if `size` bytes are more than this machine's memory has in all."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise ValueError(
+            f"{what} must fit into the {memory / 2**30:.3g} GiB of this machine's memory, got "
+            f"{size / 2**30:.3g} GiB; {remedy}"
+        )
 
 
 def positive(name: str, value: float, remedy: str) -> None:
@@ -97,14 +128,22 @@ def one_of(name: str, value: str, allowed: Iterable[str], remedy: str = "") -> N
     if value not in names:
         hint = nearest(value, names) or remedy
         raise ValueError(
-            f"{name} must be one of {', '.join(names)}, got {value!r}"
+            f"{name} must be one of {', '.join(names)}, got {shown(value)}"
             + (f"; {hint}" if hint else "")
         )
 
 
+def shown(value: Any) -> str:
+    """A wrong value as a message shows it: cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 300:  # `str` refuses thousands of digits
+        return f"a number of {int(value.bit_length() * math.log10(2)) + 1} digits"
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}\N{HORIZONTAL ELLIPSIS}"
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """'did you mean ...?', or nothing where no word is near."""
-    close = difflib.get_close_matches(word, list(words), n=1)
+    close = difflib.get_close_matches(word[:SHOWN], list(words), n=1)
     return f"did you mean {close[0]!r}?" if close else ""
 
 
@@ -114,16 +153,24 @@ def nearest(word: str, words: Iterable[str]) -> str:
 def read_settings(path: Path) -> dict[str, Any]:
     """The tables of a .toml or .json file. Neither format can carry code.
 
-    Raises: ValueError if there is no such file, or it is not what its name says.
+    Raises: ValueError if there is no such file, it cannot be read, or it is not what its name says.
     """
     if path.suffix not in (".toml", ".json"):
         raise ValueError(f"a settings file must end in .toml or .json, got {path}; rename it")
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("a folder" if path.is_dir() else "no file")
+        if status.st_size > FILE_BYTES:
+            raise ValueError(f"{status.st_size} bytes, where {FILE_BYTES} hold any settings")
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"the settings file must exist, got {path}; check the path") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{path} must be readable, got: {reason}; check who may read it") from None
+    except (ValueError, RecursionError) as error:  # of either reader, the encoding's, the digits'
         kind = path.suffix[1:].upper()
         raise ValueError(f"{path} must hold {kind}, got: {error}; correct it there") from None
     if not isinstance(tables, dict):
@@ -142,7 +189,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "", base
     Raises: ValueError naming the setting, what it wants, what it got, and the nearest name.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must be a table of settings, got {values!r}; see the docs")
+        raise ValueError(f"{where} must be a table of settings, got {shown(values)}; see the docs")
     preset = getattr(kind, "preset", None)
     if preset is not None and "name" in values:
         base = preset(_typed(str, values["name"], f"{where}.name"))
@@ -153,7 +200,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], where: str = "", base
         path = f"{where}.{name}" if where else name
         if name not in fields:
             hint = nearest(name, fields) or f"there are {', '.join(fields)}"
-            raise ValueError(f"there is no setting {path!r}; {hint}")
+            raise ValueError(f"there is no setting {shown(path)}; {hint}")
         if dataclasses.is_dataclass(hints[name]):
             inner = getattr(base, name) if base is not None else None
             given[name] = from_mapping(hints[name], value, path, inner)
@@ -187,9 +234,21 @@ def to_toml(settings: Any) -> str:
 
 def fingerprint(settings: Any) -> str:
     """12 hexadecimal digits that name the settings: SHA-256 of their JSON with sorted keys."""
-    plain = to_mapping(settings) if dataclasses.is_dataclass(settings) else settings
+    plain = _named(settings) if dataclasses.is_dataclass(settings) else settings
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _named(settings: Any) -> dict[str, Any]:
+    """`to_mapping` without what joined later and is at its default."""
+    table = to_mapping(settings)
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            table[field.name] = _named(value)
+        elif field.metadata.get("later") and value == field.default:
+            del table[field.name]
+    return table
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
@@ -206,19 +265,34 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{where} must be a list, got {value!r}; write it in brackets")
+            raise ValueError(f"{where} must be a list, got {shown(value)}; write it in brackets")
         return tuple(
             _typed(arguments[0], entry, f"{where}[{place}]") for place, entry in enumerate(value)
         )
     if origin is not None:  # a table of free form
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} must be a table, got {value!r}; write name = value in it")
+            raise ValueError(
+                f"{where} must be a table, got {shown(value)}; write name = value in it"
+            )
+        _check_plain(value, where)
         return dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) > LARGEST:
+        raise ValueError(f"{where} must be within 2^63, got {shown(value)}; correct it")
+    if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{where} must be {_KINDS[hint]}, got {value!r}; correct its type")
+        raise ValueError(f"{where} must be {_KINDS[hint]}, got {shown(value)}; correct its type")
     return value
+
+
+def _check_plain(value: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError unless JSON, whose text names the run, has such values."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{where} must hold texts, finite numbers, lists and tables, got: {error}; write such"
+        ) from None
 
 
 def _plain(value: Any) -> Any:

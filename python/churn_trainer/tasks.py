@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from churn_trainer.config import Run
 from churn_trainer.data import load_dataset
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.settings import at_least
-from churn_trainer.train import Event, Options, runs_together, train
+from churn_trainer.train import Event, Options, kinds_of, runs_together, taken_up, train
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,28 @@ class Task:
         number: tells it from the others.
         runs: of the same settings but the seeds, one stack of them.
         threads: of the process's arithmetic.
-        after: numbers of the tasks that train its teachers.
+        after: numbers of the tasks that train what its runs need.
+        keep: whether its checkpoint stays, for other runs to go on from.
     """
 
     number: int
     runs: tuple[Run, ...]
     threads: int = 1
     after: frozenset[int] = frozenset()
+    keep: bool = False
 
     @property
     def cost(self) -> float:
         """How long it takes, in a unit of its own: forward and backward passes of a member."""
-        method, epochs = self.runs[0].method, self.runs[0].optimisation.epochs
+        method, optimisation = self.runs[0].method, self.runs[0].optimisation
+        epochs = optimisation.epochs - max(optimisation.go_on_from, default=0)
         return len(self.runs) * epochs * (method.members + method.teachers / 3)
 
     def train(self, root: Path, options: Options, tell: Callable[[Event], None]) -> None:
         """Trains the runs that have not ended. Raises: as `train.train`."""
         torch.set_num_threads(self.threads)
-        train(self.runs, root, options, tell)
+        keep = self.keep or options.keep_checkpoint
+        train(self.runs, root, replace(options, keep_checkpoint=keep), tell)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Workers(Protocol):
 def make_tasks(
     runs: Sequence[Run], root: Path, options: Options, threads: Sequence[int] = (1,)
 ) -> list[Task]:
-    """The tasks that train `runs` and their teachers, those left out whose runs have all ended.
+    """The tasks that train `runs` and what they need, without those whose runs have all ended.
 
     Args:
         runs: what to train.
@@ -85,13 +89,10 @@ def make_tasks(
         threads: of a task; repetitions of a run take turns.
     Raises: ValueError for data or a model that is not there or does not fit.
     """
-    wanted = {run.id: run for run in [*filter(None, (run.teacher() for run in runs)), *runs]}
-    kinds: dict[str, list[Run]] = {}
-    for run in wanted.values():
-        kinds.setdefault(run.together, []).append(run)
+    kinds = kinds_of(runs)
     tasks: list[Task] = []
     place: dict[str, int] = {}
-    for kind in kinds.values():
+    for kind in kinds:
         if all(RunFolder(root / run.id).done for run in kind):
             continue
         size = runs_together(kind[0], load_dataset(kind[0].data), options.trust)
@@ -101,9 +102,10 @@ def make_tasks(
                 continue
             number = len(tasks)
             place |= {run.id: number for run in group}
-            teachers = {teacher.id for run in group if (teacher := run.teacher()) is not None}
-            after = frozenset(place[one] for one in teachers if one in place)
-            tasks.append(Task(number, group, threads[group[0].repeat % len(threads)], after))
+            needed = {one.id for run in group for one in run.needs()}
+            after = frozenset(place[one] for one in needed if one in place)
+            keep = not taken_up(kinds).isdisjoint(run.id for run in group)
+            tasks.append(Task(number, group, threads[group[0].repeat % len(threads)], after, keep))
     return tasks
 
 
@@ -136,7 +138,7 @@ def train_all(
     """
     at_least("retries", retries, 0, "0 gives up after the first failure")
     for number in threads:
-        at_least("threads", number, 1, "1 computes with one thread")
+        at_least("threads", number, 1, "1 computes with one thread", 1024)
     ended = [run for run in runs if RunFolder(root / run.id).done]
     if ended:
         tell(Event("skipped", ended))
@@ -194,7 +196,7 @@ class _Schedule:
         for task in list(self.waiting):
             if task.after & self.failed.keys():
                 self.waiting.remove(task)
-                self._give_up(task, "its teachers failed")
+                self._give_up(task, "a run that it needs failed")
             elif task.after <= self.done and self.running < self.workers.count:
                 self.waiting.remove(task)
                 self.running += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
+import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -74,6 +75,9 @@ def ending(
         yield
     except (ValueError, Busy) as error:
         fail(str(error), WRONG)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason = str(error).partition("\n")[0] or "no more"
+        fail(f"memory must hold models and minibatches, got: {reason}; make them smaller", WRONG)
     except KeyboardInterrupt:
         fail(f"interrupted; {interrupted}", INTERRUPTED)
     except OSError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,20 @@ import churn_kernels as ck
 from churn_kernels.metrics import expected_calibration_error, prediction_confidence
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run, measured_epochs
-from churn_trainer.data import load_dataset
+from churn_trainer.data import hold_out, load_dataset, split_rows
+from churn_trainer.data.batches import check_minibatch, fewest_rows
 from churn_trainer.data.dataset import Dataset
-from churn_trainer.loop import Epoch, Trained, fit, make_fabric
-from churn_trainer.members import Members, build_members, seeded, stackable
-from churn_trainer.models import build_model, check_logits
+from churn_trainer.loop import Epoch, Resumed, Trained, fit, make_fabric
+from churn_trainer.members import Members, build_members, check_network, stackable
 from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, TRACE, RunFolder
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
 MEASURED = ("accuracy", "cross_entropy", "confidence", "entropy", "ece")
 """What `measure` measures."""
+
+VALIDATED = ("accuracy", "cross_entropy")
+"""What the curves say of the validation rows."""
 
 RUNS_TOGETHER = 100
 """Most runs in one stack."""
@@ -39,8 +43,9 @@ class Event:
     """What `train` tells as it goes.
 
     Attributes:
-        kind: `runs` have "started", ended an "epoch", "finished", "diverged", were "skipped"
-            because they had ended before, or "failed" in a study (see `tasks`).
+        kind: `runs` have "started", "resumed" from a checkpoint, ended an "epoch", "finished",
+            "diverged", were "skipped" because they had ended before, or "failed" in a study (see
+            `tasks`).
         runs: which.
         epoch: its number, from 1.
         detail: more about it.
@@ -65,6 +70,8 @@ class Options:
         trace: record a hash of every step (`churn_kernels.audit.record`); a stack's is in the
             folder of its first run.
         trust: packages whose code a model may be.
+        keep_checkpoint: leave the last checkpoint of runs that end, from which longer ones go on
+            (`Optimisation.go_on_from`).
     """
 
     accelerator: str = "cpu"
@@ -74,10 +81,11 @@ class Options:
     tensorboard: bool = False
     trace: bool = False
     trust: Sequence[str] = ()
+    keep_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         one_of("accelerator", self.accelerator, ("cpu", "cuda", "auto"))
-        at_least("devices", self.devices, 1, "1 trains in this process")
+        at_least("devices", self.devices, 1, "1 trains in this process", 1024)
         at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
         not_negative("checkpoint_seconds", self.checkpoint_seconds, "0 saves after every step")
 
@@ -88,7 +96,9 @@ def train(
     options: Options | None = None,
     tell: Callable[[Event], None] = lambda event: None,
 ) -> list[RunFolder]:
-    """Trains each run that has not ended yet, its teachers before it, into `root` / its id.
+    """Trains each run that has not ended yet, into `root` / its id.
+
+    What it needs, its teachers and the shorter run that it goes on from, is trained before it.
 
     Runs that differ in their seeds only are trained in one stack where their networks allow it. A
     run that diverges is recorded as such, and the others go on.
@@ -105,14 +115,35 @@ def train(
         OSError: a file cannot be written; what was finished stays.
     """
     options, runs = options or Options(), list(runs)
-    # Teachers first: a dict keeps the order in which its keys came.
-    wanted = {run.id: run for run in [*filter(None, (run.teacher() for run in runs)), *runs]}
+    kinds = kinds_of(runs)
+    for kind in kinds:
+        keep = options.keep_checkpoint or not taken_up(kinds).isdisjoint(run.id for run in kind)
+        _train_kind(kind, root, replace(options, keep_checkpoint=keep), tell)
+    return [RunFolder(root / run.id) for run in runs]
+
+
+def kinds_of(runs: Iterable[Run]) -> list[list[Run]]:
+    """The runs and all that they need, once each; those that can be trained together in a list.
+
+    What is needed comes before what needs it.
+    """
+    runs = list(runs)
+    wanted: dict[str, Run] = {}
     kinds: dict[str, list[Run]] = {}
+    levels = [[*run.needs(), run] for run in runs]
+    # The first that each run needs before the second: kinds are trained in this order.
+    for place in range(max(map(len, levels), default=0)):
+        for level in levels:
+            for run in level[place : place + 1]:
+                wanted.setdefault(run.id, run)
     for run in wanted.values():
         kinds.setdefault(run.together, []).append(run)
-    for kind in kinds.values():
-        _train_kind(kind, root, options, tell)
-    return [RunFolder(root / run.id) for run in runs]
+    return list(kinds.values())
+
+
+def taken_up(kinds: list[list[Run]]) -> set[str]:
+    """The ids of the runs from whose end others go on."""
+    return {one.id for kind in kinds for run in kind if (one := run.earlier()) is not None}
 
 
 def load_teachers(
@@ -126,15 +157,19 @@ def load_teachers(
     return members
 
 
-def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = ()) -> int:
+def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = (), processes: int = 1) -> int:
     """How many runs of `run`'s settings are trained in one stack; 1 where networks allow none.
 
-    Raises: ValueError for a model that cannot be made, or does not fit the data.
+    Raises: ValueError for a split that cannot be made, and a model that cannot be made, does not
+        fit the data, or cannot be trained on the smallest of its minibatches.
     """
     shape = _input_shape(run, dataset)
-    with seeded(0):
-        network = build_model(run.model, shape, dataset.classes, trust)
-    check_logits(run.model.name, network, shape, dataset.classes)
+    rows, _ = split_rows(dataset, run.data, run.seeds.split)
+    rows, _ = hold_out(dataset, rows, run.data.validation_rows, run.seeds.split)
+    check_minibatch(run, dataset, len(rows))
+    fewest = fewest_rows(len(rows), run.optimisation, processes)
+    members = run.method.members
+    network = check_network(run, shape, dataset.classes, trust, fewest=fewest, networks=members)
     return RUNS_TOGETHER if stackable(network, shape) else 1
 
 
@@ -169,13 +204,13 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
     if not pending:
         return
     dataset = load_dataset(kind[0].data)
-    size = runs_together(kind[0], dataset, options.trust)
+    size = runs_together(kind[0], dataset, options.trust, fabric.world_size)
     for start in range(0, len(kind), size):
         group = kind[start : start + size]
+        if not any(run in pending for run in group):
+            continue
         if not _checkpoint_path(root, group).exists():  # else they go on as they were
             group = [run for run in group if run in pending]
-        if not group:
-            continue
         with ExitStack() as locks:
             if fabric.is_global_zero:
                 for run in group:
@@ -220,11 +255,13 @@ class _Group:
             return
         self.tell(Event("started", self.runs))
         self.boards = [TensorBoard(folder.path) for folder in folders if self.options.tensorboard]
-        checkpoint = Checkpoint(
-            _checkpoint_path(self.root, self.runs),
-            [run.id for run in self.runs],
-            self.options.checkpoint_seconds,
-        )
+        checkpoint = self._checkpoint(self.runs)
+        shorter = [run for run in (run.earlier() for run in self.runs) if run is not None]
+        trace = folders[0].path / TRACE if self.options.trace else None
+        if trace is not None and shorter and not checkpoint.path.exists():
+            begun = self.root / shorter[0].id / TRACE
+            if begun.exists() and self.fabric.is_global_zero:
+                shutil.copyfile(begun, trace)
         began = time.perf_counter()
         optimisation = self.runs[0].optimisation
         trained = fit(
@@ -235,14 +272,24 @@ class _Group:
             measured=measured_epochs(optimisation.epochs, self.options.curve_points),
             on_epoch=self._on_epoch,
             checkpoint=checkpoint,
+            earlier=self._checkpoint(shorter) if shorter else None,
             trust=self.options.trust,
-            trace=folders[0].path / TRACE if self.options.trace else None,
+            trace=trace,
+            on_resume=self._on_resume,
         )
         for board in self.boards:
             board.close()
         if self.fabric.is_global_zero:
             self._write(trained, time.perf_counter() - began)
-            checkpoint.remove()
+            if not self.options.keep_checkpoint:
+                checkpoint.remove()
+
+    def _checkpoint(self, runs: list[Run]) -> Checkpoint:
+        path = _checkpoint_path(self.root, runs)
+        return Checkpoint(path, [run.id for run in runs], self.options.checkpoint_seconds)
+
+    def _on_resume(self, resumed: Resumed) -> None:
+        self.tell(Event("resumed", self.runs, detail=resumed.sentence))
 
     def _teachers(self) -> tuple[Members | None, list[Run]]:
         """The group's teachers, and those of its runs that have none because they diverged."""
@@ -283,6 +330,10 @@ class _Group:
                 measured = measure(epoch.logits[place], epoch.labels[place])
             for name in MEASURED:
                 row[f"test_{name}"] = measured.get(name, "")
+            if epoch.validation is not None:
+                logits, labels = epoch.validation
+                held_out = measure(logits[place], labels[place])
+                row |= {f"validation_{name}": held_out[name] for name in VALIDATED}
             rows.append(row)
         if self.fabric.is_global_zero:
             for board, row in zip(self.boards, rows, strict=False):
@@ -303,7 +354,7 @@ class _Group:
                 continue  # written before the others' writing was killed
             folder.write_curves([rows[place] for rows, _ in trained.history])
             if place in trained.diverged:
-                self._diverged(run, folder, trained.diverged[place])
+                self._diverged(run, folder, trained.diverged[place], trained)
                 continue
             logits, labels = trained.logits[place], trained.labels[place]
             weights = [
@@ -313,23 +364,28 @@ class _Group:
             metrics = {
                 "test": test,
                 "test_rows": len(labels),
-                "environment": self._environment(seconds),
+                "environment": self._environment(seconds, trained),
             }
+            if place in trained.kept:
+                metrics["epoch"] = trained.kept[place]
             along = {number: trained.history[number - 1][1][place] for number in measured}
             folder.finish(metrics, logits, labels, weights, along)
             self.tell(Event("finished", [run], detail=f"accuracy {test['accuracy']:.2%}"))
 
-    def _diverged(self, run: Run, folder: RunFolder, message: str) -> None:
-        folder.end(DIVERGED, {"message": message, "environment": self._environment(0.0)})
+    def _diverged(
+        self, run: Run, folder: RunFolder, message: str, trained: Trained | None = None
+    ) -> None:
+        folder.end(DIVERGED, {"message": message, "environment": self._environment(0.0, trained)})
         self.tell(Event("diverged", [run], detail=message))
 
-    def _environment(self, seconds: float) -> dict[str, Any]:
+    def _environment(self, seconds: float, trained: Trained | None) -> dict[str, Any]:
         return {
             "seconds": round(seconds, 3),
             "runs_together": len(self.runs),
             "processes": self.fabric.world_size,
             "device": str(self.fabric.device),
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads() if trained is None else trained.threads,
+            "resumed": [] if trained is None else [one.sentence for one in trained.resumed],
             "machine": platform.machine(),
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -8,7 +8,7 @@ import pytest
 from churn_trainer import cli, loop
 from churn_trainer import train as training
 from churn_trainer.audited import training_of
-from churn_trainer.config import Seeds
+from churn_trainer.config import Optimisation, Seeds
 from churn_trainer.data import digits
 from churn_trainer.loop import fit
 from churn_trainer.run_folder import TRACE
@@ -90,8 +90,16 @@ def test_steps_are_those_of_the_training():
 
 @pytest.mark.parametrize("method", ["distillation", "ce-stale"])
 def test_a_method_whose_steps_depend_on_more_is_refused(method):
-    with pytest.raises(ValueError, match=rf"without teachers or stale partners, got {method}; "):
+    with pytest.raises(ValueError, match=rf"without teachers or stale partners, got {method}, "):
         training_of(small_run(method))
+
+
+def test_a_run_that_goes_on_from_another_is_refused():
+    going_on = small_run(optimisation=Optimisation(epochs=3, go_on_from=(1,)))
+    with pytest.raises(
+        ValueError, match=r"go_on_from empty, got \[1\]; audit what it is made from"
+    ):
+        training_of(going_on)
 
 
 def test_a_trace_begins_with_its_training(tmp_path, monkeypatch):

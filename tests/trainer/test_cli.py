@@ -1,16 +1,22 @@
 """The command line: what it prints, what it refuses, and how it is interrupted."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from churn_trainer import cli
 from churn_trainer.config import Data, Model, Optimisation, Run, Seeds, Synthetic
 from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS, Method
 from churn_trainer.models import NETWORKS
 from churn_trainer.run_folder import Busy, read_runs
+from test_train import environment
 from typer.testing import CliRunner
 
 
@@ -115,15 +121,93 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--config", "nowhere.toml"), "the settings file must exist, got nowhere.toml; check"),
         (("--config", "seeds.toml"), "seeds must be a table of settings, got 3"),
         (("--data-train-rows", 5), "train_rows must be in [10, 1787], got 5"),
+        (("--data-validation-rows", 55), "validation_rows must be 0 or in [10, 50], got 55; every"),
+        (("--config", "x.toml"), "x.toml must hold TOML, got: a folder; correct it there"),
+        (("--config", "deep.json"), "the number of hidden layers must be at most 1000, got 3000"),
+        (("--seed", "1" * 400), "seeds.split must be within 2^63, got a number of 400 digits"),
+        (("--learning-rate", "1" * 400), "learning_rate must be a finite number above 0, got inf"),
+        (("--runs", 10**8), "runs must be at most 100000, got 100000000; 1 is the default"),
+        (("--devices", 10**8), "devices must be at most 1024, got 100000000; 1 trains in this"),
+        (("--model-hidden", 10**9, "--model-hidden", 10**9), "weights and gradients must fit into"),
+        (("--model-hidden", 9 * 10**18), "weights and gradients must fit into the"),
+        (("--method", "ensemble", "--model-hidden", 10**8), "gradients must fit into the"),
+        (
+            ("--data", "multi-view", "--synthetic-dimension", 10**12, "--data-train-rows", 0),
+            "the data that are drawn must fit into the",
+        ),
+        (
+            ("--data", "prototypes", "--synthetic-classes", 10**12, "--data-train-rows", 0),
+            "the data that are drawn must fit into the",
+        ),
+        (("--data-crop-padding", 16000, "--batch-rows", 60), "a minibatch must fit into the"),
+        (("--method-top-k", 11), "method.top_k must be at most 10, the classes of digits, got 11"),
+        (
+            ("--model", "json:dumps", "--trust", "json"),
+            "got: TypeError: dumps() takes 1 positional",
+        ),
+        (("--batch-rows", 99, "--drop-last"), "batch_rows must be at most the 60 training rows"),
+        (("--epochs", 2, "--go-on-from", 2), "must rise from 1 and stay below epochs = 2, got [2]"),
     ],
 )
 def test_train_explains_wrong_settings(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "seeds.toml").write_text("seeds = 3")
-    done = train(tmp_path / "out", *arguments)
+    (tmp_path / "x.toml").mkdir()
+    (tmp_path / "deep.json").write_text(json.dumps({"model": {"hidden": [8] * 3000}}))
+    line = ["train", "--out", tmp_path / "out", "--accelerator", "cpu", *TINY[:4], *arguments]
+    done = CliRunner().invoke(cli.app, list(map(str, line)))
     assert done.exit_code == 2, done.output
     assert message in one_line(done.stderr)
     assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()  # nothing had begun
+
+
+def test_a_finished_run_goes_on_from_the_command_line(tmp_path):
+    assert train(tmp_path).exit_code == 0
+    done = train(tmp_path, "--epochs", 4, "--go-on-from", 2)
+    assert done.exit_code == 0, done.output
+    said = one_line(done.stderr)
+    assert [said.count(word) for word in ("skipped", "resumed", "finished")] == [1, 1, 1]
+    assert "after step 4" in said
+    unkept = train(tmp_path / "unkept", "--no-keep-checkpoint")
+    assert unkept.exit_code == 0
+    done = train(tmp_path / "unkept", "--epochs", 4, "--go-on-from", 2)
+    assert done.exit_code == 2
+    assert "checkpoint.pt must hold the end of the run that go_on_from names" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "lightning_fabric", "sklearn.datasets"])
+def test_a_package_that_is_not_installed_is_named_in_one_line(missing, tmp_path):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; sys.argv[0] = 'churn-train'\n"
+        "from churn_trainer.__main__ import main; main()"
+    )
+    line = [sys.executable, "-c", code, "train", "--out", str(tmp_path / "out")]
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "churn-train: the trainer's packages must be installed, got no "
+        f"{missing.partition('.')[0]}; pip install 'churn-kernels[trainer]'"
+    ]
+
+
+def test_the_command_is_the_one_that_names_them():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["churn-train"] == "churn_trainer.__main__:main"
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")]
+)
+def test_memory_that_does_not_suffice_is_said(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "train", fail)
+    done = train(tmp_path)
+    assert done.exit_code == 2
+    assert "memory must hold models and minibatches, got: " in one_line(done.stderr)
+    assert "make them smaller" in one_line(done.stderr)
 
 
 def test_a_file_is_no_folder_of_runs(tmp_path):

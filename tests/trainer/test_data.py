@@ -4,11 +4,12 @@ import importlib
 import io
 import pickle
 import sys
+import time
 
 import pytest
 import torch
 from churn_trainer.config import Data, Optimisation, Run, Synthetic
-from churn_trainer.data import DATASETS, digits, images, load_dataset, split_rows
+from churn_trainer.data import DATASETS, digits, hold_out, images, load_dataset, split_rows
 from churn_trainer.data.dataset import Dataset
 from PIL import Image
 from small_study import batches
@@ -340,6 +341,46 @@ def test_hugging_face_data_that_does_not_fit_is_explained(cifar, hub_cache, tmp_
         ValueError, match=r"data set 'no/such' must be a folder or a name on the Hub"
     ):
         load_dataset(Data(name="cifar10", path="no/such"))
+
+
+def test_validation_rows_are_drawn_by_class_out_of_the_training_rows():
+    rows = split_rows(digits(), Data(), 0)[0]
+    kept, held = hold_out(digits(), rows, 50, 0)
+    assert sorted([*kept.tolist(), *held.tolist()]) == rows.tolist()
+    assert held.tolist() == sorted(held.tolist())
+    assert digits().labels[held].bincount().tolist() == [5] * 10
+    assert torch.equal(hold_out(digits(), rows, 50, 0)[1], held)
+    assert not torch.equal(hold_out(digits(), rows, 50, 1)[1], held)
+    assert [len(part) for part in hold_out(digits(), rows, 0, 0)] == [300, 0]
+    for count in (9, 291):
+        message = rf"validation_rows must be 0 or in \[10, 290\], got {count}; every class"
+        with pytest.raises(ValueError, match=message):
+            hold_out(digits(), rows, count, 0)
+    labels = torch.tensor([0, 0, 0, 0, 1])
+    lone = Dataset("lone", labels, 2, (1,), labels[:, None].float().__getitem__, is_image=False)
+    with pytest.raises(ValueError, match=r"validation_rows 2 must leave every class .*; take more"):
+        hold_out(lone, torch.arange(5), 2, 0)
+
+
+def test_without_a_network_the_hub_s_data_end_at_once(tmp_path, monkeypatch):
+    datasets, hub = pytest.importorskip("datasets"), pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    asked = []
+
+    class NoNetwork:
+        def head(self, address, timeout):
+            asked.append((address, timeout))
+            raise OSError("no route")
+
+    monkeypatch.setattr(hub.utils, "get_session", NoNetwork)
+    began = time.monotonic()
+    message = r"'uoft-cs/cifar10' must be a folder .*; check the name and the connection, or downl"
+    with pytest.raises(ValueError, match=message):
+        load_dataset(Data(name="cifar10"))
+    assert time.monotonic() - began < 5  # it is asked once; its own retries take half a minute
+    assert asked == [(hub.constants.ENDPOINT, 5.0)]
+    assert not datasets.config.HF_HUB_OFFLINE
+    assert not hub.constants.HF_HUB_OFFLINE
 
 
 def test_a_class_count_that_does_not_match_is_explained(cifar, hub_cache, tmp_path):

@@ -1,8 +1,10 @@
 """Settings: what they refuse, what they are read from and written to, and what names them."""
 
 import dataclasses
+import datetime
 import json
 import math
+import os
 import tomllib
 
 import pytest
@@ -87,6 +89,49 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         (lambda: Options(devices=0), "devices must be at least 1, got 0; 1 trains in this process"),
         (lambda: Options(curve_points=0), "curve_points must be at least 1, got 0; the last point"),
         (lambda: Options(checkpoint_seconds=-1), "seconds must be a finite .* got -1; 0 saves aft"),
+        (lambda: Optimisation(epochs=10**7), "epochs must be at most 1000000, got 10000000; one"),
+        (lambda: Optimisation(accumulate=0), "accumulate must be at least 1, got 0; 1 takes a min"),
+        (lambda: Optimisation(optimizer="adam"), "optimizer must be one of sgd, adamw, got 'adam'"),
+        (lambda: Optimisation(beta1=1), r"beta1 must be in \[0, 1\), got 1; 0.9 is the default"),
+        (
+            lambda: Optimisation(beta2=-1),
+            r"beta2 must be in \[0, 1\), got -1; 0.999 is the default",
+        ),
+        (
+            lambda: Optimisation(epsilon=0),
+            "epsilon must be a finite number above 0, got 0; 1e-8 is",
+        ),
+        (
+            lambda: Optimisation(optimizer="adamw", momentum=0.5),
+            "momentum must be left at 0.9 with adamw, got 0.5; it is a setting of sgd",
+        ),
+        (
+            lambda: Optimisation(optimizer="adamw", nesterov=True),
+            "nesterov must be left at False with adamw, got True; it is a setting of sgd",
+        ),
+        (
+            lambda: Optimisation(amsgrad=True),
+            "amsgrad must be left at False with sgd, got True; it is a setting of adamw",
+        ),
+        (
+            lambda: Optimisation(best="loss"),
+            "best must be one of cross_entropy, accuracy, last, go",
+        ),
+        (
+            lambda: Optimisation(epochs=5, go_on_from=(3, 5)),
+            r"go_on_from must rise from 1 and stay below epochs = 5, got \[3, 5\]; raise epochs to",
+        ),
+        (lambda: Optimisation(go_on_from=(0,)), r"must rise from 1 and stay .* got \[0\]; raise"),
+        (lambda: Data(validation_rows=-1), "validation_rows must be at least 0, got -1; 0 is the"),
+        (lambda: Data(image_size=10**9), "image_size must be at most 16384, got 1000000000; 0 is"),
+        (lambda: Model(hidden=(8,) * 3000), "of hidden layers must be at most 1000, got 3000; li"),
+        (lambda: Method(members=10**9), "members must be at most 1000, got 1000000000; 1 trains"),
+        (lambda: Method(teachers=10**9), "teachers must be at most 1000, got 1000000000; 0 learns"),
+        (
+            lambda: small_study(runs=10**8),
+            "at most 100000 runs, got 1400000000: 7 methods x 2 splits x 100000000 runs; lower one",
+        ),
+        (lambda: Options(devices=10**6), "devices must be at most 1024, got 1000000; 1 trains in"),
         (lambda: Optimisation(decay=0), "decay must be a finite number above 0, got 0; 0.1 is"),
         (lambda: Optimisation(warmup_epochs=-1), "warmup_epochs must be at least 0, got -1; 0 is"),
         (lambda: Optimisation(nesterov=True, momentum=0), "nesterov must go with a momentum above"),
@@ -135,6 +180,18 @@ def test_wrong_settings_say_what_is_wanted(make, message):
         ({"data": {"synthetic": {"clases": 3}}}, "'data.synthetic.clases'; did you mean 'classes'"),
         ({"method": {"name": "skll"}}, "method must be one of baseline, .* did you mean 'skl"),
         ({"method": {"name": 3}}, "method.name must be a text, got 3; correct its type"),
+        (
+            {"seeds": {"order": 10**400}},
+            "order must be within 2.63, got a number of 401 digits; co",
+        ),
+        ({"optimisation": {"decay": 10**400}}, "decay must be within 2.63, got a number of 401 d"),
+        ({"optimisation": {"milestones": [-(10**5000)]}}, "within 2.63, got a number of 5001 digi"),
+        (
+            {"data": {"name": ["x"] * 99}},
+            r"data.name must be a text, got \['x', .*\N{HORIZONTAL ELLIPSIS}; correct its",
+        ),
+        ({"model": {"options": {"a": float("nan")}}}, "model.options must hold texts, finite numb"),
+        ({"model": {"options": {"a": datetime.date(2020, 1, 1)}}}, "got: Object of type date is n"),
     ],
 )
 def test_a_wrong_file_names_the_setting_and_the_nearest(values, message):
@@ -150,12 +207,31 @@ def test_a_wrong_file_names_the_setting_and_the_nearest(values, message):
         ("run.json", b"{", r"run.json must hold JSON, got: .*; correct it there"),
         ("run.json", b"\xff\xfe", r"run.json must hold JSON, got: .*; correct it there"),
         ("run.json", b"[1]", "run.json must hold tables of settings, got a list"),
+        ("run.json", b"[" * 100_000, "run.json must hold JSON, got: .*; correct it there"),
+        ("run.toml", b"a = " + b"[" * 100_000, "run.toml must hold TOML, got: .*; correct it th"),
+        ("run.json", b"[" + b"1" * 5000 + b"]", "run.json must hold JSON, got: .*digits.*; corre"),
+        ("run.toml", b"a = " + b"1" * 5000, "run.toml must hold TOML, got: .*digits.*; correct"),
+        ("run.toml", b"#" * 2**21, "run.toml must hold TOML, got: 2097152 bytes, where 1048576 ho"),
     ],
 )
 def test_a_file_that_is_no_settings_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_settings(tmp_path / name)
+
+
+def test_what_is_no_file_or_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "x.toml").mkdir()
+    with pytest.raises(ValueError, match=r"x.toml must hold TOML, got: a folder; correct it"):
+        read_settings(tmp_path / "x.toml")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe.json must hold JSON, got: no file; correct it"):
+        read_settings(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(ValueError, match=r"loop.json must be readable, got: .*; check who may"):
+        read_settings(tmp_path / "loop.json")
+    with pytest.raises(ValueError, match=r"toml must be readable, got: File name too long; check"):
+        read_settings(tmp_path / ("x" * 300 + ".toml"))
 
 
 def test_a_missing_file_is_named(tmp_path):

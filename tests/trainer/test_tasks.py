@@ -135,6 +135,22 @@ def test_repetitions_take_turns_with_the_numbers_of_threads(tmp_path):
     assert [task.threads for task in tasks] == [1, 2, 5, 1]
 
 
+def test_what_a_run_goes_on_from_comes_before_it_and_leaves_its_checkpoint(tmp_path, threads):
+    threads(1)
+    runs = [
+        small_run(seeds=Seeds(order=number), optimisation=Optimisation(epochs=5, go_on_from=(1, 3)))
+        for number in (0, 1)
+    ]
+    tasks = make_tasks(runs, tmp_path, Options())
+    assert [task.runs[0].optimisation.epochs for task in tasks] == [1, 3, 5]
+    assert [task.keep for task in tasks] == [True, True, False]
+    assert [task.after for task in tasks] == [set(), {0}, {0, 1}]
+    assert [task.cost for task in tasks] == [2, 4, 4]
+    for task in tasks:
+        task.train(tmp_path, Options(), lambda event: None)
+    assert all(RunFolder(tmp_path / run.id).status == "finished" for run in runs)
+
+
 def test_finished_runs_are_no_task(tmp_path):
     runs = [small_run("baseline"), small_run("self-distillation")]
     train(runs[:1], tmp_path)
@@ -194,7 +210,7 @@ def test_students_of_failed_teachers_are_given_up(tmp_path):
         ("self-distillation", "skl"), tmp_path, [Ended("broke")], retries=0
     )
     assert workers.order == ["baseline", "skl"]
-    assert failed == {"self-distillation": "its teachers failed", "skl": None}
+    assert failed == {"self-distillation": "a run that it needs failed", "skl": None}
 
 
 def test_an_interruption_stops_the_workers(tmp_path):

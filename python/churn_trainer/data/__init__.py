@@ -95,6 +95,35 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
     return torch.from_numpy(np.sort(train)), torch.from_numpy(test)
 
 
+def hold_out(dataset: Dataset, rows: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The training rows without `count` of them, drawn at random by class, and those; ascending.
+
+    Raises: ValueError if that leaves a class without rows on either side.
+    """
+    if not count:
+        return rows, rows[:0]
+    if not dataset.classes <= count <= len(rows) - dataset.classes:
+        raise ValueError(
+            f"validation_rows must be 0 or in [{dataset.classes}, {len(rows) - dataset.classes}], "
+            f"got {count}; every class needs rows on both sides of the {len(rows)} training rows"
+        )
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, held = train_test_split(
+            rows.numpy(),
+            test_size=count,
+            stratify=dataset.labels[rows].numpy(),
+            random_state=derive_seed(seed, Draw.SPLIT, 1) % 2**32,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"validation_rows {count} must leave every class rows on both sides, got: {error}; "
+            "take more training rows"
+        ) from None
+    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(held))
+
+
 def digits() -> Dataset:
     """1797 scanned handwritten digits of 8 x 8 pixels (UCI; bundled with scikit-learn)."""
     from sklearn.datasets import load_digits

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from churn_kernels._splitmix import mixed, shifted, signed
-from churn_trainer.config import Data, Draw, Run
-from churn_trainer.data import split_rows
+from churn_trainer.config import Data, Draw, Optimisation, Run
+from churn_trainer.data import hold_out, split_rows
 from churn_trainer.data.dataset import Dataset
-from churn_trainer.settings import derive_seed
+from churn_trainer.settings import check_memory, derive_seed
 
 STATISTICS_ROWS = 10_000
 """Mean and deviation are taken over at most this many training rows, evenly spaced."""
@@ -45,7 +45,9 @@ class Batches:
 
     Attributes:
         train_rows, test_rows: (R, n) and (R, N) rows of the data set.
+        validation_rows: (R, V), kept out of the training rows.
         steps: minibatches an epoch.
+        epoch_rows: rows that an epoch trains on.
     """
 
     def __init__(
@@ -58,18 +60,22 @@ class Batches:
     ):
         self.runs, self.dataset, self.device = runs, dataset, device
         self.rank, self.ranks = rank, ranks
-        self.data, self.batch_rows = runs[0].data, runs[0].optimisation.batch_rows
-        splits = {
-            seed: split_rows(dataset, self.data, seed)
-            for seed in dict.fromkeys(run.seeds.split for run in runs)
-        }
-        moments = {seed: self._moments(train) for seed, (train, _) in splits.items()}
+        self.data, self.optimisation = runs[0].data, runs[0].optimisation
+        self.batch_rows = self.optimisation.batch_rows
+        splits = {}
+        for seed in dict.fromkeys(run.seeds.split for run in runs):
+            train, test = split_rows(dataset, self.data, seed)
+            kept, held = hold_out(dataset, train, self.data.validation_rows, seed)
+            splits[seed] = kept, test, held
+        moments = {seed: self._moments(train) for seed, (train, _, _) in splits.items()}
         seeds = [run.seeds.split for run in runs]
         self.train_rows = torch.stack([splits[seed][0] for seed in seeds])
         self.test_rows = torch.stack([splits[seed][1] for seed in seeds])
+        self.validation_rows = torch.stack([splits[seed][2] for seed in seeds])
         self.mean = torch.stack([moments[seed][0] for seed in seeds])[:, None].to(device)
         self.scale = torch.stack([moments[seed][1] for seed in seeds])[:, None].to(device)
-        self.steps = math.ceil(self.train_rows.shape[1] / self.batch_rows)
+        sizes = minibatch_sizes(self.train_rows.shape[1], self.optimisation)
+        self.steps, self.epoch_rows = sizes.steps, sizes.rows
         self._epoch, self._order = -1, self.train_rows
         self._thread = None if dataset.in_memory else ThreadPoolExecutor(1, "minibatches")
         self._ahead: tuple[int, Future[Minibatch]] | None = None
@@ -109,11 +115,19 @@ class Batches:
     def rows(self, step: int) -> int:
         """Rows of each run's whole minibatch `step`: an epoch's last may have fewer."""
         start = step % self.steps * self.batch_rows
-        return min(self.batch_rows, self.train_rows.shape[1] - start)
+        return min(self.batch_rows, self.epoch_rows - start)
+
+    def parts(self, step: int) -> int:
+        """Parts of minibatch `step` that go through the network one after the other."""
+        return parts_of(self.rows(step), self.optimisation.accumulate, self.ranks)
 
     def test(self, rows: slice) -> Tensor:
-        """Inputs of some test rows, (R, b, *shape); cut to the middle where training crops."""
-        inputs = self._fetch(self.test_rows[:, rows])
+        """Inputs of some test rows, (R, b, *shape); see `held_out`."""
+        return self.held_out(self.test_rows[:, rows])
+
+    def held_out(self, rows: Tensor) -> Tensor:
+        """Inputs of rows (R, b) that do not train; cut to the middle where training crops."""
+        inputs = self._fetch(rows)
         if self.data.crop_size:
             top, left = ((side - self.data.crop_size) // 2 for side in inputs.shape[-2:])
             size = self.data.crop_size
@@ -128,6 +142,11 @@ class Batches:
     def test_labels(self) -> Tensor:
         """(R, N) int64, on the CPU."""
         return self.dataset.labels[self.test_rows]
+
+    @property
+    def validation_labels(self) -> Tensor:
+        """(R, V) int64, on the CPU."""
+        return self.dataset.labels[self.validation_rows]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,6 +176,56 @@ class Batches:
         inputs = self.dataset.fetch(some).float()
         over = (0,) if self.dataset.per_pixel else (0, 2, 3)
         return moments(inputs, over)
+
+
+class Sizes(NamedTuple):
+    """The minibatches of an epoch."""
+
+    steps: int
+    rows: int
+    """Rows that train."""
+    smallest: int
+    """Rows of the smallest minibatch."""
+
+
+def minibatch_sizes(rows: int, optimisation: Optimisation) -> Sizes:
+    """The minibatches of an epoch over `rows` training rows.
+
+    Raises: ValueError if they do not fill one, and what does not is to be dropped.
+    """
+    whole, rest = divmod(rows, optimisation.batch_rows)
+    if optimisation.drop_last and not whole:
+        raise ValueError(
+            f"batch_rows must be at most the {rows} training rows with drop_last, got "
+            f"{optimisation.batch_rows}; no minibatch would be left"
+        )
+    if not rest or optimisation.drop_last:
+        return Sizes(whole, whole * optimisation.batch_rows, optimisation.batch_rows)
+    return Sizes(whole + 1, rows, rest)
+
+
+def parts_of(rows: int, accumulate: int, ranks: int = 1) -> int:
+    """Parts of a minibatch of `rows` rows over all processes: each has a row in every part."""
+    return max(1, min(accumulate, rows // ranks))
+
+
+def check_minibatch(run: Run, dataset: Dataset, rows: int) -> None:
+    """Raises ValueError if a minibatch, padded for its crops, does not fit into memory."""
+    values = math.prod(side + 2 * run.data.crop_padding for side in dataset.shape[1:])
+    count = min(run.optimisation.batch_rows, rows) * dataset.shape[0] * values
+    check_memory("a minibatch", 4 * count, "lower batch_rows, or the size of the images")
+
+
+def fewest_rows(rows: int, optimisation: Optimisation, ranks: int = 1) -> int:
+    """Rows of the smallest pass of a training on `rows` rows: some process's part of a minibatch.
+
+    Raises: ValueError as `minibatch_sizes`.
+    """
+    sizes = minibatch_sizes(rows, optimisation)
+    minibatches = (min(optimisation.batch_rows, rows), sizes.smallest)
+    return min(
+        size // ranks // parts_of(size, optimisation.accumulate, ranks) for size in minibatches
+    )
 
 
 def moments(inputs: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:

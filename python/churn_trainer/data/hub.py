@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from PIL import Image
 from churn_trainer.config import Data
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.data.images import image_fetch
+
+REACHED_SECONDS = 5.0
+"""Time in which the Hub has to answer."""
 
 INSTALL = "pip install 'churn-kernels[trainer]'"
 
@@ -141,12 +146,32 @@ def _parts(path: str, source: Source) -> Any:
         if files:
             return library.load_dataset("parquet", data_files=files)
         configuration = source.configuration if path == source.path else None
-        return library.load_dataset(path, configuration)
+        with _without_retries(library):
+            return library.load_dataset(path, configuration)
     except Exception as error:  # the library's own, the network's, the files'
         raise ValueError(
             f"data set {path!r} must be a folder or a name on the Hub that can be read, got "
-            f"{type(error).__name__}: {error}; check the name and the connection"
+            f"{type(error).__name__}: {error}; check the name and the connection, or download it "
+            "elsewhere and name its folder (--data-path)"
         ) from None
+
+
+@contextmanager
+def _without_retries(library: Any) -> Iterator[None]:
+    """Where the Hub cannot be reached, reads what an earlier download stored, and fails at once."""
+    hub = importlib.import_module("huggingface_hub")
+    switches = ((library.config, "HF_HUB_OFFLINE"), (hub.constants, "HF_HUB_OFFLINE"))
+    before = [getattr(place, name) for place, name in switches]
+    try:
+        hub.utils.get_session().head(hub.constants.ENDPOINT, timeout=REACHED_SECONDS)
+    except Exception:  # of whichever library it speaks HTTP with
+        for place, name in switches:
+            setattr(place, name, True)
+    try:
+        yield
+    finally:
+        for (place, name), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
 
 
 def _classes(path: str, part: Any, source: Source) -> int:

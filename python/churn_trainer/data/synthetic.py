@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from churn_trainer.config import Synthetic
 from churn_trainer.data.dataset import Dataset
-from churn_trainer.settings import derive_seed
+from churn_trainer.settings import check_memory, derive_seed
 
 
 def multi_view(settings: Synthetic) -> Dataset:
@@ -28,7 +28,7 @@ def multi_view(settings: Synthetic) -> Dataset:
             f"synthetic.dimension must be at least {2 * classes}, two orthogonal features for each "
             f"of {classes} classes, got {dimension}; raise it or lower synthetic.classes"
         )
-    generator = _generator(settings)
+    generator = _generator(settings, settings.patches)
     basis = torch.linalg.qr(torch.randn(dimension, 2 * classes, generator=generator)).Q.T
     features = basis.reshape(classes, 2, dimension)
 
@@ -82,7 +82,11 @@ def prototypes(settings: Synthetic) -> Dataset:
     return _dataset("prototypes", settings, generator, draw)
 
 
-def _generator(settings: Synthetic) -> Generator:
+def _generator(settings: Synthetic, patches: int = 1) -> Generator:
+    """What the set is drawn from. Raises: ValueError if it does not fit into memory."""
+    rows = max(settings.train_rows + settings.test_rows, settings.classes)
+    remedy = "lower synthetic.train_rows, test_rows, classes or dimension"
+    check_memory("the data that are drawn", 4 * rows * patches * settings.dimension, remedy)
     return Generator().manual_seed(derive_seed(settings.seed))
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import math
+import os
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
 from churn_trainer.config import Model
 from churn_trainer.models.networks import MLP, LeNet5, SmallCNN
@@ -61,44 +69,120 @@ def build_model(model: Model, shape: Shape, classes: int, trust: Sequence[str] =
         classes: C.
         trust: packages whose code may be imported for `package.module:Name`. A settings file can
             name any; nothing is imported that the caller did not name here.
-    Raises: ValueError for a name that is unknown or not trusted.
+    Raises: ValueError for a name that is unknown or not trusted, and for what makes no network.
     """
     if model.name in NETWORKS:
         _refuse_options(model)
-        network = NETWORKS[model.name][1](model, shape, classes)
-    elif model.name.startswith(TIMM):
-        network = _from_timm(model, shape, classes)
-    elif ":" in model.name:
-        network = _imported(model.name, trust)(shape, classes, **model.options)
-    else:
-        hint = nearest(model.name, NETWORKS) or "or timm:NAME, or package.module:Name"
+        return NETWORKS[model.name][1](model, shape, classes)
+    if model.name.startswith(TIMM):
+        return _from_timm(model, shape, classes)
+    if ":" in model.name:
+        make = _imported(model.name, trust)
+        return _made(model.name, lambda: make(shape, classes, **model.options), shape)
+    hint = nearest(model.name, NETWORKS) or "or timm:NAME, or package.module:Name"
+    raise ValueError(f"model.name must be one of {', '.join(NETWORKS)}, got {model.name!r}; {hint}")
+
+
+def count_weights(model: Model, shape: Shape, classes: int) -> float:
+    """Numbers in a network of `NETWORKS`, without making them; 0 for what only making it tells."""
+    if model.name not in NETWORKS:
+        return 0
+    try:
+        with torch.device("meta"):
+            network = build_model(model, shape, classes)
+    except RuntimeError:  # more than can be counted
+        return math.inf
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def check_logits(
+    name: str, network: nn.Module, shape: Shape, classes: int, fewest: int = 2
+) -> None:
+    """Passes over zeros, in evaluation and in training; they change no weight and no statistic.
+
+    Args:
+        name, network: of the model.
+        shape, classes: of the data.
+        fewest: rows of the training's smallest pass.
+    Raises: ValueError unless the network maps (B, *shape) inputs to (B, classes) logits, has a
+        weight to train, and takes as few rows in training.
+    """
+    if not any(weight.requires_grad for weight in network.parameters()):
         raise ValueError(
-            f"model.name must be one of {', '.join(NETWORKS)}, got {model.name!r}; {hint}"
+            f"model {name} must have weights that can be trained, got none; register them as "
+            "parameters that require gradients"
+        )
+    try:
+        results = [_pass(network, shape, training=training) for training in (False, True)]
+    except Exception as error:  # of anybody's code
+        raise ValueError(
+            f"model {name} must take inputs of shape {shape}, got: {_reason(error)}; choose "
+            "another model, or other images with data.image_size"
+        ) from None
+    for result in results:
+        if not isinstance(result, Tensor):
+            raise ValueError(
+                f"model {name} must return one tensor, its logits (B, {classes}), in training and "
+                f"in evaluation, got a {type(result).__name__}; return the logits alone"
+            )
+        if tuple(result.shape) != (2, classes):
+            raise ValueError(
+                f"model {name} must map 2 inputs to logits (2, {classes}), got "
+                f"{tuple(result.shape)}; give it {classes} outputs, one a class"
+            )
+    if fewest < 2:
+        try:
+            _pass(network, shape, training=True, rows=1)
+        except Exception as error:  # batch norm has no variance of one row
+            raise ValueError(
+                f"model {name} must train on a single row, which the last minibatch of an epoch or "
+                f"a part of it comes to, got: {_reason(error)}; drop it with drop_last = true "
+                "(--drop-last), change batch_rows, or lower accumulate"
+            ) from None
+
+
+def _pass(network: nn.Module, shape: Shape, training: bool, rows: int = 2) -> Any:
+    """What the network makes of zeros, on copies of its weights and statistics."""
+    before = network.training
+    tensors = (*network.named_parameters(), *network.named_buffers())
+    copies = {name: tensor.detach().clone() for name, tensor in tensors}
+    try:
+        with torch.no_grad():
+            return functional_call(network.train(training), copies, (torch.zeros(rows, *shape),))
+    finally:
+        network.train(before)
+
+
+def _made(name: str, make: Callable[[], Any], shape: Shape) -> nn.Module:
+    """The network that somebody's code makes. Raises: ValueError if it makes none."""
+    try:
+        network = make()
+        if isinstance(network, nn.Module) and any(map(is_lazy, network.parameters())):
+            with torch.no_grad():  # the first pass makes the weights
+                network.eval()(torch.zeros(2, *shape))
+            network.train()
+    except (Exception, SystemExit) as error:  # of anybody's code
+        raise ValueError(
+            f"model {name} must make a network when called with shape and classes, got: "
+            f"{_reason(error)}; correct it there, or model.options"
+        ) from None
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"model {name} must make a torch.nn.Module, got a {type(network).__name__}; name a "
+            "class, or a function that returns one"
         )
     return network
 
 
-def check_logits(name: str, network: nn.Module, shape: Shape, classes: int) -> None:
-    """One pass over zeros, in evaluation, which changes neither weights nor statistics.
-
-    Raises: ValueError unless the network maps (B, *shape) inputs to (B, classes) logits.
-    """
-    training = network.training
-    try:
-        with torch.no_grad():
-            got = tuple(network.eval()(torch.zeros(2, *shape)).shape)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"model {name} must take inputs of shape {shape}, got: {error}; choose another model, "
-            "or other images with data.image_size"
-        ) from None
-    finally:
-        network.train(training)
-    if got != (2, classes):
-        raise ValueError(
-            f"model {name} must map 2 inputs to logits (2, {classes}), got {got}; "
-            f"give it {classes} outputs, one a class"
-        )
+def _reason(error: BaseException) -> str:
+    """What was raised, in one line, and where in somebody's own code."""
+    frames = [
+        f"{Path(frame.filename).name}, line {frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and "site-packages" not in frame.filename
+    ]
+    said = f"{type(error).__name__}: {error}".partition("\n")[0]
+    return f"{said} ({frames[-1]})" if frames else said
 
 
 def _refuse_options(model: Model) -> None:
@@ -117,12 +201,27 @@ def _imported(name: str, trust: Sequence[str]) -> Callable[..., nn.Module]:
             f"model.name {name!r} must be of a package that is trusted, got {list(trust)}; to run "
             f"its code, pass --trust {package} (trust=[{package!r}] in Python)"
         )
+    folder = os.getcwd()  # as for `python -m`, and for `churn-audit run`
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        return getattr(importlib.import_module(module), attribute)
+        made = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"model.name must be package.module:Name, got {name!r}: {error}; is it on the path?"
+            f"model.name must be package.module:Name, got {name!r}: {error}; is it on the path, or "
+            f"in {folder}?"
         ) from None
+    except (Exception, SystemExit) as error:  # of anybody's code
+        raise ValueError(
+            f"model.name must be package.module:Name, got {name!r}: {_reason(error)}; correct the "
+            "module"
+        ) from None
+    if not callable(made):
+        raise ValueError(
+            f"model.name must name a class or a function, got {name!r}, a {type(made).__name__}; "
+            "name what makes the network"
+        )
+    return made
 
 
 def _from_timm(model: Model, shape: Shape, classes: int) -> nn.Module:
@@ -142,6 +241,5 @@ def _from_timm(model: Model, shape: Shape, classes: int) -> nn.Module:
         hint = nearest(name, timm.list_models()) or "timm.list_models() has them all"
         raise ValueError(f"model.name must be a network of timm's, got {name!r}; {hint}")
     options: dict[str, Any] = {"drop_rate": model.dropout, **model.options}
-    return timm.create_model(
-        name, pretrained=False, num_classes=classes, in_chans=shape[0], **options
-    )
+    make = functools.partial(timm.create_model, name, pretrained=False, num_classes=classes)
+    return _made(model.name, lambda: make(in_chans=shape[0], **options), shape)
