@@ -1,13 +1,14 @@
-"""Files that are either complete or not there: nobody reads a half-written one."""
+"""Atomic file writes: readers never see a partial file."""
 
 import os
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces a file by `content`: killed at any moment, it is the old one or the new one.
+    """Replace a file's content; if killed at any moment, the file is the old or the new one.
 
-    One writer at a time: its scratch file has a fixed name, so that a killed one leaves no heap.
+    One writer at a time: the scratch file has a fixed name, so that killed writers do not
+    accumulate scratch files.
 
     Raises: OSError (full disk); the old file stays.
     """
