@@ -243,7 +243,7 @@ def test_logits(backend, logits, error, message):
         (
             T[:3],
             ValueError,
-            "target must have shape (4,), one class for each row of the logits, got (3,); for a",
+            "target must have shape (4,), one class for each row of the logits, got (3,); pass 4",
         ),
         (
             T[:, None],

@@ -373,7 +373,7 @@ BAD_REPORTS = {
         ([GOOD, GOOD], torch.zeros(4, dtype=torch.int64)),
         {},
         ValueError,
-        "target must have shape (3,), one class for each row of the logits, got (4,); for a",
+        "target must have shape (3,), one class for each row of the logits, got (4,); pass 3",
     ),
     "target device": (
         ([GOOD, GOOD], torch.zeros(3, dtype=torch.int64, device="meta")),
