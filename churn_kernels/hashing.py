@@ -126,10 +126,12 @@ def words_of(tensors: Sequence[Tensor], first: int = 0) -> Tensor:
     Args:
         first: number of elements before the tensor; only for a single tensor.
     """
+    if not any(map(_placements.is_placed, tensors)):
+        return _words_of_pieces([_whole(x, first) for x in tensors])
     pieces: list[Piece] = []
     counts = []
     for x in tensors:
-        found = _pieces(x, first)
+        found = _pieces(x) if _placements.is_placed(x) else [_whole(x, 0)]
         pieces += found
         counts.append(len(found))
     words = _words_of_pieces(pieces)
@@ -147,14 +149,23 @@ class Piece(NamedTuple):
     step: int
 
 
-def _pieces(x: Tensor, first: int) -> list[Piece]:
-    """The local part of a dense tensor."""
-    local, boxes = _placements.boxes(x) if _placements.is_placed(x) else (x, None)
-    bits = local.resolve_conj().resolve_neg().contiguous()
+def _whole(x: Tensor, first: int) -> Piece:
+    bits = _contiguous(x)
+    whole = bits.nbytes or 1
+    return Piece(bits, first * bits.element_size(), whole, whole)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    if x.is_contiguous() and not (x.is_conj() or x.is_neg()):
+        return x
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _pieces(x: Tensor) -> list[Piece]:
+    """What this process holds of a DTensor."""
+    local, boxes = _placements.boxes(x)
+    bits = _contiguous(local)
     size = bits.element_size()
-    if boxes is None:
-        whole = max(1, bits.nbytes)
-        return [Piece(bits, first * size, whole, whole)]
     return [
         Piece(bits.view(-1)[box.begin : box.end], box.first * size, box.run * size, box.step * size)
         for box in boxes

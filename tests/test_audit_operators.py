@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import churn_kernels as ck
 from churn_kernels import _ops
+from churn_kernels.audit import text
 from churn_kernels.audit.__main__ import main
 from churn_kernels.audit.selftest import PLACES, racy_sum, selftest
 
@@ -31,7 +33,7 @@ def test_selftest():
 
 def test_the_audit_is_caught_when_it_is_blind(monkeypatch):
     """The negative control: operators whose tensors nobody looks at."""
-    monkeypatch.setattr("churn_kernels.audit.operators.tensor_hash", lambda x: "")
+    monkeypatch.setattr("churn_kernels.audit.log.tensor_hash", lambda x: "")
     passed = [trial.place for trial in selftest(replays=2) if trial.passed]
     assert passed == ["data", "nowhere"]  # the data's order is a number among the arguments
 
@@ -108,6 +110,85 @@ def test_written_arguments_are_outputs_and_unwritten_memory_is_not():
     by_name = {o.name: o for o in first}
     assert by_name["aten.fill_.Scalar"].outputs == (ck.audit.tensor_hash(torch.full((1000,), 2.0)),)
     assert by_name["aten.add.out"].outputs == (ck.audit.tensor_hash(torch.full((1000,), 3.0)),)
+
+
+class Scratch(nn.Module):
+    """Memory that is held outside of the model's state, and overwritten whole in each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(4, 3)
+        self.scratch = torch.empty(4, 6)
+
+    def forward(self, x):
+        with torch.no_grad():
+            torch.mul(x, 2, out=self.scratch)
+            self.scratch.sub_(1)
+            parts = torch.empty(4, 4)
+            parts[:2], parts[2:] = self.scratch[:2, :4], self.scratch[2:, 2:]
+        return self.last(parts + torch.empty_like(parts).exponential_())
+
+
+class Alignment(nn.Module):
+    """A loss that is given a workspace, of which its kernel writes a part."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        scores = self.last(x).log_softmax(-1).expand(5, 4, 3)
+        wanted, lengths = torch.tensor([1, 2, 2, 1, 2, 1, 1]), torch.tensor([2, 1, 3, 1])
+        return nn.functional.ctc_loss(scores, wanted, torch.tensor([5, 4, 5, 3]), lengths)
+
+
+class Dirty(TorchDispatchMode):
+    """Memory that nothing has written holds other bytes in every replay."""
+
+    def __init__(self, replay):
+        super().__init__()
+        self.replay = replay
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func._schema.name.startswith("aten::empty"):
+            found.untyped_storage().fill_(self.replay + 1)
+        if func._schema.name == "aten::_ctc_loss":
+            for row, length in zip(found[1], args[2], strict=True):
+                row[length:] = self.replay
+        return found
+
+
+@pytest.mark.parametrize("make", [Model, Scratch, Alignment])
+def test_memory_that_nothing_has_written_is_no_input(make):
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    restore = ck.audit.snapshot(model, optimizer)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.ones(4, 6)).sum().backward()
+        optimizer.step()
+
+    found = ck.audit.find_operator(step, model, restore, replays=4, around=Dirty)
+    assert found.verdict == "none", found.operation
+
+
+def test_an_operator_that_reads_memory_that_nothing_has_written():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step():
+        garbage = torch.empty(4, 6)
+        garbage[:3] = 1.0
+        model(garbage.abs()).sum().backward()
+        optimizer.step()
+
+    found = ck.audit.find_operator(step, model, ck.audit.snapshot(model, optimizer))
+    assert (found.verdict, found.operation.name) == ("memory", "aten.abs.default")
+    assert text.of_finding(found) == "aten.abs.default reads memory that nothing has written"
 
 
 def test_a_step_that_takes_another_path():

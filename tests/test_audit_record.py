@@ -19,7 +19,9 @@ from torch import nn
 
 import churn_kernels as ck
 from churn_kernels import _ops
+from churn_kernels.audit import hashes
 from churn_kernels.audit.__main__ import main
+from churn_kernels.audit.replay import built, state_hashes
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
@@ -77,6 +79,7 @@ CHANGES = {
         "after_backward": at(3, lambda model, _: setattr(model[3].bias, "grad", None))
     },
     "parameters": {"before": at(3, lambda model, _: model[3].bias.data.mul_(2))},
+    "parameters after the loss": {"after_backward": at(3, lambda model, _: flip(model[3].bias))},
     "buffers": {"before": at(3, lambda model, _: flip(model[1].running_mean))},
     "numpy": {"before": at(3, lambda *_: np.random.rand())},  # noqa: NPY002
     "python": {"before": at(3, lambda *_: random.random())},
@@ -92,14 +95,15 @@ CHANGES = {
 FIRST = {
     "gradients": "gradients",
     "a gradient that is gone": "gradients",
-    "parameters": "loss",
+    "parameters": "parameters before",
+    "parameters after the loss": "parameters before",
     "buffers": "buffers",
-    "numpy": "random state",
-    "python": "random state",
-    "torch": "random state",
-    "learning rate": "parameters",
-    "state": "parameters",
-    "settings": "optimizer",
+    "numpy": "random state of NumPy before",
+    "python": "random state of Python before",
+    "torch": "random state of PyTorch before",
+    "learning rate": "learning rate before",
+    "state": "optimizer before",
+    "settings": "note before",
 }
 
 
@@ -119,8 +123,47 @@ def test_equal_runs_are_equal(tmp_path):
 
 def test_another_seed_shows_before_the_first_step(tmp_path):
     found = first_difference(tmp_path, seed=1)
-    assert found.difference.step == 0
-    assert "parameters" in found.difference.also
+    assert (found.difference.step, found.difference.first) == (0, "parameters")
+    (generator,) = found.generators
+    assert (generator.name, generator.drawn) == ("random state of PyTorch", None)
+
+
+def test_a_generator_that_nobody_draws_from_is_a_note(tmp_path, capsys):
+    """Processes that seed PyTorch alone begin with other states of NumPy's and Python's."""
+    run(tmp_path / "a")
+    np.random.rand()  # noqa: NPY002
+    run(tmp_path / "b")
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"the runs have the same bits in all {STEPS} steps that both have")
+    note = "note: random state of NumPy differs from the start; nothing was drawn from it"
+    assert note in out
+
+
+def draw(step, model, optimizer):
+    if step == 2:
+        np.random.rand()  # noqa: NPY002
+
+
+def test_what_differs_after_a_generator_is_named_all_the_same(tmp_path, capsys):
+    run(tmp_path / "a", before=draw)
+
+    def draw_and_change(step, model, optimizer):
+        draw(step, model, optimizer)
+        if step == 4:
+            optimizer.param_groups[0]["lr"] = 0.02
+
+    run(tmp_path / "b", before=draw_and_change)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("the runs part ways before step 2: random state of NumPy\n")
+    assert "anything else differs before step 4 first: learning rate 0.01 against 0.02\n" in out
+    note = "note: random state of NumPy differs from the start; step 2 is the first that was drawn"
+    assert note in out
+    assert main(["diff", "--json", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["then"] == {"step": 4, "first": "learning rate before"}
+    assert data["generators"] == {"random state of NumPy": 2}
 
 
 def test_recording_changes_nothing(tmp_path):
@@ -146,10 +189,29 @@ def test_other_settings_are_named(tmp_path, threads):
     assert len(hashes) == 2
 
 
+def test_an_untouched_state_is_hashed_once_a_step(tmp_path, monkeypatch):
+    """Before a step the parameters alone are hashed again."""
+    counts = []
+    words_of = hashes.words_of
+    monkeypatch.setattr(
+        hashes, "words_of", lambda tensors: counts.append(len(tensors)) or words_of(tensors)
+    )
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with ck.audit.record(tmp_path / "a", model, optimizer):
+        for _ in range(3):
+            counts.clear()
+            model(torch.randn(5, 4)).sum().backward()
+            optimizer.step()
+    parameters, buffers, gradients, state = 4, 3, 4, 4
+    assert counts == [parameters, buffers, gradients, state, parameters]
+
+
 def test_a_step_is_a_few_hundred_bytes(tmp_path):
     run(tmp_path / "a")
     lines = (tmp_path / "a").read_bytes().splitlines()
-    assert max(map(len, lines[1:])) < 500
+    assert max(map(len, lines[2:])) < 500
+    assert len(lines[1]) < 1000  # all settings, once
     assert len(lines) == STEPS + 2
 
 
@@ -190,10 +252,10 @@ def test_what_is_no_trace(content, tmp_path):
 
 
 def test_another_format(tmp_path, monkeypatch):
-    monkeypatch.setattr("churn_kernels.audit.trace.FORMAT", 2)
+    monkeypatch.setattr("churn_kernels.audit.trace.FORMAT", 1)
     run(tmp_path / "a")
     monkeypatch.undo()
-    message = "was written in format 2, this version reads 1; read it with the version of"
+    message = "was written in format 1, this version reads 2; read it with the version of"
     with pytest.raises(ck.audit.TraceError, match=message):
         ck.audit.Trace.load(tmp_path / "a")
 
@@ -345,25 +407,23 @@ def test_a_run_that_was_killed_keeps_its_steps(tmp_path):
 
 def test_devices_of_the_tensors_do_not_show(monkeypatch):
     """Adam's step counts stay on the CPU while its moments go with the parameters."""
-    recording = sys.modules["churn_kernels.audit.record"]
     torch.manual_seed(0)
     tensors = [(f"{i}", torch.randn(2 + i) if i % 2 else torch.tensor(float(i))) for i in range(6)]
     tensors.insert(2, ("none", None))
-    want = recording.tensors_hash(tensors)()
-    monkeypatch.setattr(recording, "_device_of", lambda x: "cuda" if x.ndim else "cpu")
-    assert recording.tensors_hash(tensors)() == want
-    assert recording.tensors_hash(tensors[::-1])() != want
+    want = hashes.tensors_hash(tensors)()
+    monkeypatch.setattr(hashes, "_device_of", lambda x: "cuda" if x.ndim else "cpu")
+    assert hashes.tensors_hash(tensors)() == want
+    assert hashes.tensors_hash(tensors[::-1])() != want
 
 
 def test_only_generators_that_a_model_draws_from_count(monkeypatch):
-    recording = sys.modules["churn_kernels.audit.record"]
-    model = nn.Linear(2, 2)
-    want = recording.random_state_hash(model)
+    training = ck.audit.Training(nn.Linear(2, 2), torch.optim.SGD([torch.ones(1)], 1), lambda n: 0)
+    want = state_hashes(training)["random state"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.ones(3, dtype=torch.uint8)])
-    assert recording.random_state_hash(model) == want
+    assert state_hashes(training)["random state"] == want
     torch.rand(())
-    assert recording.random_state_hash(model) != want
+    assert state_hashes(training)["random state"] != want
 
 
 def test_kinds_of_tensors(tmp_path):
@@ -428,9 +488,9 @@ def differs_first(tmp_path, change):
     ("change", "first"),
     [
         (lambda model: None, None),
-        (lambda model: model.weight.data.view(torch.int32)[1].add_(1), "parameters"),  # payload
-        (lambda model: model.weight.data[2:3].neg_(), "parameters"),
-        (lambda model: model.weight.data[3:4].neg_(), "parameters"),
+        (lambda model: model.weight.data.view(torch.int32)[1].add_(1), "parameters before"),
+        (lambda model: model.weight.data[2:3].neg_(), "parameters before"),
+        (lambda model: model.weight.data[3:4].neg_(), "parameters before"),
         (lambda model: model.graph.values().neg_(), "buffers"),
         (
             lambda model: setattr(
@@ -457,6 +517,104 @@ def test_a_model_without_data_is_refused(tmp_path):
     optimizer.step()  # no hook is left
 
 
+def refused(tmp_path, message, model=None, **state):
+    model = model or nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    with (
+        pytest.raises(ValueError, match=re.escape(message)),
+        ck.audit.record(tmp_path / "a", model, optimizer, state=state),
+    ):
+        pass
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ck.audit.snapshot(model, optimizer, state)
+    training = ck.audit.Training(model, optimizer, lambda n: None, state=state)
+    with pytest.raises(ck.audit.ReplayError, match=re.escape(message)):
+        built(lambda device: training, "cpu")
+
+
+def test_lazy_modules_are_refused(tmp_path):
+    message = (
+        "got lazy modules that have not been run: 1.weight, 1.bias; call it once on a batch before"
+    )
+    lazy = nn.Sequential(nn.ReLU(), nn.LazyLinear(3))
+    refused(tmp_path, f"model must have parameters with a shape, {message}", lazy)
+    refused(tmp_path, f"critic must have parameters with a shape, {message}", critic=lazy)
+
+
+def test_state_that_cannot_be_brought_back_is_refused(tmp_path):
+    class Half:
+        def state_dict(self):
+            return {}
+
+    kinds = "state must hold objects with state_dict and load_state_dict, tensors, random number "
+    refused(tmp_path, kinds, half=Half())
+    refused(
+        tmp_path,
+        "got 'batches', a generator; iterate over churn_kernels.audit.Rewindable of",
+        batches=(i for i in range(3)),
+    )
+    refused(tmp_path, "got 'pairs', a zip; iterate over", pairs=zip([1], [2], strict=True))
+    loader = torch.utils.data.DataLoader(range(3))
+    refused(
+        tmp_path,
+        "a torch.utils.data.dataloader.DataLoader; iterate over churn_kernels.audit",
+        loader=loader,
+    )
+    refused(
+        tmp_path,
+        "state's names must be none of random state, buffers, gradients, parameters, ",
+        buffers=nn.Linear(2, 2),
+    )
+
+
+def test_traces_of_other_named_state_are_not_compared(tmp_path):
+    for name, state in (("a", {}), ("b", {"other": nn.Linear(2, 2)})):
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with ck.audit.record(tmp_path / name, model, optimizer, state=state):
+            pass
+    a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
+    message = "must hold runs with the same named state, got {} and {'other': 'Linear'}; record"
+    with pytest.raises(ck.audit.TraceError, match=re.escape(message)):
+        ck.audit.compare(a, b)
+
+
+# Iterators that can be set back ------------------------------------------------------------------
+
+
+def test_an_iterator_goes_back_to_where_it_was():
+    made = []
+
+    def items():
+        for i in range(6):
+            made.append(i)
+            yield torch.full((2,), float(i)) + torch.rand(())
+
+    batches = ck.audit.Rewindable(items())
+    next(batches)
+    restore = batches.mark()
+    first = [next(batches) for _ in range(3)]
+    drawn = torch.rand(())
+    first[0].mul_(0)  # a step may write to its batch
+    restore()
+    torch.manual_seed(9)
+    again = [next(batches) for _ in range(3)]
+    assert torch.equal(torch.rand(()), drawn)  # as if the items had been made anew
+    assert again[0].mean() >= 1
+    assert all(map(torch.equal, first[1:], again[1:]))
+    assert made == [0, 1, 2, 3]
+    assert batches.state_dict() == {"position": 4}
+    batches.load_state_dict({"position": 2})
+    assert torch.equal(next(batches), again[1])
+    del restore
+    batches.load_state_dict({"position": 5})
+    message = "position must be at least 5, got 2; what came before is forgotten"
+    with pytest.raises(ValueError, match=message):
+        batches.load_state_dict({"position": 2})
+    assert len(list(batches)) == 1
+
+
 # The command ------------------------------------------------------------------------------------
 
 
@@ -471,7 +629,7 @@ def test_diff(tmp_path, capsys):
     assert main(["diff", a, c]) == 1
     out = capsys.readouterr().out
     assert out.startswith("the runs part ways in step 3: gradients\n")
-    assert "still the same: batch, loss, random state, buffers" in out
+    assert "still the same: batch, loss, buffers" in out
     assert main(["diff", "--json", a, c]) == 1
     data = json.loads(capsys.readouterr().out)
     assert (data["kind"], data["format"]) == ("churn-audit diff", 1)

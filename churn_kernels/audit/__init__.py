@@ -10,14 +10,14 @@ replays a step and names the operator that first makes different outputs of the 
 
 from churn_kernels.audit.amplify import Amplification, amplify
 from churn_kernels.audit.attribute import STRESS, Attribution, Share, attribute
-from churn_kernels.audit.compare import Comparison, Difference, compare
+from churn_kernels.audit.compare import Comparison, Difference, Generator, compare
 from churn_kernels.audit.examine import Axis, Examination, examine
+from churn_kernels.audit.iterators import Rewindable
+from churn_kernels.audit.log import Operation, OperatorLog
 from churn_kernels.audit.manifest import manifest, manifest_hash
 from churn_kernels.audit.operators import (
     Differences,
     Finding,
-    Operation,
-    OperatorLog,
     differences,
     find_operator,
 )
@@ -45,6 +45,7 @@ __all__ = [
     "Differences",
     "Examination",
     "Finding",
+    "Generator",
     "Operation",
     "OperatorLog",
     "Pair",
@@ -52,6 +53,7 @@ __all__ = [
     "Recorder",
     "ReplayError",
     "Replayed",
+    "Rewindable",
     "Share",
     "Split",
     "Step",

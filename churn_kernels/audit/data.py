@@ -8,8 +8,9 @@ from churn_kernels.audit.amplify import Amplification
 from churn_kernels.audit.attribute import Attribution
 from churn_kernels.audit.compare import Comparison
 from churn_kernels.audit.examine import Axis, Examination
+from churn_kernels.audit.log import Operation
 from churn_kernels.audit.manifest import manifest_hash
-from churn_kernels.audit.operators import Finding, Operation
+from churn_kernels.audit.operators import Finding
 from churn_kernels.audit.pairs import Pair
 from churn_kernels.audit.replay import Replayed
 from churn_kernels.intervals import Estimate, rule_of_three
@@ -34,6 +35,9 @@ def of_comparison(found: Comparison) -> dict[str, Any]:
         "first": difference and difference.first,
         "also": difference.also if difference else [],
         "same_in_step": difference.same if difference else [],
+        "values": difference and difference.values and list(difference.values),
+        "then": found.then and {"step": found.then.step, "first": found.then.first},
+        "generators": {one.name: one.drawn for one in found.generators},
         "ran_on": {name: list(pair) for name, pair in found.settings.items()},
         "traces": [
             {
@@ -65,6 +69,7 @@ def of_finding(found: Finding) -> dict[str, Any]:
         "bound": found.bound if found.verdict == "none" else None,
         "operations": len(found.log),
         "index": found.index,
+        "outside": list(found.outside),
         "operation": found.operation and _operation(found.operation),
         "other": found.other and _operation(found.other),
         "outputs": [

@@ -190,7 +190,7 @@ def _try_axis(
     finding: Finding,
     tell: Callable[[str], None],
 ) -> Axis:
-    if finding.verdict in ("input", "sequence"):
+    if finding.verdict in ("input", "sequence", "memory"):
         return Axis(name, skipped="replays part without it, and no operator to pin makes them")
     if name == "device" and not torch.cuda.is_available():
         return Axis(name, skipped="there is no CUDA device")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from churn_kernels.audit.generators import random_states
 from churn_kernels.audit.replay import Build, ReplayError, Training, built, state_hashes
-from churn_kernels.audit.state import random_states
 
 Around = Callable[[int, nn.Module], AbstractContextManager[Any]]
 """The block that side 0 or 1 of a pair takes a step in, by the side and its model."""
@@ -115,7 +115,9 @@ def flip_ulp(model: nn.Module, seed: int) -> None:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    parameters = [p.detach() for p in model.parameters() if p.is_floating_point() and p.numel()]
+    parameters = [p.detach() for p in model.parameters()]
+    parameters = [torch.view_as_real(p) if p.is_complex() else p for p in parameters]
+    parameters = [p for p in parameters if p.is_floating_point() and p.numel()]
     sizes = torch.tensor([float(p.numel()) for p in parameters], device="cpu")
     for _ in range(_TRIES if parameters else 0):
         p = parameters[int(torch.multinomial(sizes, 1, generator=generator))]

@@ -3,28 +3,41 @@
 What differs first between two recorded runs, `compare` finds.
 """
 
-import hashlib
 import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
+from churn_kernels.audit.generators import random_states_of, state_hash
+from churn_kernels.audit.hashes import Later, data_hash, tensors_hash
 from churn_kernels.audit.manifest import manifest, manifest_hash
-from churn_kernels.audit.trace import Writer
-from churn_kernels.hashing import HASH_SPEC, check, is_dense, tensor_hash, words_of
+from churn_kernels.audit.parts import Contents, Part, TrainingParts
+from churn_kernels.audit.state import OWN, Named, check_state
+from churn_kernels.audit.trace import AGAIN, BEFORE, RANDOM, VALUE, Writer, in_round, last_states
+from churn_kernels.hashing import HASH_SPEC
 
-# What a recorder hashes by itself, in the order in which a step comes to it.
-_OWN = ("random state", "buffers", "gradients", "parameters", "optimizer")
 
-# Gives a hash of which a GPU may still be computing the words, and waits for them.
-Later = Callable[[], str]
+@dataclass(frozen=True)
+class _Entry:
+    """A hash or a value on its way into the trace.
+
+    Attributes:
+        name: in the trace.
+        later: gives it.
+        base: of what it is the state; "" for what has none, such as gradients.
+        elides: left out where the state is what it was.
+    """
+
+    name: str
+    later: Later
+    base: str = ""
+    elides: bool = False
 
 
 class Recorder:
@@ -33,19 +46,40 @@ class Recorder:
     def __init__(
         self,
         writer: Writer,
-        model: torch.nn.Module,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        state: Named,
         first_step: int,
     ) -> None:
         self._writer = writer
-        self._model = model
-        self._optimizer = optimizer
+        self._state = state
         self._step = first_step
-        self._hashes: dict[str, Later] = {}
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._entries: list[_Entry] = []
+        self._observed: set[str] = set()
+        self._rounds = 1  # of steps of any optimizer, in a step of the trace
+        self._begin: int | None = None  # where the entries of the next step begin
+        self._last = last_states(writer.kept)
+        self._versions: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
+        self._random: dict[str, tuple[Any, str]] = {}
+        parts = TrainingParts(model, optimizer, state)
+        self._tensors = parts.tensors
+        self._parts = [parts.optimizer, *parts.others, parts.parameters]
+        self._hooks = []
+        for name, one in [("", optimizer), *state.items()]:
+            if not isinstance(one, torch.optim.Optimizer):
+                continue
+            stepped = parts.named[name] if name else [parts.optimizer]
+            stepped = [*stepped, *([parts.parameters] if not name or _shares(one, model) else [])]
+            stepped += [
+                parts.named[other][0]
+                for other, module in state.items()
+                if isinstance(module, nn.Module) and _shares(one, module)
+            ]
+            self._hooks += [
+                one.register_step_pre_hook(partial(self._before_step, name)),
+                one.register_step_post_hook(partial(self._after_step, name, stepped)),
+            ]
 
     def observe(self, **values: Any) -> None:
         """Hash what the next step starts from or comes to: batch indices, inputs, the loss.
@@ -56,12 +90,16 @@ class Recorder:
         Raises: ValueError for a name that the step has already.
         """
         for name, value in values.items():
-            if name in self._hashes or name in _OWN:
+            if name in self._observed or name in OWN or name in self._state:
                 raise ValueError(
-                    f"observe's names must be new in a step and none of {', '.join(_OWN)}, got "
-                    f"{name!r} twice; give what comes again another name"
+                    f"observe's names must be new in a step and none of "
+                    f"{', '.join((*OWN, *self._state))}, got {name!r} twice; give what comes again "
+                    f"another name"
                 )
-            self._hashes[name] = _hash_of(value)
+            if self._begin is None:
+                self._look_for_changes(rehash=False)
+            self._observed.add(name)
+            self._entries.append(_Entry(name, data_hash(value)))  # new in the step
 
     def close(self) -> None:
         """Stop recording; the file is on the disk."""
@@ -71,36 +109,137 @@ class Recorder:
 
     def start(self) -> None:
         """Write step 0: the state before the first step."""
-        self._hash_surroundings()
+        self._hash_random_states()
+        self._hash_buffers()
+        for part in self._parts:
+            self._hash_after(part)
         self._finish_step()
 
-    def _before_step(self, *_: Any) -> None:
-        self._hash_surroundings()
-        self._hashes["gradients"] = tensors_hash(
-            (name, p.grad) for name, p in self._model.named_parameters()
-        )
+    def _look_for_changes(self, *, rehash: bool) -> None:
+        """Hash what was changed since a step.
 
-    def _after_step(self, *_: Any) -> None:
-        self._step += 1
-        self._finish_step()
+        Args:
+            rehash: also what version counters say has not: writes through `.data` pass them by.
+        """
+        when = ""
+        if self._begin is None:
+            self._begin = len(self._entries)
+            when = "" if rehash else BEFORE
+        self._hash_random_states(when)
+        for part in self._parts:
+            found = part.read()
+            self._add_settings(found, BEFORE)
+            changed = self._is_changed(part, found)
+            if not changed and (part.counted or not rehash or not found.tensors):
+                continue
+            entry = self._entry(f"{part.name}{BEFORE}", found.hash(), part.name, elides=True)
+            # Of what no counter saw, nobody knows when it happened.
+            late = changed and not part.early
+            self._entries.insert(len(self._entries) if late else self._begin, entry)
+            self._begin += not late
 
-    def _hash_surroundings(self) -> None:
-        self._hashes["random state"] = partial(str, random_state_hash(self._model))
-        self._hashes["buffers"] = tensors_hash(self._model.named_buffers())
+    def _before_step(self, name: str, optimizer: torch.optim.Optimizer, *given: Any) -> None:
+        self._tensors.look()
+        self._look_for_changes(rehash=True)
+        if not _has_closure(given):
+            self._hash_gradients(name, optimizer)
+
+    def _after_step(
+        self, name: str, stepped: list[Part], optimizer: torch.optim.Optimizer, *given: Any
+    ) -> None:
+        if _has_closure(given):  # forward and backward pass were in it
+            self._tensors.look()
+            self._hash_random_states()
+            self._hash_gradients(name, optimizer)
+        for part in stepped:
+            self._hash_after(part)
+        self._begin = None
+        self._rounds += 1
+        if not name:
+            self._step += 1
+            self._finish_step()
+
+    def _hash_after(self, part: Part) -> None:
+        found = part.read()
+        self._add_settings(found, "")
+        self._is_changed(part, found)
+        self._add(part.name, found.hash(), part.name)
+
+    def _is_changed(self, part: Part, found: Contents) -> bool:
+        """Whether it was written to since it was last asked for, as far as counters tell."""
+        now = found.versions()
+        before, self._versions[part.name] = self._versions.get(part.name), now
+        return before != now
+
+    def _add_settings(self, found: Contents, when: str) -> None:
+        for name, value in found.settings.items():
+            if self._settings.get(name, self) == value:
+                continue
+            self._settings[name] = value
+            later = partial(str, f"{VALUE}{value!r}")
+            self._add(f"{name}{when}", later, name, elides=True)
+
+    def _hash_buffers(self) -> None:
+        self._add("buffers", tensors_hash(self._tensors.buffers))
+
+    def _hash_gradients(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        if not name:
+            self._hash_buffers()
+            gradients = tensors_hash((n, p.grad) for n, p in self._tensors.parameters)
+            self._add("gradients", gradients)
+            return
+        of_groups = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        later = tensors_hash((f"{i}", gradient) for i, gradient in enumerate(of_groups))
+        self._add(f"{name} gradients", later)
+
+    def _hash_random_states(self, when: str = "") -> None:
+        for whose, state in random_states_of(self._tensors.gpus).items():
+            if whose not in self._random or self._random[whose][0] != state:
+                self._random[whose] = state, state_hash(state)
+                name, later = f"{RANDOM}{whose}", partial(str, self._random[whose][1])
+                self._add(f"{name}{when}", later, name, elides=True)
+
+    def _add(self, name: str, later: Later, base: str = "", elides: bool = False) -> None:
+        self._entries.append(self._entry(name, later, base, elides))
+
+    def _entry(self, name: str, later: Later, base: str, elides: bool) -> _Entry:
+        name = name if name in OWN else in_round(name, self._rounds)
+        return _Entry(name, later, base, elides)
 
     def _finish_step(self) -> None:
-        self._hashes["parameters"] = tensors_hash(self._model.named_parameters())
-        self._hashes["optimizer"] = optimizer_hash(self._optimizer)
-        self._writer.step(self._step, {name: later() for name, later in self._hashes.items()})
-        self._hashes = {}
+        hashes: dict[str, str] = {}
+        for entry in self._entries:
+            found = entry.later()
+            if entry.elides and self._last.get(entry.base) == found:
+                continue
+            if entry.base:
+                self._last[entry.base] = found
+            name = entry.name
+            while name in hashes:
+                name += AGAIN
+            hashes[name] = found
+        self._writer.step(self._step, hashes)
+        self._entries, self._observed, self._rounds = [], set(), 1
+
+
+def _has_closure(given: tuple[Any, ...]) -> bool:
+    """Of the arguments of a hook: whether `step`, a method, was given the function it calls."""
+    args, kwargs = given
+    return any(x is not None for x in (*args[1:2], kwargs.get("closure")))
+
+
+def _shares(optimizer: torch.optim.Optimizer, module: nn.Module) -> bool:
+    own = {id(p) for p in module.parameters()}
+    return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
 
 @contextmanager
 def record(
     path: str | os.PathLike[str],
-    model: torch.nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    state: Named | None = None,
     resume_at: int | None = None,
 ) -> Iterator[Recorder]:
     """Record a training run while the block lasts, one line of `path` a step of the optimizer.
@@ -114,36 +253,46 @@ def record(
                 optimizer.step()
                 optimizer.zero_grad()
 
-    Each step hashes, in the order in which it comes to them: what was observed, the states of the
-    random number generators and the buffers before the optimizer's step, the gradients, the
-    parameters after it, and the optimizer's state and settings. Nothing of the run is changed, and
-    no random number is drawn.
+    Each step hashes, in the order in which it comes to them: of the random states, the optimizer's
+    settings and state, what `state` names and the parameters what was changed since the step before
+    (where something is observed, ahead of that, and again at the optimizer's step); what was
+    observed; the buffers, the gradients, and after the step the parameters and the optimizer's
+    state. Settings, such as the learning rate, and the numbers in a scheduler's state stand in the
+    trace as they are. Nothing of the run is changed, and no random number is drawn.
 
     Args:
         path: the file to write; about 400 bytes a step. It must not exist yet.
         model: its parameters and buffers are hashed. Of a DTensor (FSDP2's `fully_shard`) the whole
             tensor counts, so that a trace does not show how many processes share it: all of them
-            have to record, each to a file of its own, and add up 16 bytes a tensor and step.
+            have to record, each to a file of its own, and add up 16 bytes a tensor for each hash.
         optimizer: its steps are the trace's.
+        state: what else the training changes, by name, as of `snapshot`. Steps of optimizers among
+            it are hashed as those of `optimizer`, in the line of its next step. Of the state of
+            optimizers, before a step, PyTorch's version counters tell whether it was changed: a
+            change through `.data` shows after the step.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
             starts again from its checkpoint of that step. Later steps are forgotten, and a line
             says what it ran on from there.
     Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
     Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
-        resumed at that step by this model; OSError if it cannot be written.
+        resumed at that step by this model; ValueError for lazy modules that have not been run, and
+        for what `state` cannot hold; OSError if it cannot be written.
     """
+    state = state or {}
+    check_state(model, state)
     found = manifest()
     header = {
         "hash_spec": HASH_SPEC,
         "tensors": recorded_tensors(model),
         "optimizer": type(optimizer).__name__,
+        "state": {name: type(value).__name__ for name, value in state.items()},
         "manifest_hash": manifest_hash(found),
         "manifest": found,
     }
     path = Path(path)
     begins = resume_at is None
     writer = Writer(path, header) if begins else Writer.resume(path, header, resume_at or 0)
-    recorder = Recorder(writer, model, optimizer, resume_at or 0)
+    recorder = Recorder(writer, model, optimizer, state, resume_at or 0)
     try:
         if begins:
             recorder.start()
@@ -152,112 +301,9 @@ def record(
         recorder.close()
 
 
-def recorded_tensors(model: torch.nn.Module) -> list[list[Any]]:
+def recorded_tensors(model: nn.Module) -> list[list[Any]]:
     """Name, dtype and shape of everything in a model that is recorded."""
     return [
         [name, str(x.dtype), list(x.shape)]
         for name, x in (*model.named_parameters(), *model.named_buffers())
     ]
-
-
-def tensors_hash(tensors: Iterable[tuple[str, Tensor | None]]) -> Later:
-    """128 bits of named tensors in their order; None where one is not there."""
-    kinds = []
-    by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
-    for name, x in tensors:
-        if x is None:
-            kinds.append(f"{name}\0none\0")
-            continue
-        check(x)
-        if not is_dense(x):
-            kinds.append(f"{name}\0{tensor_hash(x)}\0")
-            continue
-        by_device.setdefault(_device_of(x), []).append((len(kinds), x))
-        kinds.append(f"{name}\0{x.dtype}{tuple(x.shape)}\0")
-    digest = hashlib.blake2b("".join(kinds).encode(), digest_size=16)
-    words = []
-    for several in by_device.values():
-        places, dense = zip(*several, strict=True)
-        words.append((places, words_of(dense)))
-    return partial(_finished, digest, words)
-
-
-def _device_of(x: Tensor) -> torch.device:
-    """Tensors of one device are hashed at once."""
-    return x.device
-
-
-def _finished(digest: "hashlib.blake2b", words: list[tuple[tuple[int, ...], Tensor]]) -> str:
-    """The words in the order of their tensors, whatever devices these lie on."""
-    by_place = {
-        place: row
-        for places, of_device in words
-        for place, row in zip(places, of_device.cpu().numpy(), strict=True)
-    }
-    for place in sorted(by_place):
-        digest.update(by_place[place].tobytes())
-    return digest.hexdigest()
-
-
-def optimizer_hash(optimizer: torch.optim.Optimizer) -> Later:
-    """128 bits of an optimizer's state, by the order of its parameters, and of its settings."""
-    tensors: list[tuple[str, Tensor | None]] = []
-    rest: list[Any] = []
-    for g, group in enumerate(optimizer.param_groups):
-        for key, setting in group.items():
-            if key != "params":
-                _sort_out(f"{g}.{key}", setting, tensors, rest)
-        for i, parameter in enumerate(group["params"]):
-            state = optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                _sort_out(f"{g}.{i}.{key}", value, tensors, rest)
-    return _hash_of_both(tensors, rest)
-
-
-def _hash_of_both(tensors: list[tuple[str, Tensor | None]], rest: list[Any]) -> Later:
-    """Of tensors, and of what else there is, by its representation."""
-    later = tensors_hash(tensors)
-    head = repr(rest).encode()
-    return lambda: hashlib.blake2b(head + later().encode(), digest_size=16).hexdigest()
-
-
-def random_state_hash(model: torch.nn.Module) -> str:
-    """128 bits of the states of Python's and NumPy's generators, and of PyTorch's.
-
-    Of the latter those of the CPU and of the GPUs that the model lies on: what other GPUs a machine
-    has does not show.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr(random.getstate()).encode())
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the generator that others draw from
-    digest.update(f"{kind}{rest}".encode())
-    digest.update(np.asarray(keys).tobytes())
-    gpus = {x.device for x in (*model.parameters(), *model.buffers()) if x.is_cuda}
-    states = [torch.get_rng_state()]
-    states += [torch.cuda.get_rng_state(gpu) for gpu in sorted(gpus, key=lambda gpu: gpu.index)]
-    for state in states:
-        digest.update(state.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _sort_out(
-    name: str, value: Any, tensors: list[tuple[str, Tensor | None]], rest: list[Any]
-) -> None:
-    """A value that is a tensor to the tensors, any other by its representation to the rest."""
-    if isinstance(value, Tensor):
-        tensors.append((name, value))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _sort_out(f"{name}.{key}", item, tensors, rest)
-    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value):
-        for i, item in enumerate(value):
-            _sort_out(f"{name}.{i}", item, tensors, rest)
-    else:
-        rest.append((name, value))
-
-
-def _hash_of(value: Any) -> Later:
-    tensors: list[tuple[str, Tensor | None]] = []
-    rest: list[Any] = []
-    _sort_out("", value, tensors, rest)
-    return _hash_of_both(tensors, rest)

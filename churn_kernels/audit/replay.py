@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from churn_kernels.audit.compare import Comparison
-from churn_kernels.audit.operators import AroundReplay, Finding, OperatorLog, first_difference
-from churn_kernels.audit.record import (
-    optimizer_hash,
-    random_state_hash,
-    recorded_tensors,
-    tensors_hash,
-)
+from churn_kernels.audit.generators import random_state_hash
+from churn_kernels.audit.hashes import data_hash, tensors_hash
+from churn_kernels.audit.log import FilledMemory, OperatorLog
+from churn_kernels.audit.operators import AroundReplay, Finding, first_difference, with_outside
+from churn_kernels.audit.outside import changed_outside
+from churn_kernels.audit.parts import TrainingParts
+from churn_kernels.audit.record import recorded_tensors
 from churn_kernels.audit.settings import as_recorded
-from churn_kernels.audit.state import snapshot
+from churn_kernels.audit.state import Named, check_state, snapshot
+from churn_kernels.audit.trace import last_states
 
 
 class ReplayError(ValueError):
@@ -36,12 +38,14 @@ class Training:
     Attributes:
         model, optimizer: as they are before the first step.
         step: step(n) runs the n-th step, counting from 1: forward, backward, optimizer. What it
-            does follows from n, the model, the optimizer and the global random states alone, so it
-            picks its batch by n.
+            does follows from n, the model, the optimizer, `state` and the global random states
+            alone, so it picks its batch by n, or from an iterator in `state`.
         predict: returns the logits, (N, C), of rows that stay the same; None: the audit compares no
             predictions.
         resume: resume(n) loads the nearest checkpoint before step n, random states included, and
             returns the number of the last step it has seen; None: replays begin at step 1.
+        state: what else a step changes, by name, as of `snapshot`: other models and optimizers,
+            schedulers, `GradScaler`s, averages of the weights, iterators.
     """
 
     model: nn.Module
@@ -49,6 +53,7 @@ class Training:
     step: Callable[[int], Any]
     predict: Callable[[], Tensor] | None = None
     resume: Callable[[int], int] | None = None
+    state: Named = field(default_factory=dict)
 
 
 Build = Callable[[str], Training]
@@ -121,14 +126,20 @@ def _module_of_file(path: Path) -> Any:
 def built(build: Build, device: str, before: int = 1) -> Training:
     """A training on a device, as it is before a step.
 
-    Raises: ReplayError if it is no `Training`, or if its `resume` goes too far.
+    Raises: ReplayError if it is no `Training`, if its models are lazy and have not been run, if its
+        `state` cannot be brought back, or if its `resume` goes too far.
     """
-    training = build(device)
+    with FilledMemory():  # buffers of `torch.empty` are equal, too
+        training = build(device)
     if not isinstance(training, Training):
         raise ReplayError(
             f"target must return a churn_kernels.audit.Training, got {type(training).__name__}; "
             f"return Training(model, optimizer, step)"
         )
+    try:
+        check_state(training.model, training.state)
+    except ValueError as error:
+        raise ReplayError(str(error)) from None
     done = training.resume(before) if training.resume else 0
     if not 0 <= done < before:
         raise ReplayError(
@@ -142,12 +153,15 @@ def built(build: Build, device: str, before: int = 1) -> Training:
 
 def state_hashes(training: Training) -> dict[str, str]:
     """128 bits of each part of the state, in the order in which a difference spreads."""
-    return {
-        "random state": random_state_hash(training.model),
-        "buffers": tensors_hash(training.model.named_buffers())(),
-        "parameters": tensors_hash(training.model.named_parameters())(),
-        "optimizer": optimizer_hash(training.optimizer)(),
-    }
+    parts = TrainingParts(training.model, training.optimizer, training.state)
+    buffers = tensors_hash(parts.tensors.buffers)()
+    hashes = {"random state": random_state_hash(training.model), "buffers": buffers}
+    for part in (*parts.others, parts.parameters, parts.optimizer):
+        found = part.read()
+        hashes[part.name] = found.hash()()
+        if found.settings:
+            hashes[f"{part.name} settings"] = data_hash(found.settings)()
+    return hashes
 
 
 def find_in_step(
@@ -168,16 +182,26 @@ def find_in_step(
     for other in others:
         other.model.load_state_dict(first.model.state_dict())
         other.optimizer.load_state_dict(first.optimizer.state_dict())
-    restores = [snapshot(training.model, training.optimizer) for training in trainings]
+        for name, value in first.state.items():
+            if isinstance(value, nn.Module | torch.optim.Optimizer):
+                other.state[name].load_state_dict(value.state_dict())
+    restores = [snapshot(one.model, one.optimizer, one.state) for one in trainings]
+    for training, restore in zip(trainings, restores, strict=True):
+        restore()
+        training.step(step)  # what is made at first use is there from now on
 
-    def run(replay: int, keep: int) -> OperatorLog:
+    def run(replay: int, keep: int, fill: int) -> OperatorLog:
         turn = replay % len(trainings)
+        training = trainings[turn]
         restores[turn]()
-        with around(replay), OperatorLog(trainings[turn].model, keep) as log:
-            trainings[turn].step(step)
+        with around(replay), OperatorLog(training.model, keep, fill, training.state) as log:
+            training.step(step)
         return log
 
-    return first_difference(run, replays)
+    found = first_difference(run, replays)
+    known = {"model": first.model, "optimizer": first.optimizer, **first.state}
+    step_again = partial(first.step, step)
+    return with_outside(found, lambda: changed_outside(first.step, step_again, restores[0], known))
 
 
 @dataclass(frozen=True)
@@ -246,11 +270,8 @@ def replay(
     number = difference.step - 1
     recorded = [step for step in comparison.a.steps if step.number == number]
     now = state_hashes(first)
-    same = all(
-        step.hashes.get(name) == now[name]
-        for step in recorded
-        for name in ("parameters", "optimizer")
-    )
+    then = last_states(recorded)
+    same = all(then.get(name) == now[name] for name in ("parameters", "optimizer"))
     finding = find_in_step(
         trainings,
         difference.step,

@@ -31,11 +31,15 @@ def of_comparison(found: Comparison) -> str:
     if difference is None:
         lines = [f"the runs have the same bits in all {last} steps that both have"]
     else:
-        where = "before the first step" if difference.step == 0 else f"in step {difference.step}"
-        lines = [f"the runs part ways {where}: {difference.first}"]
+        lines = [f"the runs part ways {difference.when}: {difference.what}"]
         lines.append(f"  {difference.meaning}")
         lines.append(f"  also differs: {', '.join(difference.also) or 'nothing'}")
         lines.append(f"  still the same: {', '.join(difference.same) or 'nothing'}")
+    if found.then:
+        lines.append(f"anything else differs {found.then.when} first: {found.then.what}")
+    for one in found.generators:
+        drawn = "nothing was" if one.drawn is None else f"step {one.drawn} is the first that was"
+        lines.append(f"note: {one.name} differs from the start; {drawn} drawn from it")
     for name, (a, b) in found.settings.items():
         lines.append(f"ran on another {name}: {a} and {b}")
     if not found.settings:
@@ -94,11 +98,25 @@ def of_finding(found: Finding) -> str:
         names = " and ".join(
             operation.name if operation else "nothing" for operation in (one, other)
         )
-        return f"the replays call different operators: {names}"
+        return f"the replays call different operators: {names}{_outside(found)}"
     assert one is not None
+    if found.verdict == "memory":
+        return f"{one.name} reads memory that nothing has written"
     if found.verdict == "input":
-        return f"{one.name} is given inputs that differ, and that no operator made"
+        what = f"{one.name} is given inputs that differ, and that no operator made"
+        return what + _outside(found)
     return f"{one.name} makes other outputs of the same inputs"
+
+
+def _outside(found: Finding) -> str:
+    """What is not brought back between replays, and how to have it brought back."""
+    if not found.outside:
+        return ""
+    return (
+        f"; outside of what is brought back before each replay, these change: "
+        f"{', '.join(found.outside)}; add them to state={{name: object}}, and make buffers of "
+        f"tensors that a model holds"
+    )
 
 
 def no_difference(found: Finding) -> str:

@@ -2,7 +2,11 @@
 
 A trace is a text file of JSON lines. The first one is the header: what was recorded, and on what.
 Each other one is a step: 128-bit hashes by name, in the order in which the step came to them; or it
-says where the run was interrupted and went on, and on what. The last field of a line, `chain`,
+says where the run was interrupted and went on, and on what. "learning rate" and other settings are
+`=` and their value. The name of what was changed between a step and the one before ends in
+" before"; of random states, settings and such changes a step has only those that are not what they
+were. Where optimizers step more than once in a step of the trace, what belongs to the second has
+"(2)" after its name. The last field of a line, `chain`,
 hashes the line and the chain before it, so that a line that was torn, changed or lost is found, and
 two runs agree up to a step if their chains at it do.
 """
@@ -10,12 +14,18 @@ two runs agree up to a step if their chains at it do.
 import hashlib
 import json
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "churn_kernels trace"
+
+BEFORE, AGAIN = " before", " again"
+RANDOM = "random state of "
+VALUE = "="
 
 
 class TraceError(ValueError):
@@ -28,7 +38,7 @@ class Step:
 
     Attributes:
         number: 0 is the state before the first step.
-        hashes: by name, in the order in which the step came to them.
+        hashes: by name, in the order in which the step came to them; see the top of this file.
         chain: hash of everything up to here.
     """
 
@@ -111,7 +121,11 @@ class Trace:
 
 
 class Writer:
-    """Appends steps to a trace. A line is there whole, or the next reader sees that it is not."""
+    """Appends steps to a trace. A line is there whole, or the next reader sees that it is not.
+
+    Attributes:
+        kept: the steps that the trace had already.
+    """
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         """Begin a new file.
@@ -124,6 +138,7 @@ class Writer:
                 f"to go on with the trace of a run that was interrupted"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.kept: list[Step] = []
         self._chain = ""
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
         self._write({"kind": _KIND, "format": FORMAT, **header})
@@ -136,7 +151,7 @@ class Writer:
             ends before that step.
         """
         trace = Trace.load(path)
-        for name in ("hash_spec", "tensors"):
+        for name in ("hash_spec", "tensors", "state"):
             if trace.header[name] != json.loads(json.dumps(header[name])):
                 raise TraceError(
                     f"{path} was recorded with other {name} than this run's; name another file"
@@ -151,6 +166,7 @@ class Writer:
         before = [one for one in trace.resumptions if one.after <= step]
         last_is_step = not before or before[-1].after < step
         writer = cls.__new__(cls)
+        writer.kept = kept
         writer._chain = kept[-1].chain if last_is_step else before[-1].chain
         lines = path.read_bytes().split(b"\n")[: 1 + len(kept) + len(before)]
         part = path.with_name(path.name + ".part")
@@ -179,6 +195,26 @@ class Writer:
         line = f'{text[:-1]},"chain":"{self._chain}"}}\n'.encode()
         if os.write(self._file, line) != len(line):
             raise OSError("the disk took only part of a step of the trace; make room for it")
+
+
+def in_round(name: str, number: int) -> str:
+    """A name in the part of a step that a number of optimizers' steps came before, from 1."""
+    return name if number == 1 else f"{name} ({number})"
+
+
+def without_round(name: str) -> str:
+    """A name without which round it is of."""
+    return re.sub(rf"( \(\d+\))?({AGAIN})*$", "", name, count=1)
+
+
+def base_of(name: str) -> str:
+    """Of what a hash in a step is the state: its name without when."""
+    return without_round(name).removesuffix(BEFORE)
+
+
+def last_states(steps: Iterable[Step]) -> dict[str, str]:
+    """What each thing was hashed to last."""
+    return {base_of(name): found for step in steps for name, found in step.hashes.items()}
 
 
 def _text(content: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from churn_kernels.audit.operators import written_tensors
+from churn_kernels.audit.log import written_tensors
 from churn_kernels.audit.pairs import Around
 from churn_kernels.audit.settings import (
     cublas_workspace,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import churn_kernels as ck
 from churn_kernels import audit
-from churn_kernels.audit.state import random_states
+from churn_kernels.audit.generators import random_states
 from churn_trainer.best import Best
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from typing_extensions import override
 
-from churn_kernels.audit.record import random_state_hash, tensors_hash
+from churn_kernels.audit.generators import random_state_hash
+from churn_kernels.audit.hashes import tensors_hash
 from churn_trainer.config import Draw, Run
 from churn_trainer.models import NETWORKS, build_model, check_logits, count_weights
 from churn_trainer.settings import check_memory, derive_seed
