@@ -13,8 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from churn_kernels._files import check, parse_json, read_bytes, write_atomically
+
 FORMAT = 1
 _KIND = "churn_kernels trace"
+
+_HEADER = {
+    "hash_spec": int,
+    "tensors": [(str, str, [int])],
+    "optimizer": str,
+    "manifest_hash": str,
+    "manifest": {str: Any},
+}
+"""What every reader of a trace takes to be in its first line."""
 
 
 class TraceError(ValueError):
@@ -65,7 +76,7 @@ class Trace:
                 f"a trace must be a file that audit.record wrote, got the folder {path}; name the "
                 "file in it"
             )
-        lines = path.read_bytes().split(b"\n")
+        lines = _lines(path)
         header = _header(path, lines[0])
         steps: list[Step] = []
         chain = header["chain"]
@@ -76,6 +87,11 @@ class Trace:
             found = _checked(line, chain)
             if found is None:
                 what = "was cut off" if last else "does not follow from the lines before it"
+                return cls(path, header, steps, f"line {index} {what}; nothing after it counts")
+            try:
+                check(found, {"step": {len(steps)}, "hashes": {str: str}}, "it")
+            except ValueError as error:
+                what = f"is no step {len(steps)} of a trace ({error})"
                 return cls(path, header, steps, f"line {index} {what}; nothing after it counts")
             chain = found.pop("chain")
             steps.append(Step(found.pop("step"), found["hashes"], chain))
@@ -122,10 +138,7 @@ class Writer:
             )
         writer = cls.__new__(cls)
         writer._chain = kept[-1].chain
-        lines = path.read_bytes().split(b"\n")[: 1 + len(kept)]
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(b"\n".join(lines) + b"\n")
-        os.replace(part, path)
+        write_atomically(path, b"\n".join([*_lines(path)[: 1 + len(kept)], b""]))
         writer._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         return writer
 
@@ -149,6 +162,15 @@ class Writer:
             raise OSError("the disk took only part of a step of the trace; make room for it")
 
 
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return read_bytes(path).split(b"\n")
+    except ValueError as error:
+        raise TraceError(
+            f"a trace must be a file that audit.record wrote, got: {error}; name another"
+        ) from None
+
+
 def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True)
 
@@ -160,10 +182,10 @@ def _next_chain(chain: str, text: str) -> str:
 def _checked(line: bytes, chain: str) -> dict[str, Any] | None:
     """What a line holds, with its chain, if it follows from the chain before it."""
     try:
-        found: Any = json.loads(line)
+        found = parse_json(line)
         own = found["chain"]
         text = _text({name: value for name, value in found.items() if name != "chain"})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if own == _next_chain(chain, text) else None
 
@@ -175,9 +197,15 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
             f"{path} is no trace, or its first line is damaged; pass a file that "
             f"churn_kernels.audit.record wrote"
         )
-    if found["format"] != FORMAT:
+    if found.get("format") != FORMAT:
         raise TraceError(
-            f"{path} was written in format {found['format']}, this version reads {FORMAT}; read it "
-            f"with the version of churn_kernels that wrote it"
+            f"{path} was written in format {found.get('format')}, this version reads {FORMAT}; "
+            f"read it with the version of churn_kernels that wrote it"
         )
-    return found
+    try:
+        return check(found, _HEADER, "the header")
+    except ValueError as error:
+        raise TraceError(
+            f"{path} must hold the trace of a training, got: {error}; pass a file that "
+            f"churn_kernels.audit.record wrote"
+        ) from None

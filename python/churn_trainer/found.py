@@ -67,7 +67,7 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
     for folder in folders.values():
         try:
             _sort_in(folder, found)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found.damaged.append(printable(str(error)))
     if not found.finished:
         counts = (
@@ -123,9 +123,6 @@ def _sort_in(folder: RunFolder, found: Found) -> None:
         message = f"{folder.path.name} diverged: {metrics.get('message', '')}; it is in no table"
         found.diverged.append(printable(message))
         return
-    environment = metrics.get("environment")
-    environment = environment if isinstance(environment, dict) else {}
-    device = printable(str(environment.get("device", "cpu")).split(":")[0], 10)
-    threads = environment.get("threads")
-    count = threads if isinstance(threads, int) else None
-    found.finished.append(Finished(run, folder, device, count))
+    environment = metrics.get("environment") or {}
+    device = printable(environment.get("device") or "cpu", 10).split(":")[0]
+    found.finished.append(Finished(run, folder, device, environment.get("threads")))

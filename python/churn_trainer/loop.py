@@ -17,6 +17,7 @@ from torch import Tensor
 
 import churn_kernels as ck
 from churn_kernels import audit
+from churn_kernels._files import exactly, optional
 from churn_kernels.audit.state import random_states
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run
@@ -111,6 +112,7 @@ def fit(
     teachers: Members | None = None,
     measured: Sequence[int] = (),
     on_epoch: Callable[[Epoch], Any] = lambda epoch: None,
+    kept: Callable[[Tensor], Any] = lambda labels: Any,
     checkpoint: Checkpoint | None = None,
     trust: Sequence[str] = (),
     trace: Path | None = None,
@@ -130,6 +132,8 @@ def fit(
         teachers: trained members that are distilled, for the same R runs.
         measured: epochs (from 1) after which the test rows are measured.
         on_epoch: called after each epoch; what it returns is kept, what it raises ends it all.
+        kept: called with (R, N) labels of the test rows; the form of what `on_epoch` returns, see
+            `churn_kernels._files.check`.
         checkpoint: where the state is saved.
         trust: see `build_model`.
         trace: a file for `audit.record`, one line a step; one that is there already goes on.
@@ -144,8 +148,10 @@ def fit(
         )
     fabric = fabric or make_fabric(runs[0].optimisation.precision)
     training = Loop(runs, dataset, fabric, teachers, trust)
-    if checkpoint is not None and (state := checkpoint.load()) is not None:
-        training.load_state(state)
+    if checkpoint is not None:
+        state = checkpoint.load(training.form(kept(training.batches.test_labels)))
+        if state is not None:
+            training.load_state(state)
     with training.recorded(trace):
         while training.step < training.total_steps and len(training.diverged) < len(runs):
             training.one_step()
@@ -350,13 +356,31 @@ class Loop:
             "diverged": self.diverged,
         }
 
+    def form(self, kept: Any) -> dict[str, Any]:
+        """What a `state` is like that can be loaded, see `check`; `kept`: an entry of `history`."""
+        own = self.state()
+        parameters = [one for group in self.sgd.param_groups for one in group["params"]]
+        slots = {place: optional({str: optional(one)}) for place, one in enumerate(parameters)}
+        return {
+            "step": range(self.total_steps + 1),
+            "members": exactly(own["members"]),
+            "optimizer": {"state": exactly(slots)},
+            "stale": None if own["stale"] is None else exactly(own["stale"]),
+            "losses": own["losses"],
+            "finite": own["finite"],
+            "history": [kept],
+            "diverged": {range(len(self.runs)): str},
+        }
+
     def load_state(self, state: dict[str, Any]) -> None:
-        """The reverse of `state`."""
+        """The reverse of `state`, for one of that `form`."""
         self.step = self.first_step = state["step"]
         self.history = state["history"]
         self.diverged = state["diverged"]
         self.members.load_state_dict(state["members"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Its settings are the run's, whatever a file says.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if self.stale is not None:
             self.stale.load_state_dict(state["stale"])
         if self.fabric.is_global_zero:  # the others' zeros add nothing

@@ -16,6 +16,8 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from churn_kernels._files import parse_json, plain, read_text, reading
+
 T = TypeVar("T")
 _KINDS: dict[Any, str] = {
     int: "a whole number",
@@ -118,14 +120,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if path.suffix not in (".toml", ".json"):
         raise ValueError(f"a settings file must end in .toml or .json, got {path}; rename it")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"the settings file must exist, got {path}; check the path") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        kind = path.suffix[1:].upper()
-        raise ValueError(f"{path} must hold {kind}, got: {error}; correct it there") from None
+    if not path.exists():
+        raise ValueError(f"the settings file must exist, got {path}; check the path")
+    with reading(path, path.suffix[1:].upper(), "correct it there"):
+        text = read_text(path)
+        tables = plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_json(text)
     if not isinstance(tables, dict):
         raise ValueError(f"{path} must hold tables of settings, got a {type(tables).__name__}")
     return tables

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import churn_kernels as ck
+from churn_kernels._files import check, exactly, optional
 from churn_kernels.metrics import expected_calibration_error, prediction_confidence
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run, measured_epochs
@@ -40,7 +41,8 @@ class Event:
 
     Attributes:
         kind: `runs` have "started", ended an "epoch", "finished", "diverged", were "skipped"
-            because they had ended before, or "failed" in a study (see `tasks`).
+            because they had ended before, or "failed" in a study (see `tasks`); or a file of theirs
+            is "damaged", and they go on without it.
         runs: which.
         epoch: its number, from 1.
         detail: more about it.
@@ -172,7 +174,7 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
     size = runs_together(kind[0], dataset, options.trust)
     for start in range(0, len(kind), size):
         group = kind[start : start + size]
-        if not _checkpoint_path(root, group).exists():  # else they go on as they were
+        if not _checkpoint(root, group).exists:  # else they go on as they were
             group = [run for run in group if run in pending]
         if not group:
             continue
@@ -184,10 +186,11 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
             fabric.barrier()
 
 
-def _checkpoint_path(root: Path, group: Sequence[Run]) -> Path:
-    if len(group) == 1:
-        return root / group[0].id / CHECKPOINT
-    return root / ".together" / f"{fingerprint([run.id for run in group])}.pt"
+def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
+    ids = [run.id for run in group]
+    if len(ids) == 1:
+        return Checkpoint(root / ids[0] / CHECKPOINT, ids, **options)
+    return Checkpoint(root / ".together" / f"{fingerprint(ids)}.pt", ids, **options)
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
@@ -220,10 +223,11 @@ class _Group:
             return
         self.tell(Event("started", self.runs))
         self.boards = [TensorBoard(folder.path) for folder in folders if self.options.tensorboard]
-        checkpoint = Checkpoint(
-            _checkpoint_path(self.root, self.runs),
-            [run.id for run in self.runs],
-            self.options.checkpoint_seconds,
+        checkpoint = _checkpoint(
+            self.root,
+            self.runs,
+            seconds=self.options.checkpoint_seconds,
+            warn=lambda sentence: self.tell(Event("damaged", self.runs[:1], detail=sentence)),
         )
         began = time.perf_counter()
         optimisation = self.runs[0].optimisation
@@ -234,6 +238,7 @@ class _Group:
             teachers=teachers,
             measured=measured_epochs(optimisation.epochs, self.options.curve_points),
             on_epoch=self._on_epoch,
+            kept=self._kept,
             checkpoint=checkpoint,
             trust=self.options.trust,
             trace=folders[0].path / TRACE if self.options.trace else None,
@@ -293,6 +298,16 @@ class _Group:
         mean = float(epoch.cross_entropy.mean())
         self.tell(Event("epoch", self.runs, epoch.number, f"cross entropy {mean:.4f}"))
         return rows, None if epoch.logits is None else epoch.logits.argmax(dim=-1)
+
+    def _kept(self, labels: Tensor) -> Any:
+        """The form of what `_on_epoch` returns, see `churn_kernels._files.check`."""
+
+        def measured(value: Any, where: str) -> None:
+            check(value, {""} if value == "" else float, where)
+
+        row: dict[str, Any] = {"epoch": int, "learning_rate": float, "train_cross_entropy": float}
+        row |= {f"test_{name}": measured for name in MEASURED}
+        return (exactly(row),) * len(self.runs), optional(labels)
 
     def _write(self, trained: Trained, seconds: float) -> None:
         measured = [
