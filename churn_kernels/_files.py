@@ -86,6 +86,17 @@ def open_lock(path: Path) -> IO[bytes]:
 # Reading ------------------------------------------------------------------------------------------
 
 
+def printable(text: str, most: int = 300) -> str:
+    """`text` on one line without control characters, cut to `most` characters.
+
+    What files hold, which anybody may have written, goes to terminals and figures.
+    """
+    clean = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+    return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 @contextmanager
 def reading(path: Path, wanted: str, remedy: str) -> Iterator[None]:
     """Whatever the block raises becomes a ValueError that names file, reason and remedy.
@@ -103,7 +114,7 @@ def reading(path: Path, wanted: str, remedy: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path} must hold {wanted}, got: no such file; {remedy}") from None
     except Exception as error:
-        reason = _printable(str(error)) or type(error).__name__
+        reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise ValueError(f"{path} must hold {wanted}, got: {reason}; {remedy}") from None
 
 
@@ -179,7 +190,7 @@ def check(value: Any, form: Any, where: str = "it") -> Any:
         right = type(value) is form or (form is float and type(value) is int)
         _require(right, where, f"a {form.__name__}", value)
     elif isinstance(form, Tensor):
-        right = isinstance(value, Tensor) and value.layout == strided and not value.is_quantized
+        right = isinstance(value, Tensor) and value.layout == strided and not value.is_meta
         right = right and (value.shape, value.dtype) == (form.shape, form.dtype)
         _require(right, where, _shown(form), value)
     elif isinstance(form, range):
@@ -244,13 +255,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return "missing"
     kind = type(value).__name__
-    return _printable(f"{kind} {value!r}") if isinstance(value, int | float | str) else f"a {kind}"
-
-
-def _printable(text: str) -> str:
-    """The first line, without control characters, cut to 200."""
-    line = text.strip().partition("\n")[0][:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    return printable(f"{kind} {value!r}") if isinstance(value, int | float | str) else f"a {kind}"
 
 
 def _refuse_constant(name: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from churn_kernels._files import make_folder, refuse_link
+from churn_kernels._files import make_folder, printable, refuse_link
 from churn_trainer.stored import load_tensors, save_tensors
 
 FORMAT = 2
@@ -92,7 +92,8 @@ class Checkpoint:
             if content["owner"] != self.owner:
                 raise ValueError(
                     f"{path} must be a checkpoint of {', '.join(self.owner)}, got one of "
-                    f"{', '.join(content['owner'])}; delete it, or train into another folder"
+                    f"{printable(', '.join(content['owner']))}; delete it, or train into another "
+                    "folder"
                 )
             if damage:
                 self.warn(f"{damage[0].partition(';')[0]}; goes on from the checkpoint before it")

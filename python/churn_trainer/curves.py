@@ -11,8 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from churn_kernels._files import read_text, reading
-from churn_trainer.found import printable
+from churn_kernels._files import printable, read_text, reading
 from churn_trainer.outcomes import Outcome
 from churn_trainer.run_folder import CURVES, LOGITS, RunFolder
 

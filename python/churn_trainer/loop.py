@@ -17,7 +17,7 @@ from torch import Tensor
 
 import churn_kernels as ck
 from churn_kernels import audit
-from churn_kernels._files import exactly, optional
+from churn_kernels._files import check, exactly, optional
 from churn_kernels.audit.state import random_states
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run
@@ -356,21 +356,33 @@ class Loop:
             "diverged": self.diverged,
         }
 
-    def form(self, kept: Any) -> dict[str, Any]:
+    def form(self, kept: Any) -> Callable[[Any, str], Any]:
         """What a `state` is like that can be loaded, see `check`; `kept`: an entry of `history`."""
         own = self.state()
         parameters = [one for group in self.sgd.param_groups for one in group["params"]]
-        slots = {place: optional({str: optional(one)}) for place, one in enumerate(parameters)}
-        return {
+
+        def momenta(value: Any, where: str) -> None:
+            for place, slot in check(value, {range(len(parameters)): dict}, where).items():
+                check(slot, {str: optional(parameters[place])}, f"{where}[{place}]")
+
+        table = {
             "step": range(self.total_steps + 1),
             "members": exactly(own["members"]),
-            "optimizer": {"state": exactly(slots)},
+            "optimizer": {"state": momenta},
             "stale": None if own["stale"] is None else exactly(own["stale"]),
             "losses": own["losses"],
             "finite": own["finite"],
             "history": [kept],
             "diverged": {range(len(self.runs)): str},
         }
+
+        def whole(value: Any, where: str) -> None:
+            check(value, table, where)
+            epochs = value["step"] // self.batches.steps
+            if len(value["history"]) != epochs:
+                raise ValueError(f"{where}['history'] must be of {epochs} epochs")
+
+        return whole
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The reverse of `state`, for one of that `form`."""
