@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from churn_kernels._files import write_atomically
+from churn_kernels._files import make_folder, write_atomically
 from churn_trainer.config import Study
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
@@ -41,8 +41,10 @@ def run_study(
         retries: how often runs that fail are tried again.
         threads: see `tasks.make_tasks`.
         tell: called as it goes.
-    Raises: ValueError for a data set or model that does not exist, or a split that cannot be made.
+    Raises: ValueError for a data set or model that does not exist, a split that cannot be made, or
+        a `root` that is a symbolic link.
     """
+    make_folder(root)
     write_atomically(root / STUDY, json.dumps(study.to_mapping(), indent=1).encode() + b"\n")
     options = replace(options or Options(), curve_points=study.curve_points)
     train_all(study.all_runs(), root, workers, options, retries=retries, threads=threads, tell=tell)
