@@ -98,16 +98,19 @@ def kinds(g: torch.Generator) -> dict[str, Callable[[int, int], tuple[Tensor, Te
     def shifted(rows: int, classes: int) -> tuple[Tensor, Tensor]:
         return normal(rows, classes, 3.0) + 1e4, normal(rows, classes, 3.0) - 1e4
 
+    def offset(rows: int, classes: int) -> tuple[Tensor, Tensor]:
+        return normal(rows, classes, 3.0), normal(rows, classes, 3.0) + 1e6
+
     def equal(rows: int, classes: int) -> tuple[Tensor, Tensor]:
         a = normal(rows, classes, 3.0)
         return a, a.clone()
 
-    def masked(value: float, both: bool) -> Callable[[int, int], tuple[Tensor, Tensor]]:
+    def masked(value: float, *models: int) -> Callable[[int, int], tuple[Tensor, Tensor]]:
         def make(rows: int, classes: int) -> tuple[Tensor, Tensor]:
-            a, b = normal(rows, classes, 3.0), normal(rows, classes, 3.0)
-            for z in (a, b) if both else (a,):
-                z[:, 1 : 1 + classes // 3 + (classes == 2)] = value
-            return a, b
+            pair = normal(rows, classes, 3.0), normal(rows, classes, 3.0)
+            for model in models:
+                pair[model][:, 1 : 1 + classes // 3 + (classes == 2)] = value
+            return pair
 
         return make
 
@@ -124,6 +127,7 @@ def kinds(g: torch.Generator) -> dict[str, Callable[[int, int], tuple[Tensor, Te
         "peaked": peaked,
         "both sure": sure,
         "far from 0": shifted,
+        "one at 1e6": offset,
         "spread 1": spread(1.0),
         "spread 30": spread(30.0),
         "spread 1e3": spread(1e3),
@@ -131,11 +135,13 @@ def kinds(g: torch.Generator) -> dict[str, Callable[[int, int], tuple[Tensor, Te
         "spread 1e9": spread(1e9),
         "one-hot, 1e4": one_hot(1e4),
         "one-hot, 1e9": one_hot(1e9),
-        "masked by -1e4": masked(-1e4, True),
-        "masked by the lowest": masked(LOWEST, True),
-        "masked in one, -1e4": masked(-1e4, False),
-        "masked in one, -1e30": masked(-1e30, False),
-        "masked in one, the lowest": masked(LOWEST, False),
+        "masked by -1e4": masked(-1e4, 0, 1),
+        "masked by the lowest": masked(LOWEST, 0, 1),
+        "masked in one, -1e4": masked(-1e4, 0),
+        "masked in one, -1e30": masked(-1e30, 0),
+        "masked in one, the lowest": masked(LOWEST, 0),
+        "masked in the other, -1e4": masked(-1e4, 1),
+        "masked in the other, the lowest": masked(LOWEST, 1),
     }
 
 

@@ -1,6 +1,5 @@
 """Scalar arguments of the losses to options: checked once for each distinct set."""
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -94,16 +93,10 @@ def distillation(
     reduction: str,
 ) -> LossOptions:
     alpha = _checks.share("alpha", alpha)  # nothing but the teachers to learn from is something
-    temperature = _checks.option("temperature", temperature)
-    square = temperature * temperature
-    if not 0 < square < math.inf:
-        raise ValueError(
-            f"temperature must have a square that is finite and not 0, by which the "
-            f"distillation term is multiplied, got {temperature}; 1 leaves the logits as they are"
-        )
+    temperature = _checks.squared_temperature("temperature", temperature)
     return LossOptions(
         ce_weight=1.0 - alpha,
-        divergence_weight=alpha * square,
+        divergence_weight=alpha * (temperature * temperature),
         divergence=DISTILLATION,
         teachers=teachers,
         label_smoothing=_checks.option("label_smoothing", label_smoothing),

@@ -34,9 +34,10 @@ class Choices(NamedTuple):
 class _State(NamedTuple):
     choices: Choices
     blocks: tuple[dict[str, Any], ...]  # the choices of each open block, the innermost last
+    handed_over: Any  # in a thread of autograd's: (thread, state) from the one that called backward
 
 
-_NONE = _State(Choices(), ())
+_NONE = _State(Choices(), (), None)
 _open: ContextVar[_State] = ContextVar("churn_kernels", default=_NONE)
 _traced: Choices | None = None  # in a block that torch.compile traces
 _used = False  # whether there ever was a block: without, nothing is handed over
@@ -58,24 +59,32 @@ def __getattr__(name: str) -> Choices:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _handed_over() -> Any:
+    """What another thread has handed over: (thread, state), or None."""
+    if torch._C._is_key_in_tls(_KEY):
+        handed_over = torch._C._get_obj_in_tls(_KEY)
+        if handed_over[0] != get_ident():
+            return handed_over
+    return None
+
+
 def _state() -> _State:
     state = _open.get()
-    if state is _NONE and torch._C._is_key_in_tls(_KEY):
-        thread, handed_over = torch._C._get_obj_in_tls(_KEY)
-        if thread != get_ident():  # this one is autograd's
-            return handed_over
+    if state is _NONE and (handed_over := _handed_over()):
+        return handed_over[1]
     return state
 
 
-def _keep(blocks: tuple[dict[str, Any], ...]) -> None:
+def _keep(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
     global _used
     _used = True
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = handed_over[1].choices._asdict() if handed_over else {}
     for block in blocks:
         chosen |= block
-    state = _State(Choices(**chosen), blocks) if blocks else _NONE
+    state = _State(Choices(**chosen), blocks, handed_over) if blocks else _NONE
     _open.set(state)
-    torch._C._stash_obj_in_tls(_KEY, (get_ident(), state))
+    only_handed_over = handed_over and not blocks
+    torch._C._stash_obj_in_tls(_KEY, handed_over if only_handed_over else (get_ident(), state))
 
 
 @contextmanager
@@ -90,8 +99,11 @@ def block(**chosen: Any) -> Iterator[None]:
         finally:
             _traced = before
         return
-    _keep((*_state().blocks, chosen))
+    state = _open.get()
+    _keep((*state.blocks, chosen), _handed_over() if state is _NONE else state.handed_over)
     try:
         yield
     finally:
-        _keep(tuple(other for other in _state().blocks if other is not chosen))
+        state = _open.get()
+        blocks = tuple(other for other in state.blocks if other is not chosen)
+        _keep(blocks, state.handed_over)

@@ -141,6 +141,16 @@ def top_k_fits(k: int, classes: int) -> None:
         )
 
 
+def squared_temperature(name: str, value: object) -> float:
+    """A temperature whose square is a finite number > 0, by which distillation multiplies."""
+    checked = positive(name, value)
+    if not 0 < checked * checked < math.inf:
+        raise ValueError(
+            f"{name} squared must be finite and > 0, got {checked}; 1 leaves the logits as they are"
+        )
+    return checked
+
+
 # The losses' options by name: each check returns the value as it is to be kept.
 OPTIONS: dict[str, Callable[[str, object], Any]] = {
     "alpha": share_below_one,

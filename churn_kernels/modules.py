@@ -217,7 +217,12 @@ class UniformSKL(_LossModule, function=losses.uniform_skl):
         return self._evaluate(logits, **overrides)
 
 
-class DistillationLoss(_LossModule, function=losses.distillation_loss, alpha=_checks.share):
+class DistillationLoss(
+    _LossModule,
+    function=losses.distillation_loss,
+    alpha=_checks.share,
+    temperature=_checks.squared_temperature,
+):
     """`distillation_loss` as a module.
 
     Args: the keyword arguments of `distillation_loss`, of which `alpha` is required; attributes,

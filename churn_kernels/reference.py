@@ -65,11 +65,15 @@ def loss(
     z = torch.cat([z[:students], z[students:].detach()])
 
     weight = None if class_weight is None else class_weight.to(torch.float64, copy=True)
+    limit = _largest(logits[0].dtype)
     cross_entropy = [
-        _cross_entropy(row, label, weight, options.label_smoothing) for row in z[:students]
+        _cross_entropy(row, label, weight, options.label_smoothing, limit) for row in z[:students]
     ]
     regularizer = [_regularizer(row, options) for row in z[:students]]
-    divergence = _divergences(z / options.temperature, students, options)
+    tempered = z / options.temperature
+    if options.divergence == DISTILLATION:
+        tempered = _saturate(tempered, logits[0].dtype)
+    divergence = _divergences(tempered, students, options)
     # Columns (N, K), (N, K), (N, P); an ignored row holds 0 in each.
     columns = [
         torch.stack(terms, dim=1) if terms else z.new_zeros(z.shape[1], 0)
@@ -86,13 +90,17 @@ def loss(
     return result.to(result_dtype), terms.detach().to(result_dtype)
 
 
+def _largest(dtype: torch.dtype) -> float:
+    """The largest number that is computed with: the largest float32, for float64 logits float64."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
+
+
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Z with no finite logit further below its row's largest than the largest number there is.
 
-    The largest float32, for float64 logits float64. The gradient does not see it.
+    The gradient does not see it.
     """
-    limit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
-    lowest = z.detach().amax(-1, keepdim=True) - limit
+    lowest = z.detach().amax(-1, keepdim=True) - _largest(dtype)
     return z + torch.where(_inside(z) & (z < lowest), lowest - z, 0.0).detach()
 
 
@@ -101,6 +109,7 @@ def _cross_entropy(
     label: Tensor | None,
     weight: Tensor | None,
     label_smoothing: float,
+    limit: float,
 ) -> Tensor:
     """Cross entropy of each row, (N,), as `torch.nn.functional.cross_entropy` defines it."""
     if label is None:
@@ -109,7 +118,9 @@ def _cross_entropy(
     hard = _weighed(surprise.gather(1, label[:, None]).squeeze(1), weight, label)
     if label_smoothing == 0:  # what has no weight is left out, never 0 * inf
         return hard
-    smooth = _weighed(surprise, weight, slice(None)).mean(1)
+    smooth = _weighed(surprise, weight, slice(None))
+    beyond = torch.where(smooth == torch.inf, 0.0, (smooth - limit).clamp(min=0.0))
+    smooth = (smooth - beyond.detach()).mean(1)
     return (
         smooth if label_smoothing == 1 else (1 - label_smoothing) * hard + label_smoothing * smooth
     )
@@ -119,7 +130,8 @@ def _weighed(surprise: Tensor, weight: Tensor | None, classes: Tensor | slice) -
     """Times the weights of these classes; one of weight 0 adds 0, also where it is at -inf."""
     if weight is None:
         return surprise
-    return torch.where(weight[classes] == 0, 0.0, surprise * weight[classes])
+    lost = (weight[classes] == 0) & (surprise == torch.inf)
+    return torch.where(lost, 0.0, surprise * weight[classes])
 
 
 def _inside(z: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kLeastPeak") = ck::rows::kLeastPeak;
   constants.attr("kLeastExponent") = ck::rows::kLeastExponent;
   constants.attr("kRounding") = ck::rows::kRounding;
+  constants.attr("kDifferenceRounding") = ck::rows::kDifferenceRounding;
+  constants.attr("kUntaught") = ck::rows::kUntaught;
   constants.attr("kNear") = ck::rows::kNear;
   constants.attr("kWeightless") = ck::kWeightless;
   constants.attr("Float") = format<float>();

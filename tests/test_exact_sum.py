@@ -67,6 +67,16 @@ class TestValue:
         for x in (random_bits(size, size), normal(size, 1e-30)):
             assert bits_of(ck.exact_sum(x)) == float32_sum(x)
 
+    def test_whatever_lies_above_a_half_rounds_up(self):
+        """1, half of its last place, and a single bit anywhere below that."""
+        for place in range(25, 150):
+            x = tensor(1.0, 2.0**-24, 2.0**-place)
+            assert bits_of(ck.exact_sum(x)) == float32_sum(x)
+            assert bits_of(ck.exact_sum(-x)) == float32_sum(-x)
+        for place in range(54, 150):
+            x = tensor(1.0, 2.0**-53, 2.0**-place)
+            assert ck.ExactSum().add(x).value() == 1 + 2.0**-52
+
     def test_specials_in_large_tensors(self):
         for name in ("NaN", "a NaN of other bits", "inf", "-inf", "both infinities"):
             x = shuffled(torch.cat([normal(100000), CASES[name]]))

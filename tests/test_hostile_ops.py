@@ -435,3 +435,14 @@ class TestMemory:
             assert shared in OPS.plan([logits], *options)
             found.append(OPS.loss([logits], target, None, *options, 0)[0])
         assert found[0] == found[1] > 0
+
+    @pytest.mark.parametrize(("second", "rest"), [(-7.0, -9.0), (30.0, -99.0)])
+    def test_the_second_largest_of_several_vectors(self, second, rest):
+        """In the largest one's lane or another, before it or after it."""
+        found, target = set(), torch.tensor([32])
+        for place in (0, 1, 16, *range(48, 400, 16)):
+            logits = torch.full((1, 400), rest)
+            logits[0, 32], logits[0, place] = 40.0, second
+            found.add(OPS.loss([logits], target, None, *LossOptions(mode=3), 0)[0].item())
+        assert len(found) == 1
+        assert found.pop() > 0

@@ -97,6 +97,18 @@ def test_every_option_past_one_chunk(name, classes):
         check(logits, target, OPTIONS[name], class_weight=weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [0.5, 1.5, 1 / 3, -3e-5, 1e-40, 1e30, INF, float("nan")])
+def test_16_bits_are_rounded_as_in_pytorch(isa, dtype, factor):
+    """Every number of the dtype times a factor; a NaN stays one, though its bits be all ones."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[1:]
+    factor = torch.tensor(0x7FFFFFFF).int().view(torch.float32) if factor != factor else factor
+    wanted = (every.float() * factor).to(dtype)
+    found = every.clone()
+    torch.ops.churn_kernels.scale_([found], torch.as_tensor(factor), False)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 31, 32, 33, 131, 300])
 def test_row_counts(rows):
     generator = seeded(rows)
@@ -199,6 +211,14 @@ def test_special_rows(name, kind, dtype):
         logits = special_logits(kind, generator, models, dtype)
         target = torch.tensor([1, 2, 3, 40])
         check(logits, target, OPTIONS[name]._replace(reduction=0))
+
+
+def test_of_equal_logits_the_first_are_the_largest(isa):
+    """However many of a vector's lanes they are."""
+    for k in range(1, 41):
+        z = torch.zeros(1, 40, requires_grad=True)
+        ck.softmax_entropy(z, top_k=k, renormalize_top_k=False, reduction="sum").backward()
+        assert (z.grad[0] != z.grad[0, -1]).sum() == k % 40
 
 
 @pytest.mark.parametrize("reduction", [0, 1, 2])

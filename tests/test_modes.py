@@ -250,6 +250,23 @@ class TestBlocks:
         assert seen.pop("inside") == (_blocks.UNSET, "reference", None)
         assert list(seen.values()) == ["run_to_run"]
 
+    def test_a_block_in_autograds_thread_leaves_nothing_behind(self):
+        """Such a thread lives on; PyTorch's thread-local objects come and go with each task."""
+
+        def task(handed_over):
+            torch._C._stash_obj_in_tls(_blocks._KEY, handed_over)
+            before = ck.get_reduction_mode()
+            with ck.backend("reference"):
+                inside = tuple(_blocks.choices())
+            return before, inside, ck.get_reduction_mode()
+
+        with ck.reduction_mode("exact"):
+            inside = torch._C._get_obj_in_tls(_blocks._KEY)
+        outside = torch._C._get_obj_in_tls(_blocks._KEY)
+        first, second = in_thread(lambda: (task(inside), task(outside)))
+        assert first == ("exact", ("exact", "reference", None), "exact")
+        assert second == ("run_to_run", (_blocks.UNSET, "reference", None), "run_to_run")
+
     def test_reading_takes_no_block_for_its_own(self):
         with pytest.raises(AttributeError, match="has no attribute 'other'"):
             _ = _blocks.other

@@ -88,6 +88,18 @@ VALUES = {
 }
 
 
+@pytest.mark.parametrize("temperature", [1e-200, 1e300])
+def test_a_temperature_that_cannot_be_squared(temperature):
+    message = r"^temperature squared must be finite and > 0, got .*; 1 leaves the logits as they are"
+    with pytest.raises(ValueError, match=message):
+        ck.DistillationLoss(alpha=0.5, temperature=temperature)
+    loss = ck.DistillationLoss(alpha=0.5)
+    with pytest.raises(ValueError, match=message):
+        loss.temperature = temperature
+    with pytest.raises(ValueError, match=message):
+        ck.distillation_loss(A, B, TARGET, alpha=0.5, temperature=temperature)
+
+
 @pytest.mark.parametrize("module", CLASSES)
 def test_every_option_is_an_attribute(module):
     """As the function's signature has them: set, read, checked, shown, saved, copied, pickled."""

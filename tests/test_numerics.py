@@ -97,6 +97,32 @@ class TestFarApart:
         wanted[0] -= 0.9
         torch.testing.assert_close(z[0].double(), wanted, rtol=1e-5, atol=1e-7)
 
+    def test_a_weighted_distance_beyond_counts_as_the_largest(self, mode):
+        value, (z,) = evaluated(
+            lambda z: ck.regularized_cross_entropy(
+                z,
+                torch.tensor([0]),
+                class_weight=torch.tensor([1.0, 1.99]),
+                label_smoothing=0.1,
+                mode=mode,
+            ),
+            [[0.0, LOWEST]],
+        )
+        assert_is(value, 0.1 / 2 * LARGEST)
+        assert_is(z, [[0.1 / 2 * 1.99, -0.1 / 2 * 1.99]])
+
+    @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
+    def test_distillation_at_a_temperature(self, mode, temperature):
+        value, (student, _) = evaluated(
+            lambda s, t: ck.distillation_loss(
+                s, t, None, alpha=1.0, temperature=temperature, mode=mode
+            ),
+            [[0.0, LOWEST]],
+            [[0.0, 0.0]],
+        )
+        assert_is(value, temperature**2 * min(1.0, 1 / temperature) * LARGEST / 2)
+        assert_is(student, [[temperature / 2, -temperature / 2]])
+
     def test_a_distance_beyond_counts_as_the_largest(self, mode):
         value, (z,) = evaluated(
             lambda z: ck.uniform_skl(z, mode=mode), [[LARGEST, LOWEST, LARGEST, LARGEST]]
@@ -162,6 +188,16 @@ class TestNearlyEqual:
         bias = ((found.double() - wanted).sum() / wanted.sum()).abs()
         assert bias < (1e-2 if apart == 1e-5 else 1e-3)
 
+    @pytest.mark.parametrize("classes", [2, 3])
+    @pytest.mark.parametrize("divergence", ["skl", "l1"])
+    def test_rounding_makes_no_divergence_negative(self, mode, backend, divergence, classes):
+        """Logits a last place apart, and rows enough for any sign of what rounding leaves."""
+        g, rows = seeded(0), 100 if backend == "triton" else 10000
+        a = torch.randn(rows, classes, generator=g)
+        b = a * (1 + 1e-7 * torch.randn(rows, classes, generator=g))
+        found = ck.codistillation_terms([a, b], divergence=divergence, mode=mode).divergence
+        assert found.min() >= 0
+
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
     @pytest.mark.parametrize("teachers", [1, 2])
     def test_models_that_agree_are_at_no_distance(self, mode, temperature, teachers):
@@ -185,6 +221,68 @@ class TestNearlyEqual:
         with ck.backend("reference"):
             wanted = ck.uniform_skl(z.double(), **options)
         assert bool(((found.double() - wanted).abs() <= 2e-5 * wanted.abs()).all())
+
+
+class TestTermsLargerThanTheLogitsSeem:
+    """Exact mode scales its sums by the largest term, which is not what the logits say at once."""
+
+    @pytest.fixture(autouse=True)
+    def in_mode(self, mode):
+        with ck.reduction_mode(mode):
+            yield
+
+    def check(self, loss, *rows):
+        def evaluate(rows):
+            leaves = [z.clone().requires_grad_() for z in rows]
+            value = loss(*leaves)
+            return value, *torch.autograd.grad(value, leaves, materialize_grads=True)
+
+        found = evaluate(rows)
+        with ck.backend("reference"), ck.reduction_mode("fast"):
+            wanted = evaluate([z.double() for z in rows])
+        torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=1e-10)
+        for a, b in zip(found[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("offset", [1e5, 1e6, 1e9])
+    @pytest.mark.parametrize("divergence", ["skl", "ce", "l1"])
+    def test_one_model_at_an_offset(self, offset, divergence):
+        g = seeded(offset)
+        a = torch.randn(3, 200, generator=g)
+        b = torch.stack([a[0], a[1] + 0.1, torch.randn(200, generator=g)]) + offset
+        self.check(lambda a, b: ck.codistillation_loss([a, b], divergence=divergence), a, b)
+
+    @pytest.mark.parametrize("temperature", [0.003, 0.01, 0.03])
+    @pytest.mark.parametrize("divergence", ["skl", "ce", "l1"])
+    def test_a_low_temperature(self, temperature, divergence):
+        sign = (torch.rand(2, 1000, generator=seeded(temperature)) - 0.5).sign()
+        options = {"divergence": divergence, "temperature": temperature}
+        self.check(
+            lambda a, b: ck.codistillation_loss([a, b], **options),
+            torch.zeros(2, 1000),
+            temperature * sign,
+        )
+
+    @pytest.mark.parametrize("mask", [-100.0, -1e9, LOWEST, -INF])
+    @pytest.mark.parametrize("teachers", [1, 2])
+    @pytest.mark.parametrize("head", ["zero", "random", "sure"])
+    def test_a_masked_teacher(self, mask, teachers, head):
+        """Classes that the student alone has, or one teacher of two."""
+        z = torch.randn(teachers + 1, 2, 300, generator=seeded(mask, teachers, head))
+        if head == "zero":
+            z.zero_()
+        if head == "sure":
+            z[..., 1] += 30
+        z[1, :, ::3] = mask
+        self.check(lambda s, *t: ck.distillation_loss(s, list(t), None, alpha=1.0), *z)
+
+    def test_a_teacher_that_is_nan_where_the_student_lacks_a_class(self):
+        value, _ = evaluated(
+            lambda s, t: ck.distillation_loss(s, t, None, alpha=1.0),
+            [[0.0, -INF, 1.0]],
+            [[0.0, 1.0, math.nan]],
+        )
+        assert value.isnan()
 
 
 class TestOneModelWithoutAMeaning:

@@ -262,6 +262,23 @@ class TestEdges:
         for a, b in zip(gradients(ours, logits), gradients(theirs, logits), strict=True):
             close(a, b)
 
+    @pytest.mark.parametrize("labels", [[0, 1], [0, 0]])
+    @pytest.mark.parametrize("reduction", ["none", "mean"])
+    def test_a_label_of_weight_0_hides_no_nan(self, labels, reduction):
+        """As in PyTorch, whose mean over weights of 0 is NaN, too."""
+        found, theirs = (
+            torch.tensor([[1.0, math.nan], [0.5, 2.0]], dtype=F64, requires_grad=True)
+            for _ in range(2)
+        )
+        weight = torch.tensor([0.0, 1.0], dtype=F64)
+        options = {"class_weight": weight, "reduction": reduction}
+        ours = ck.regularized_cross_entropy(found, torch.tensor(labels), **options)
+        wanted = F.cross_entropy(theirs, torch.tensor(labels), weight=weight, reduction=reduction)
+        close(ours, wanted)
+        ours.sum().backward()
+        wanted.sum().backward()
+        close(found.grad, theirs.grad)
+
     def test_a_class_of_one_model_only_is_infinitely_far(self):
         (a, b), _ = cases.batch(rows=2, dtype=F64)
         mask = torch.zeros_like(a)

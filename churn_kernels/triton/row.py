@@ -241,7 +241,10 @@ def divergence(
         shared = sums.pair.first[p] * (sums.pair.gap[p] / sums.tempered_mass[i])
         value = full((sums.pair.second[p] - shared) / sums.tempered_mass[j], S) / temperature
     if S.divergence != 3:
-        value = tl.where(sums.pair.reach[p] == float("inf"), float("inf"), value)
+        infinite = sums.pair.reach[p] == float("inf")
+        if S.divergence == 4:  # a teacher's NaN stays
+            infinite &= value == value
+        value = tl.where(infinite, float("inf"), value)
     value = tl.where(value < 0, 0.0, value)  # rounding only; NaN stays
     broken = (sums.mass[i] != sums.mass[i]) | (sums.mass[j] != sums.mass[j])
     return tl.where(broken, float("nan"), value)

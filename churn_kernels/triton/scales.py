@@ -14,6 +14,7 @@ from churn_kernels.triton.math import (
     LOWEST_FLOAT,
     at_least_lowest,
     exp_nonpos,
+    log_pos,
     number,
 )
 from churn_kernels.triton.row import PairSums, pair_index
@@ -36,6 +37,8 @@ REACH = tl.constexpr(constants.kReach)
 LEAST_PEAK = tl.constexpr(constants.kLeastPeak)
 LEAST_EXPONENT = tl.constexpr(constants.kLeastExponent)
 ROUNDING = tl.constexpr(constants.kRounding)
+DIFFERENCE_ROUNDING = tl.constexpr(constants.kDifferenceRounding)
+UNTAUGHT = tl.constexpr(constants.kUntaught)
 
 
 class Extremes(NamedTuple):
@@ -315,17 +318,15 @@ def weighted_reach(at, row, class_weight, S: tl.constexpr):
 
 @triton.jit
 def pair_reach(row, p: tl.constexpr, temperature):
-    """Bounds |d_i - d_j| by the differences of the logits, up to the rounding of each d."""
-    lowest = -row.minus_lowest[p].to(tl.float64)
-    return (row.highest[p].to(tl.float64) - lowest) + temperature * ROUNDING
+    """Bounds |d_i - d_j| by the differences of the logits, up to the rounding of each of both."""
+    highest, lowest = row.highest[p].to(tl.float64), -row.minus_lowest[p].to(tl.float64)
+    largest = tl.maximum(tl.abs(highest), tl.abs(lowest))
+    return (highest - lowest) + temperature * ROUNDING + largest * DIFFERENCE_ROUNDING
 
 
 @triton.jit
 def far_terms(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S: tl.constexpr):
-    """The largest terms of a pair's sums, or, with teachers, |d_i - d_j| of the classes that count.
-
-    Those are the ones whose exponentials are not both 0.
-    """
+    """The largest terms of a pair's sums."""
     first = lanes_full(0.0, S.compute, S)
     second = lanes_full(0.0, S.compute, S)
     other = lanes_full(0.0, S.compute, S)
@@ -337,14 +338,41 @@ def far_terms(at, row, i: tl.constexpr, j: tl.constexpr, inverse_temperature, S:
             apart = tl.abs(difference(x, row.maximum[i], S) - difference(y, row.maximum[j], S))
             a = tempered(x, row.maximum[i], inverse_temperature, S)
             b = tempered(y, row.maximum[j], inverse_temperature, S)
-            if S.divergence == 4:
-                apart = tl.where((a > 0) | (b > 0), apart, 0.0)
-                first = tl.maximum(first, lane_max(apart, S))
-            else:
-                first = tl.maximum(first, lane_max(a * apart, S))
-                second = tl.maximum(second, lane_max(tl.abs(a - b) * apart, S))
-                other = tl.maximum(other, lane_max(b * apart, S))
+            first = tl.maximum(first, lane_max(a * apart, S))
+            second = tl.maximum(second, lane_max(tl.abs(a - b) * apart, S))
+            other = tl.maximum(other, lane_max(b * apart, S))
     return row_largest(first, S), row_largest(second, S), row_largest(other, S)
+
+
+@triton.jit
+def teacher_bounds(at, row, inverse_temperature, S: tl.constexpr):
+    """What bounds the terms of KL to the teachers.
+
+    The largest |d - d_t| of a class that teacher t gives a weight, the student's largest
+    exp(d / T) where no teacher gives any, and 1 if some give a class weight and others do not.
+    """
+    reach = lanes_full(0.0, S.compute, S)
+    untaught = lanes_full(0.0, S.compute, S)
+    uneven = lanes_full(0, tl.int32, S)
+    for block in range(0, blocks(at, S)):
+        parts = load_block(at, block, True, S)
+        for part in tl.static_range(S.parts):
+            x = parts[part][0].to(S.compute)
+            d = difference(x, row.maximum[0], S)
+            most = tl.zeros_like(x)
+            least = tl.full(x.shape, 1.0, S.compute)
+            for t in tl.static_range(1, S.models):
+                y = parts[part][t].to(S.compute)
+                q = tempered(y, row.maximum[t], inverse_temperature, S)
+                apart = tl.abs(d - difference(y, row.maximum[t], S))
+                reach = tl.maximum(reach, lane_max(tl.where(q > 0, apart, 0.0), S))
+                most = tl.maximum(most, q)
+                least = tl.minimum(least, q)
+            p = tempered(x, row.maximum[0], inverse_temperature, S)
+            untaught = tl.maximum(untaught, lane_max(tl.where(most < UNTAUGHT, p, 0.0), S))
+            differs = (most > 0) & (least == 0)
+            uneven = tl.maximum(uneven, lane_max(differs.to(tl.int32), S))
+    return row_largest(reach, S), row_largest(untaught, S), row_largest(uneven, S)
 
 
 @triton.jit
@@ -383,7 +411,7 @@ def sure_peak(peak, classes):
 def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
     """Of symmetric KL's sums, with a sweep of its own where logits lie far apart.
 
-    A difference of two exponentials is at most 1, and at most 1.3 D where D is small.
+    A difference of two exponentials is at most 1, and at most 1.3 D / T where that is small.
     """
     first = ()
     second = ()
@@ -394,7 +422,7 @@ def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
             bits = bits_of(reach)
             peak = shared_peak(at, row, i, j, inverse_temperature, S)
             a = exponent_scale(bits + peak, S)
-            b = exponent_scale(bits + tl.minimum(bits + 1, 0) + peak, S)
+            b = exponent_scale(bits + tl.minimum(bits_of(reach / temperature) + 1, 0) + peak, S)
             c = a
             far = (reach < REACH) == 0
             if any_row(far, S):
@@ -409,21 +437,22 @@ def skl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
 
 
 @triton.jit
-def kl_scales(at, row, temperature, inverse_temperature, S: tl.constexpr):
-    """Of KL to the teachers.
-
-    With |d - d_t| / T <= reach, |D| is at most twice that, and a term at most q D^2 where that is
-    below 1, at most p + q |D| elsewhere.
-    """
-    reach = row_full(0.0, S.compute, S)
+def kl_scales(at, row, masses, temperature, inverse_temperature, S: tl.constexpr):
+    """Of KL to the teachers; see `kl_exponent` of csrc/rows/exact.h."""
     peak = row_full(LEAST_PEAK, tl.int32, S)
+    apart = row_full(0.0, tl.float64, S)  # of log masses
+    student = log_pos(masses[0], True)
     for t in tl.static_range(1, S.models):
-        apart, _, _ = far_terms(at, row, 0, t, inverse_temperature, S)
-        reach = tl.maximum(reach, apart)
         peak = tl.maximum(peak, shared_peak(at, row, 0, t, inverse_temperature, S))
-    bits = bits_of(reach.to(tl.float64) / temperature + ROUNDING)
-    bits = tl.where(bits < 0, 2 * bits, bits) + 2
-    by = exponent_scale(bits + sure_peak(peak, at.classes), S)
+        apart = tl.maximum(apart, tl.abs(student - log_pos(masses[t], True)))
+    distance, untaught, uneven = teacher_bounds(at, row, inverse_temperature, S)
+    reach = distance.to(tl.float64) / temperature + apart
+    reach += tl.where(uneven > 0, bits_of(number(S.models - 1.0, tl.float64)).to(tl.float64), 0.0)
+    bits = bits_of(reach + ROUNDING)
+    bits = tl.maximum(tl.where(bits < 0, 2 * bits, bits) + 2 + peak, LEAST_EXPONENT)
+    alone = tl.where(peak < 0, 2 * bits_of(apart + ROUNDING / 32), bits)
+    untaught = bits_of(untaught.to(tl.float64) * (1.0 / masses[0]))
+    by = exponent_scale(tl.maximum(tl.maximum(bits, alone), untaught), S)
     return PairSums((by,), (), (), (), ())
 
 
@@ -436,7 +465,8 @@ def l1_scales(at, row, masses, temperature, inverse_temperature, S: tl.constexpr
         for j in tl.static_range(i + 1, S.models):
             inverse = tl.maximum(1.0 / masses[i], 1.0 / masses[j])
             peak = shared_peak(at, row, i, j, inverse_temperature, S)
-            bits = bits_of(pair_reach(row, pair_index(i, j, S.models), temperature)) + 2
+            reach = pair_reach(row, pair_index(i, j, S.models), temperature)
+            bits = bits_of(reach / temperature) + 2
             bits = tl.minimum(tl.minimum(bits, sure_peak(peak, at.classes)), 0)
             unit += (row_full(S.unit, S.compute, S),)
             gap += (exponent_scale(bits_of(inverse) + bits, S),)

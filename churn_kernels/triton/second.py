@@ -123,7 +123,7 @@ def second_sums(z, at, sums, temperature, inverse_temperature, S: tl.constexpr):
     if S.exact:
         row = extremes(z, at, S)
         if S.divergence == 4:
-            by = kl_scales(at, row, temperature, inverse_temperature, S)
+            by = kl_scales(at, row, sums.tempered_mass, temperature, inverse_temperature, S)
         else:
             by = l1_scales(at, row, sums.tempered_mass, temperature, inverse_temperature, S)
     if S.divergence == 3:

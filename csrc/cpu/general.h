@@ -231,12 +231,10 @@ struct General {
         });
       }
       V* bound = largest + row.models * kModelBounds;
-      const bool teaches = row.options->teachers > 0;
       const auto couple = [&](const Block& i, const Block& j) {
         each_vector(b, e, [&](int v, int64_t, int) {
           const V D = i.d[v] - j.d[v], p = i.tempered[v], q = j.tempered[v];
-          extend(bound[kFirstReach],
-                 teaches ? where_greater(max(p, q), V(S(0)), D, V(S(0))) : p * D);
+          extend(bound[kFirstReach], p * D);
           extend(bound[kSecondReach], (p - q) * D);
           extend(bound[kOtherReach], q * D);
           // Neither takes the NaN of a class at -inf in both.
@@ -244,8 +242,22 @@ struct General {
           bound[kMinusLowest] = max(j.logit[v] - i.logit[v], bound[kMinusLowest]);
         });
       };
+      const auto teach = [&](int v, int64_t, int) {
+        const V none(S(0)), one(S(1));
+        V most = none, least = one;
+        for (int t = row.students; t < row.models; ++t) {
+          const V q = blocks[t].tempered[v];
+          extend(bound[kFirstReach], where_greater(q, none, blocks[0].d[v] - blocks[t].d[v], none));
+          most = max(most, q);
+          least = min(least, q);
+        }
+        const V untaught(S(rows::kUntaught));
+        extend(bound[kSecondReach], where_greater(untaught, most, blocks[0].tempered[v], none));
+        extend(bound[kOtherReach],
+               where_greater(least, none, none, where_greater(most, none, one, none)));
+      };
       if (row.options->teachers > 0) {
-        for (int t = row.students; t < row.models; ++t) couple(blocks[0], blocks[t]);
+        each_vector(b, e, teach);
       } else if (pairs(row) > 0) {
         for (int i = 0; i < row.models; ++i) {
           for (int j = i + 1; j < row.models; ++j, bound += kPairBounds) {

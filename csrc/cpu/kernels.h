@@ -85,9 +85,10 @@ inline constexpr int kPairScalars = 4, kGradientScalars = 9, kPartnerScalars = 4
 
 // What scales the sums of exact mode that have no bound. Of a model: the largest |d| over all its
 // classes and over its k largest, and the largest |class weight d|. Of a pair: the largest |term|
-// of its sums, and the largest z_i - z_j and z_j - z_i; of the pair with the teachers the largest
-// |d - d_t| where a probability is not 0, as kFirstReach. Models x kModelBounds, then pairs x
-// kPairBounds.
+// of its sums, and the largest z_i - z_j and z_j - z_i. Of the pair with the teachers: the largest
+// |d - d_t| of a class that teacher t gives a weight, as kFirstReach; the student's largest exp(d /
+// T) where no teacher gives any, as kSecondReach; and, as kOtherReach, 1 if the teachers are not of
+// one mind where they give any. Models x kModelBounds, then pairs x kPairBounds.
 enum ModelBound : int { kReach, kTopReach, kWeightedReach, kModelBounds };
 enum PairBound : int {
   kHighest,

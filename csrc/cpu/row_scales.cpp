@@ -74,10 +74,11 @@ void RowWork::set_scales() {
   }
   each_pair([&](int i, int j, int p) {
     const double *bound = pair_bounds(p), reach = pair_reach(p);
-    set_pair(&scales_[view_.models * kModelSums + p * kPairSums], places,
-             reach < rows::kReach ? rows::skl_exponents(reach, pair_peak(i, j))
-                                  : rows::far_exponents(bound[kFirstReach], bound[kSecondReach],
-                                                        bound[kOtherReach]));
+    set_pair(
+        &scales_[view_.models * kModelSums + p * kPairSums], places,
+        reach < rows::kReach
+            ? rows::skl_exponents(reach, in_.options.temperature, pair_peak(i, j))
+            : rows::far_exponents(bound[kFirstReach], bound[kSecondReach], bound[kOtherReach]));
   });
 }
 
@@ -88,14 +89,22 @@ void RowWork::set_second_scales() {
   const int places = rows::places(classes), first_pair = view_.models * kModelSums;
   each_pair([&](int i, int j, int p) {
     set_pair(&scales_[first_pair + p * kPairSums], places,
-             rows::l1_exponents(std::fmax(inverse_masses_[i], inverse_masses_[j]), pair_reach(p),
-                                pair_peak(i, j), classes));
+             rows::l1_exponents(std::fmax(inverse_masses_[i], inverse_masses_[j]),
+                                pair_reach(p) / in_.options.temperature, pair_peak(i, j), classes));
   });
   if (in_.options.teachers == 0) return;
   int peak = rows::kLeastPeak;
-  for (int t = view_.students; t < view_.models; ++t) peak = std::max(peak, pair_peak(0, t));
-  const double reach = pair_bounds(0)[kFirstReach] / in_.options.temperature;
-  scales_[first_pair + kFirst] = scale_of(places, rows::kl_exponent(reach, peak, classes));
+  double log_masses = 0.0;
+  for (int t = view_.students; t < view_.models; ++t) {
+    peak = std::max(peak, pair_peak(0, t));
+    log_masses = std::fmax(log_masses, std::abs(log_masses_[0] - log_masses_[t]));
+  }
+  const double* bound = pair_bounds(0);
+  double reach = bound[kFirstReach] / in_.options.temperature + log_masses;
+  if (bound[kOtherReach] > 0.0) reach += rows::bits_of(in_.options.teachers);
+  const double untaught = bound[kSecondReach] * inverse_masses_[0];
+  scales_[first_pair + kFirst] =
+      scale_of(places, rows::kl_exponent(reach, log_masses, untaught, peak));
 }
 
 int RowWork::pair_peak(int i, int j) const {
@@ -113,8 +122,8 @@ bool RowWork::shares_maximum(int i, int j) const {
 
 int RowWork::peak_exponent(int k, float inverse_temperature) const {
   const double gap = maxima_[view_.models + k] - maxima_[k];
-  return rows::peak_exponent(
-      (gap > kLowest<float> ? gap : kLowest<float>)*static_cast<double>(inverse_temperature));
+  return rows::peak_exponent(rows::max(gap, double{kLowest<float>}) *
+                             static_cast<double>(inverse_temperature));
 }
 
 }  // namespace ck

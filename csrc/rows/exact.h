@@ -61,18 +61,19 @@ struct PairExponents {
 };
 
 // Bounds the distance |d_i - d_j| of a class by that of the logits' differences, of which `highest`
-// and `lowest` are the largest and the smallest, up to the rounding of each d.
-inline constexpr double kRounding = 0x1p-15;
+// and `lowest` are the largest and the smallest, up to the rounding of each d and each difference.
+inline constexpr double kRounding = 0x1p-15, kDifferenceRounding = 0x1p-22;
 CK_HD double pair_reach(double highest, double lowest, double temperature) {
-  return (highest - lowest) + kRounding * temperature;
+  const double largest = max(max(highest, -highest), max(lowest, -lowest));
+  return (highest - lowest) + kRounding * temperature + kDifferenceRounding * largest;
 }
 
-// Symmetric KL. A difference of two exponentials is at most 1, and at most 1.3 D where D is small.
-// `peak` is that of the pair, below.
-CK_HD PairExponents skl_exponents(double reach, int peak) {
+// Symmetric KL. A difference of two exponentials is at most 1, and at most 1.3 D / T where that is
+// small. `peak` is that of the pair, below.
+CK_HD PairExponents skl_exponents(double reach, double temperature, int peak) {
   const int bits = bits_of(reach);
   const int first = at_least(bits + peak);
-  return {first, at_least(bits + min(bits + 1, 0) + peak), 0, first};
+  return {first, at_least(bits + min(bits_of(reach / temperature) + 1, 0) + peak), 0, first};
 }
 // Of a row that reaches further: the largest terms themselves.
 CK_HD PairExponents far_exponents(double first, double second, double other) {
@@ -90,15 +91,21 @@ CK_HD int sure_peak(int peak, int64_t classes) {
   return peak < 0 ? min(0, peak + bits_of(static_cast<double>(classes)) + 1) : 0;
 }
 
-// KL to the teachers: with |d - d_t| / T <= reach of every teacher |D| is at most twice that, and a
-// term at most q D^2 where that is below 1, at most p + q |D| elsewhere.
-CK_HD int kl_exponent(double reach, int peak, int64_t classes) {
+// KL to the teachers. A term is at most q D^2 where that is below 1, at most p + q |D| elsewhere,
+// and p where q is as good as 0. |D| is at most the largest |d - d_t| / T of a class that teacher t
+// has, the largest difference of log masses, and, where some teachers have a class and others have
+// not, the logarithm of their number: `reach` is the sum. A class that outweighs all others has the
+// difference of log masses alone. `untaught` is the largest p without a q.
+inline constexpr double kUntaught = 0x1p-64;
+CK_HD int kl_exponent(double reach, double log_masses, double untaught, int peak) {
   const int bits = bits_of(reach + kRounding);
-  return at_least((bits < 0 ? 2 * bits : bits) + 2 + sure_peak(peak, classes));
+  int exponent = at_least((bits < 0 ? 2 * bits : bits) + 2 + peak);
+  if (peak < 0) exponent = max(exponent, 2 * bits_of(log_masses + 0x1p-5 * kRounding));
+  return max(exponent, bits_of(untaught));
 }
 
 // L1: no p is above the larger inverse mass, and no p_i - p_j above 1.3 times twice the reach of
-// it.
+// it; `reach` is that of d / T.
 CK_HD PairExponents l1_exponents(double inverse_mass, double reach, int peak, int64_t classes) {
   const int bits = min(bits_of(reach) + 2, sure_peak(peak, classes));
   return {0, 0, at_least(bits_of(inverse_mass) + min(bits, 0)), 0};

@@ -177,6 +177,7 @@ CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelS
   }
   if (i.mass != i.mass) return i.mass;
   if (j.mass != j.mass) return j.mass;
+  if (o.divergence == Divergence::kDistill && value != value) return value;  // a teacher's NaN
   if (pair.mismatch > 0.0 && o.divergence != Divergence::kL1) {
     return std::numeric_limits<double>::infinity();
   }
