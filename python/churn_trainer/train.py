@@ -18,7 +18,7 @@ import churn_kernels as ck
 from churn_kernels.metrics import expected_calibration_error, prediction_confidence
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run, measured_epochs
-from churn_trainer.data import load_dataset
+from churn_trainer.data import load_dataset, pinned
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, seeded, stackable
@@ -94,7 +94,8 @@ def train(
     run that diverges is recorded as such, and the others go on.
 
     Args:
-        runs: what to train. Runs that are there twice are trained once.
+        runs: what to train. Runs that are there twice are trained once. Their ids come to cover
+            the data's content (`data.pinned`).
         root: folder of the runs' folders; of several hosts, one they share.
         options: see `Options`.
         tell: called as it goes, in the first process.
@@ -104,7 +105,7 @@ def train(
         Busy: another process is training one of the runs.
         OSError: a file cannot be written; what was finished stays.
     """
-    options, runs = options or Options(), list(runs)
+    options, runs = options or Options(), pinned(runs)
     # Teachers first: a dict keeps the order in which its keys came.
     wanted = {run.id: run for run in [*filter(None, (run.teacher() for run in runs)), *runs]}
     kinds: dict[str, list[Run]] = {}
