@@ -6,7 +6,6 @@ import gzip
 import io
 import math
 import pickle
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,17 +202,14 @@ def _mnist(path: Path, label: str) -> Rows:
 def _idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """An array of bytes: two zeros, 8 for bytes, the number of dimensions, these, the content."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            header = file.read(4 + 4 * dimensions)
-            if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
-                raise ValueError(f"no idx file of bytes in {dimensions} dimensions")
-            shape = tuple(np.frombuffer(header, ">u4", offset=4).tolist())
-            if math.prod(shape) > LARGEST_FILE:
-                raise ValueError(f"shape {shape}, of more than {LARGEST_FILE} bytes")
-            content = file.read(math.prod(shape) + 1)  # what a bomb has beyond stays packed
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"a broken archive ({error})") from None
+    with opener(path, "rb") as file:
+        header = file.read(4 + 4 * dimensions)
+        if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
+            raise ValueError(f"no idx file of bytes in {dimensions} dimensions")
+        shape = tuple(np.frombuffer(header, ">u4", offset=4).tolist())
+        if math.prod(shape) > LARGEST_FILE:
+            raise ValueError(f"shape {shape}, of more than {LARGEST_FILE} bytes")
+        content = file.read(math.prod(shape) + 1)  # what a bomb has beyond stays packed
     if len(content) != math.prod(shape):
         raise ValueError(f"{path.name} of another length than its shape {shape} says")
     return np.frombuffer(content, np.uint8).reshape(shape)
