@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from churn_trainer.found import printable
+from churn_trainer.formats import printable
 from churn_trainer.outcomes import Outcome
 from churn_trainer.run_folder import CURVES, LOGITS, RunFolder
 

@@ -1,4 +1,4 @@
-"""Numbers as tables and sentences show them: percent with half of the interval."""
+"""Numbers and texts as tables and sentences show them: percent with half of the interval."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def half(number: Estimate) -> str:
 def probability(number: float) -> str:
     """A p value."""
     return f"{number:.3f}" if number >= 0.001 else "< 0.001"
+
+
+def printable(text: str, most: int = 300) -> str:
+    """`text` on one line without control characters, cut to `most` characters.
+
+    Settings come from files that anybody may have written, and go to terminals and figures.
+    """
+    clean = "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
+    return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

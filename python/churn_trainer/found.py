@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from churn_trainer.config import Run
+from churn_trainer.formats import printable
 from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
 
 
@@ -82,17 +83,6 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
             "with `churn-train train --out FOLDER`"
         )
     return found
-
-
-def printable(text: str, most: int = 300) -> str:
-    """`text` on one line without control characters, cut to `most` characters.
-
-    Settings come from files that anybody may have written, and go to terminals and figures.
-    """
-    clean = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
-    return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _folders(source: Path | RunFolder) -> list[RunFolder]:

@@ -19,7 +19,8 @@ from churn_kernels.metrics import ChurnReport, churn_report, prediction_confiden
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
 from churn_trainer.config import Data, Model, Optimisation, Run, Seeds
 from churn_trainer.data.hub import HUB
-from churn_trainer.found import Finished, printable
+from churn_trainer.formats import printable
+from churn_trainer.found import Finished
 from churn_trainer.methods import BASELINE, METHODS, Method
 
 METRICS = {

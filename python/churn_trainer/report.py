@@ -20,8 +20,8 @@ import churn_kernels
 from churn_trainer.config import Run
 from churn_trainer.curves import Curves, read_curves
 from churn_trainer.figures import Drawing, make_figures
-from churn_trainer.formats import half, percent, probability, signed, value
-from churn_trainer.found import Found, NothingFinished, find_runs, printable
+from churn_trainer.formats import half, percent, printable, probability, signed, value
+from churn_trainer.found import Found, NothingFinished, find_runs
 from churn_trainer.outcomes import (
     METRICS,
     Comparison,

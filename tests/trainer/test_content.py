@@ -228,16 +228,25 @@ def test_sets_that_fit_into_memory_are_read_at_every_start(data, tmp_path, monke
     assert not (tmp_path / "cache").exists()
 
 
-def test_images_beside_a_table_are_read_again(tmp_path, cache, monkeypatch):
+@pytest.mark.parametrize("inside", [True, False])
+def test_tables_are_remembered_if_all_images_are_inside(tmp_path, cache, monkeypatch, inside):
     datasets = pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
     path = tmp_path / "x.bmp"
     picture((1, 2, 3)).save(path)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    rows = {"image": [{"path": str(path)}] * 4, "label": [0, 1, 0, 1]}
-    part = datasets.Dataset.from_dict(rows, features=features)
-    saved = {"train": part, "test": part}
-    monkeypatch.setattr("churn_trainer.data.hub._parts", lambda *_: saved)
-    data = Data(name="huggingface", path="some/set", image_size=8)
+    image = {"bytes": path.read_bytes() if inside else None, "path": str(path)}
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    table = {"image": pyarrow.array([image] * 4, kind), "label": [0, 1, 0, 1]}
+    (tmp_path / "table").mkdir()
+    for part in ("train", "test"):
+        parquet.write_table(pyarrow.table(table), tmp_path / "table" / f"{part}.parquet")
+    data = Data(name="huggingface", path=str(tmp_path / "table"), image_size=8)
+    rows = reads(monkeypatch)
     first = content(data)
     change(path)
-    assert content(data) != first
+    assert (content(data) == first) == inside
+    assert len(rows) == (8 if inside else 16)

@@ -208,6 +208,29 @@ def test_parts_of_other_names_do_not_become_classes(tmp_path, names):
     assert (dataset.classes, dataset.test_start) == (2, 6)
 
 
+def test_folders_with_the_names_of_parts_can_be_said_to_be_classes(tmp_path):
+    for name in ("train", "bus"):
+        write_folder(tmp_path / name, classes=("front", "side"))
+    with pytest.raises(
+        ValueError, match=r"or neither, got .*; a training part '.' says that all a"
+    ):
+        folder(tmp_path)
+    assert folder(tmp_path, train_part=".").classes == 2
+    (tmp_path / "train").rename(tmp_path / "tram")
+    with pytest.raises(
+        ValueError, match=r"like parts; .* say data.train_part '.' if they are clas"
+    ):
+        folder(tmp_path)
+    assert folder(tmp_path, train_part=".").classes == 2
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cow").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cow must lead to a folder, got a broken link; mend or"):
+        folder(tmp_path)
+
+
 def test_classes_may_have_folders_of_their_own(tmp_path):
     for name, inside in (("cat", ("front", "side")), ("dog", ("front", "back"))):
         write_folder(tmp_path / name, classes=inside)

@@ -256,6 +256,13 @@ def test_so_many_broken_files_are_not_all_named(tmp_path, monkeypatch):
         folder(tmp_path)
 
 
+def test_names_that_would_write_over_the_terminal_are_cleaned(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cat" / "\x1b[2J\n0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cat/\ufffd\[2J\ufffd0.png must be"):
+        folder(tmp_path)
+
+
 def test_a_file_that_changes_during_training_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "IN_MEMORY_BYTES", 0)
     dataset = folder(write_folder(tmp_path))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from churn_trainer import cli, report
 from churn_trainer.config import Data, Model
-from churn_trainer.found import printable
+from churn_trainer.formats import printable
 from churn_trainer.paper import printed, printed_numbers
 from churn_trainer.run_folder import RunFolder
 from small_study import Page, copied, first_split, independent, rows_of, small_run, table

@@ -48,6 +48,9 @@ DATASETS: dict[str, tuple[str, Callable[[Data], Dataset | Pictures]]] = {
 }
 """Name -> (what it is, how it is loaded)."""
 
+_FILES = ("folder", *HUB)
+"""Those that are read from files, which may change; the others follow from their settings."""
+
 
 def load_dataset(data: Data) -> Dataset:
     """The data set that `data` names.
@@ -99,7 +102,7 @@ def _opened(data: Data) -> Dataset | Pictures:
 
 
 def _content(data: Data) -> str | None:
-    content = _opened(data).content
+    content = _opened(data).content if data.name in _FILES else None
     _check_content(data, content)
     return content
 

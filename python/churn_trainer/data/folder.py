@@ -35,13 +35,15 @@ def load_folder(data: Data) -> Pictures:
             "data.image_size must be above 0 for a folder, got 0; say the pixels a side"
         )
     train, test = find_parts(root, data)
-    if test is None:
+    if test is None and not data.train_part:
         _check_not_parts(root)
-    return folder_pictures(data, train, test, root.name, data.image_size)
+    return folder_pictures(data, train, test, root.absolute().name, data.image_size)
 
 
 def find_parts(root: Path, data: Data, test: str = "test") -> tuple[Path, Path | None]:
     """The folders of the training and test part; `root` and None where it has no parts.
+
+    A training part "." says that it has none, whatever its folders are called.
 
     Args:
         root: where they are.
@@ -49,6 +51,8 @@ def find_parts(root: Path, data: Data, test: str = "test") -> tuple[Path, Path |
         test: what the test part is called, before others.
     Raises: ValueError if one is missing, or several folders could be one.
     """
+    if data.train_part == "." and not data.test_part:
+        return root, None
     train_folder = _part(root, data.train_part, "data.train_part", ("train",))
     test_folder = _part(root, data.test_part, "data.test_part", (test, "test", "validation"))
     if train_folder is None and test_folder is None:
@@ -57,7 +61,8 @@ def find_parts(root: Path, data: Data, test: str = "test") -> tuple[Path, Path |
         names = ", ".join(word for part in ("test", "validation") for word in WORDS[part])
         raise ValueError(
             f"data.path must have train/ and one of {names}, or neither, got {root}; move the "
-            "classes' folders into them, or name them with data.train_part and data.test_part"
+            "classes' folders into them, or name them with data.train_part and data.test_part; a "
+            "training part '.' says that all are classes"
         )
     check_different(train_folder.name, test_folder.name)
     return train_folder, test_folder
@@ -125,7 +130,8 @@ def _check_not_parts(root: Path) -> None:
         names = ", ".join(sorted(folder.name for folder in folders_in(root))[:5])
         raise ValueError(
             f"the folders of {root} must be classes, got {names}, each with {shared[0]!r} and "
-            f"{shared[1]!r} in it, like parts; name two with data.train_part and data.test_part"
+            f"{shared[1]!r} in it, like parts; name two with data.train_part and data.test_part, "
+            "or say data.train_part '.' if they are classes"
         )
 
 

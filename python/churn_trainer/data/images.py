@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.data.decode import open_image, to_square
 from churn_trainer.data.verdicts import Verdict, recall, remember, stamp
+from churn_trainer.formats import printable
 
 IN_MEMORY_BYTES = 1 << 30
 """Images that take no more than this together are read once; others at each use."""
@@ -164,9 +166,12 @@ class Pictures:
     def _usable(self, verdict: Verdict) -> list[int]:
         """The rows to keep."""
         if verdict.broken and not self.skip_broken:
-            named = [f"{self.name(row)} {wrong}" for row, wrong in verdict.broken.items()]
-            more = len(named) - MOST_NAMED
-            named = named[:MOST_NAMED] + [f"and {more} more"] * (more > 0)
+            named = [
+                printable(f"{self.name(row)} {wrong}")
+                for row, wrong in islice(verdict.broken.items(), MOST_NAMED)
+            ]
+            more = len(verdict.broken) - len(named)
+            named += [f"and {more} more"] * (more > 0)
             raise ValueError(
                 f"{self.title} must hold images with labels, got {len(verdict.broken)} of "
                 f"{len(self.labels)} that cannot be used: {'; '.join(named)}; remove or mend them, "
@@ -187,7 +192,8 @@ class Pictures:
             return to_square(open_image(self.read(row)), self.size)
         except ValueError as error:
             raise ValueError(
-                f"{self.name(row)} {error}; it was changed since the training began: restore it"
+                f"{printable(self.name(row))} {error}; it was changed since the training began: "
+                "restore it"
             ) from None
 
 

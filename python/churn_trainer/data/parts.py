@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from churn_trainer.data.decode import SUFFIXES
+
 WORDS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -40,8 +42,12 @@ def folders_named(root: Path, part: str) -> list[Path]:
 
 
 def folders_in(root: Path) -> list[Path]:
-    """The visible folders right below `root`."""
-    return [entry for entry in root.iterdir() if is_visible(entry.name) and entry.is_dir()]
+    """The visible folders right below `root`. Raises: ValueError for a link to nothing."""
+    entries = [entry for entry in root.iterdir() if is_visible(entry.name)]
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{entry} must lead to a folder, got a broken link; mend or remove it")
+    return [entry for entry in entries if entry.is_dir()]
 
 
 def check_apart(train: Iterable[Path], test: Iterable[Path], remedy: str) -> None:
