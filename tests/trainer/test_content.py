@@ -228,23 +228,46 @@ def test_sets_that_fit_into_memory_are_read_at_every_start(data, tmp_path, monke
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_tables_are_remembered_if_all_images_are_inside(tmp_path, cache, monkeypatch, inside):
-    datasets = pytest.importorskip("datasets")
+def table_of(root, image):
+    """A data set of four times the same image, as Parquet files without metadata."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
+    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    table = {"image": pyarrow.array([image] * 4, kind), "label": [0, 1, 0, 1]}
+    root.mkdir(exist_ok=True)
+    for part in ("train", "test"):
+        parquet.write_table(pyarrow.table(table), root / f"{part}.parquet")
+    return Data(name="huggingface", path=str(root), image_size=8)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+def test_tables_that_changed_behind_their_times_are_read_again(tmp_path, hub_cache):
+    images = [encoded(picture((blue, 2, 3)), "BMP") for blue in (1, 4)]
+    data = table_of(tmp_path / "table", {"bytes": images[0], "path": None})
+    first = content(data)
+    files = {path: path.stat() for path in (tmp_path / "table").iterdir()}
+    table_of(tmp_path / "table", {"bytes": images[1], "path": None})
+    for path, status in files.items():
+        assert path.stat().st_size == status.st_size
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert content(data) != first
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_tables_are_remembered_if_all_images_are_inside(
+    tmp_path, cache, hub_cache, monkeypatch, inside
+):
     path = tmp_path / "x.bmp"
     picture((1, 2, 3)).save(path)
     image = {"bytes": path.read_bytes() if inside else None, "path": str(path)}
-    kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-    table = {"image": pyarrow.array([image] * 4, kind), "label": [0, 1, 0, 1]}
-    (tmp_path / "table").mkdir()
-    for part in ("train", "test"):
-        parquet.write_table(pyarrow.table(table), tmp_path / "table" / f"{part}.parquet")
-    data = Data(name="huggingface", path=str(tmp_path / "table"), image_size=8)
+    data = table_of(tmp_path / "table", image)
     rows = reads(monkeypatch)
     first = content(data)
     change(path)

@@ -73,6 +73,25 @@ def test_unknown_data_is_refused_with_the_nearest():
         load_dataset(Data(name="0000"))
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("digits", "train_part"),
+        ("gaussian", "skip_broken"),
+        ("folder", "label"),
+        ("folder", "image"),
+    ],
+)
+def test_settings_that_a_data_set_has_no_use_for_are_refused(tmp_path, name, setting):
+    write_folder(tmp_path)
+    value = True if setting == "skip_broken" else "x"
+    data = Data(name=name, path=str(tmp_path), image_size=8, **{setting: value})
+    with pytest.raises(
+        ValueError, match=rf"data.{setting} must be left out of {name}, .*; drop it"
+    ):
+        load_dataset(data)
+
+
 # Synthetic ----------------------------------------------------------------------------------------
 
 

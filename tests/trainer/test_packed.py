@@ -173,6 +173,7 @@ def test_numpy_unpickles_nothing_of_a_stranger_s(tmp_path):
     [
         b"",
         b"no pickle",
+        b"\x80\x02Nr\xff\xff\xff\x7f.",  # to be remembered as number 2^31 - 1
         old_pickle([1, 2]),
         old_pickle({b"labels": [1]}),
         old_pickle({b"data": 1, b"labels": [1]}),

@@ -48,8 +48,14 @@ DATASETS: dict[str, tuple[str, Callable[[Data], Dataset | Pictures]]] = {
 }
 """Name -> (what it is, how it is loaded)."""
 
-_FILES = ("folder", *HUB)
-"""Those that are read from files, which may change; the others follow from their settings."""
+_FILES = {
+    "folder": ("train_part", "test_part", "skip_broken"),
+    **dict.fromkeys(HUB, ("train_part", "test_part", "skip_broken", "image", "label")),
+}
+"""Those that are read from files, which may change, and what can be said of these.
+
+The others follow from their settings.
+"""
 
 
 def load_dataset(data: Data) -> Dataset:
@@ -93,6 +99,12 @@ def pinned(settings: Iterable[_S]) -> list[_S]:
 
 def _opened(data: Data) -> Dataset | Pictures:
     one_of("data.name", data.name, DATASETS, "`churn-train data` describes them")
+    for name in ("train_part", "test_part", "skip_broken", "image", "label"):
+        if getattr(data, name) is not None and name not in _FILES.get(data.name, ()):
+            raise ValueError(
+                f"data.{name} must be left out of {data.name}, which has no such thing, got "
+                f"{getattr(data, name)!r}; drop it"
+            )
     try:
         return DATASETS[data.name][1](data)
     except OSError as error:

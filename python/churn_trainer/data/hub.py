@@ -14,6 +14,7 @@ from churn_trainer.data.folder import find_parts, folder_pictures
 from churn_trainer.data.images import Pictures
 from churn_trainer.data.packed import load_packed
 from churn_trainer.data.parts import check_apart, check_different, is_visible, parts_in
+from churn_trainer.data.verdicts import state_of
 
 INSTALL = "pip install 'churn-kernels[trainer]'"
 
@@ -169,7 +170,9 @@ def _parts(path: str, source: Source, files: dict[str, list[Path]]) -> Any:
     try:
         if files:
             names = {part: list(map(str, paths)) for part, paths in files.items()}
-            return library.load_dataset("parquet", data_files=names)
+            # By themselves `datasets` would know a file that it has read by its time alone.
+            state, _ = state_of(path for paths in files.values() for path in paths)
+            return library.load_dataset("parquet", state[:32], data_files=names)
         if Path(path).is_dir():
             saved = library.load_from_disk(path)
             return saved if isinstance(saved, dict) else {"train": saved}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from churn_trainer.config import Data
-from churn_trainer.data.decode import LARGEST_FILE
+from churn_trainer.data.decode import LARGEST_FILE, read_file
 from churn_trainer.data.images import Pictures
 from churn_trainer.settings import one_of
 
@@ -150,8 +150,11 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads plain values and arrays of bytes; whatever else a pickle calls is refused."""
+class _Unpickler(pickle._Unpickler):
+    """Reads plain values and arrays of bytes; whatever else a pickle calls is refused.
+
+    The one in Python: of a few hostile bytes that in C fills the memory.
+    """
 
     _STANDINS: Mapping[tuple[str, str], Any] = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
@@ -169,7 +172,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _cifar(path: Path, label: str) -> Rows:
-    batch = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    batch = _Unpickler(io.BytesIO(read_file(path)), encoding="bytes").load()
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     images = named["data"].rows.reshape(-1, 3, 32, 32)
     return images, np.array(named[label], np.int64).reshape(-1)

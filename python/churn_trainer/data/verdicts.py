@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,25 +30,34 @@ class Verdict:
     broken: dict[int, str]
 
 
-def stamp(files: Iterable[Path], *reading: object) -> str | None:
-    """A name for the files as they are, and for how they are read; None where it is not safe.
+def state_of(files: Iterable[Path]) -> tuple[str, int]:
+    """A digest that a write to any of the files changes, and when the last was, in ns.
 
     It covers path, device, inode, size and both times of every file: whatever writes to a file sets
     the second of these, which no program can set back.
+
+    Raises: OSError for a file that is not there.
     """
-    digest = hashlib.sha256(repr(reading).encode())
-    now, paths = time.time_ns(), list(files)
-    for path in paths:
-        try:
-            status = path.stat()
-        except OSError:
-            return None
-        if now - max(status.st_mtime_ns, status.st_ctime_ns) < SETTLED_NS:
-            return None
-        numbers = (status.st_dev, status.st_ino, status.st_size)
+    digest, last = hashlib.sha256(), 0
+    for path in files:
+        status = path.stat()
         times = (status.st_mtime_ns, status.st_ctime_ns)
-        digest.update(os.fsencode(path.absolute()) + repr((*numbers, *times)).encode())
-    return digest.hexdigest() if paths else None
+        numbers = (status.st_dev, status.st_ino, status.st_size, *times)
+        digest.update(os.fsencode(path.absolute()) + repr(numbers).encode())
+        last = max(last, *times)
+    return digest.hexdigest(), last
+
+
+def stamp(files: Sequence[Path], *reading: object) -> str | None:
+    """A name for the files as they are, and for how they are read; None where it is not safe."""
+    now = time.time_ns()
+    try:
+        state, last = state_of(files)
+    except OSError:
+        return None
+    if not files or now - last < SETTLED_NS:
+        return None
+    return hashlib.sha256(repr((state, *reading)).encode()).hexdigest()
 
 
 def recall(name: str | None) -> Verdict | None:
