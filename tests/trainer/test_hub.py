@@ -312,6 +312,33 @@ def test_columns_that_hold_something_else_are_named(tmp_path, hub_cache, column,
         hub(tmp_path)
 
 
+def test_texts_of_the_test_part_alone_are_named(tmp_path, hub_cache):
+    train, test = columns(2) | {"label": ["a", "b"]}, columns(2) | {"label": ["b", "\x1bc"]}
+    write_parts(tmp_path, train=train, test=test)
+    with pytest.raises(
+        ValueError, match=r"every class in the training part, got \ufffdc in the te"
+    ):
+        hub(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_part_without_rows_is_named(tmp_path, hub_cache, monkeypatch, part):
+    from pyarrow import parquet
+
+    datasets = pytest.importorskip("datasets")
+    full = datasets.Dataset.from_dict(columns(4))
+    published = {"train": full, "test": full} | {part: full.select([])}
+    with monkeypatch.context() as patched:
+        patched.setattr("churn_trainer.data.hub._parts", lambda *_: published)
+        with pytest.raises(ValueError, match=f"must have rows in the part '{part}', got none"):
+            hub("some/set")
+    write_parts(tmp_path, train=columns(4), test=columns(4))
+    path = tmp_path / f"{part}.parquet"
+    parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(ValueError, match=rf"got .*{part}.parquet \(no rows\); download them again"):
+        hub(tmp_path)
+
+
 def test_parts_that_name_their_classes_differently_are_refused(tmp_path):
     datasets = pytest.importorskip("datasets")
     parts = datasets.DatasetDict()

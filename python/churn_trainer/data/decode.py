@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffi
 
 LARGEST_FILE = 1 << 31
 """Bytes; no image within Pillow's limit of pixels needs more."""
+
+LARGEST_SCALED = 1 << 26
+"""Pixels of an image whose shorter side has been scaled."""
 
 
 def read_file(path: Path) -> bytes:
@@ -68,19 +72,23 @@ def open_image(content: bytes) -> Image.Image:
 def to_square(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     """(3, size, size) uint8: the shorter side scaled to `size`, the middle cut out, in RGB.
 
-    An image that is `size` x `size` keeps its pixels. Raises: ValueError as `to_rgb`.
+    An image that is `size` x `size` keeps its pixels.
+
+    Raises: ValueError as `to_rgb`, and for a strip that would fill the memory.
     """
     image = to_rgb(image)
     width, height = image.size
     if (width, height) != (size, size):
         scale = size / min(width, height)
-        scaled_width = max(size, round(width * scale))
-        scaled_height = max(size, round(height * scale))
-        across, down = width / scaled_width, height / scaled_height
-        left, top = (scaled_width - size) // 2, (scaled_height - size) // 2
-        # The middle alone: scaled as a whole, an image of one row would fill the memory.
-        box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box)
+        scaled = max(size, round(width * scale)), max(size, round(height * scale))
+        if math.prod(scaled) > LARGEST_SCALED:
+            raise ValueError(
+                f"must have sides that are more alike, got {width} x {height}, or {scaled[0]} x "
+                f"{scaled[1]} as scaled"
+            )
+        image = image.resize(scaled, Image.Resampling.BILINEAR)
+        left, top = ((side - size) // 2 for side in scaled)
+        image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).transpose(2, 0, 1)
 
 

@@ -15,6 +15,7 @@ from churn_trainer.data.images import Pictures
 from churn_trainer.data.packed import load_packed
 from churn_trainer.data.parts import check_apart, check_different, is_visible, parts_in
 from churn_trainer.data.verdicts import state_of
+from churn_trainer.formats import printable
 
 INSTALL = "pip install 'churn-kernels[trainer]'"
 
@@ -187,13 +188,14 @@ def _parts(path: str, source: Source, files: dict[str, list[Path]]) -> Any:
 
 
 def _check_parquet(files: Iterable[Path]) -> None:
-    """Raises ValueError naming every file that is no Parquet, or that was cut short."""
+    """Raises ValueError naming every file that is no Parquet, was cut short, or has no rows."""
     from pyarrow import ArrowException, parquet
 
     broken = []
     for path in files:
         try:
-            parquet.read_schema(path)
+            if not parquet.read_metadata(path).num_rows:
+                broken.append(f"{path} (no rows)")
         except (ArrowException, OSError) as error:
             broken.append(f"{path} ({error})")
     if broken:
@@ -211,6 +213,8 @@ def _columns(data: Data, path: str, size: int, source: Source, found: Any) -> Pi
                 f"{path} must have the part {part!r}, got {sorted(found)}; rename it, or name "
                 f"another with {setting}"
             )
+        if not len(found[part]):
+            raise ValueError(f"{path} must have rows in the part {part!r}, got none; fill it")
     parts = [found[source.train], found[source.test]]
     for part in parts:
         for column, setting in ((source.image, "data.image"), (source.label, "data.label")):
@@ -309,6 +313,12 @@ def _labels(path: str, parts: Sequence[Any], source: Source) -> tuple[list[int |
     known = [value for value in values if value is not None]
     if known and all(isinstance(value, str) for value in known):
         numbers = {text: number for number, text in enumerate(sorted(set(known)))}
+        if unseen := sorted(set(known) - set(values[: len(parts[0])])):
+            raise ValueError(
+                f"column {column!r} of {path} must have every class in the training part, got "
+                f"{', '.join(map(printable, unseen[:5]))} in the test part alone; name "
+                "another with data.label"
+            )
         return [None if value is None else numbers[value] for value in values], len(numbers)
     if not known or not all(isinstance(value, int) for value in known):
         kinds = ", ".join(sorted({type(value).__name__ for value in known})) or "nothing"
