@@ -283,7 +283,7 @@ def test_rows_without_image_or_label_are_named_or_left_out(tmp_path, hub_cache):
     with pytest.raises(ValueError, match="got 5 of 12 that cannot be used") as error:
         hub(tmp_path)
     for line in (
-        "row 2 of test must be an image, got nothing",
+        "row 2 of test must be the bytes of an image, got nothing",
         "row 3 of test must be an image, got something else",
         "row 4 of test cannot be read: No such file or directory",
         "row 5 of test has no label",
@@ -292,6 +292,27 @@ def test_rows_without_image_or_label_are_named_or_left_out(tmp_path, hub_cache):
         assert line in str(error.value)
     dataset = hub(tmp_path, skip_broken=True)
     assert (dataset.labels.tolist(), dataset.test_start) == ([0, 1, 0, 1, 0, 1, 1], 4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        ({"bytes": "text"}, "must be the bytes of an image, got a str"),
+        ({"bytes": 1 << 40}, "must be the bytes of an image, got a int"),
+        ({"path": 7}, "must be the bytes of an image, got nothing"),
+        ({"path": "nowhere.png"}, "cannot be read: No such file or directory"),
+        ({"path": "/dev/zero"}, "must be a file, got a pipe, device or folder"),
+    ],
+)
+@pytest.mark.parametrize("limit", [images.IN_MEMORY_BYTES, 0])
+def test_structures_that_hold_no_image_are_named(
+    tmp_path, hub_cache, monkeypatch, stored, message, limit
+):
+    monkeypatch.setattr(images, "IN_MEMORY_BYTES", limit)
+    rows = {"image": [stored] * 2, "label": [0, 1]}
+    write_parts(tmp_path, train=rows, test=rows)
+    with pytest.raises(ValueError, match=f"got 4 of 4 .*row 0 of train {message}; row 1 of"):
+        hub(tmp_path)
 
 
 @pytest.mark.parametrize(

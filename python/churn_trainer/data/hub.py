@@ -264,7 +264,7 @@ def _check_images(path: str, column: str, kind: Any) -> None:
     from pyarrow import types
 
     if types.is_struct(kind):
-        if {kind.field(place).name for place in range(kind.num_fields)} & {"bytes", "path"}:
+        if any(kind.get_field_index(name) >= 0 for name in ("bytes", "path")):
             return
     elif types.is_binary(kind) or types.is_large_binary(kind):
         return
@@ -277,20 +277,27 @@ def _check_images(path: str, column: str, kind: Any) -> None:
 def _content(stored: Any) -> bytes:
     """An image's file, from the bytes of a column or the path beside them."""
     if isinstance(stored, dict):
-        inside, path = stored.get("bytes"), stored.get("path")
-        stored = read_file(Path(path)) if inside is None and path else inside
-    if stored is None:
-        raise ValueError("must be an image, got nothing")
-    return bytes(stored)
+        path = stored.get("path")
+        stored = stored.get("bytes")
+        if stored is None and isinstance(path, str) and path:
+            return read_file(Path(path))
+    if not isinstance(stored, bytes):
+        kind = "nothing" if stored is None else f"a {type(stored).__name__}"
+        raise ValueError(f"must be the bytes of an image, got {kind}")
+    return stored
 
 
 def _is_whole(rows: Any) -> bool:
     """Whether every image's bytes are in the table itself."""
-    for chunk in rows.data.column(0).chunks:
-        inside = chunk.field("bytes") if hasattr(chunk, "field") else chunk
-        if inside.null_count:
+    from pyarrow import types
+
+    column = rows.data.column(0)
+    if types.is_struct(column.type):
+        place = column.type.get_field_index("bytes")
+        if place < 0:
             return False
-    return True
+        column = column.flatten()[place]
+    return column.null_count == 0
 
 
 def _labels(path: str, parts: Sequence[Any], source: Source) -> tuple[list[int | None], int]:

@@ -112,9 +112,8 @@ class Pictures:
     @cached_property
     def _verdict(self) -> Verdict:
         """That of every image decoded, as remembered from before."""
-        name = stamp(
-            self.files(), PIL.__version__, self.column, self.classes, self.labels, self.test_start
-        )
+        reading = (PIL.__version__, self.size, self.column, self.classes, self.test_start)
+        name = stamp(self.files(), *reading, self.labels)
         verdict = recall(name)
         if verdict is None:
             verdict = self._survey(lambda row, square: None)
