@@ -78,7 +78,8 @@ def folder_pictures(data: Data, train: Path, test: Path | None, title: str, size
             odd = sorted(set(classes) ^ set(test_classes))
             raise ValueError(
                 f"{train} and {test} must have the same classes, got {len(classes)} and "
-                f"{len(test_classes)}; in one only: {', '.join(odd[:5])}"
+                f"{len(test_classes)}; in one only: {', '.join(odd[:5])}; mend them, or choose "
+                "others with data.train_part and data.test_part"
             )
         check_apart(files, more, "remove it from one")
         test_start, files, labels = len(files), files + more, labels + more_labels
