@@ -90,7 +90,9 @@ VALUES = {
 
 @pytest.mark.parametrize("temperature", [1e-200, 1e300])
 def test_a_temperature_that_cannot_be_squared(temperature):
-    message = r"^temperature squared must be finite and > 0, got .*; 1 leaves the logits as they are"
+    message = (
+        r"^temperature squared must be finite and > 0, got .*; 1 leaves the logits as they are"
+    )
     with pytest.raises(ValueError, match=message):
         ck.DistillationLoss(alpha=0.5, temperature=temperature)
     loss = ck.DistillationLoss(alpha=0.5)

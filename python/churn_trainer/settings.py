@@ -240,10 +240,16 @@ def _named(settings: Any) -> dict[str, Any]:
     return table
 
 
+def without_none(hint: Any) -> Any:
+    """X of the type "X | None", any other type as it is."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint
+
+
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint` asks for; a whole number will do for a float."""
-    if isinstance(hint, types.UnionType):  # "X | None"
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    hint = without_none(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(
         hint
     ):  # in a list; a name can stand for the whole table

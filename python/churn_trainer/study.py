@@ -9,6 +9,7 @@ from pathlib import Path
 
 from churn_kernels._files import make_folder, write_atomically
 from churn_trainer.config import Study
+from churn_trainer.data import pinned
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all
@@ -56,8 +57,9 @@ def report_study(study: Study, *roots: Path) -> Report:
     Args:
         study: which runs.
         roots: folders of the runs' folders, one for each device where there are several.
-    Raises: NothingFinished if no run finished.
+    Raises: NothingFinished if no run finished, ValueError if the data are not there any more.
     """
+    (study,) = pinned([study])
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
     return make_report(folders, study.level, title=study.title, first=first)

@@ -19,7 +19,7 @@ from churn_kernels._files import check, exactly, optional, read_bytes, write_ato
 from churn_kernels.metrics import expected_calibration_error, prediction_confidence
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run, measured_epochs
-from churn_trainer.data import hold_out, load_dataset, split_rows
+from churn_trainer.data import hold_out, load_dataset, pinned, split_rows
 from churn_trainer.data.batches import check_minibatch, fewest_rows
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Resumed, Trained, fit, make_fabric
@@ -104,7 +104,8 @@ def train(
     run that diverges is recorded as such, and the others go on.
 
     Args:
-        runs: what to train. Runs that are there twice are trained once.
+        runs: what to train. Runs that are there twice are trained once. Their ids come to cover
+            the data's content (`data.pinned`).
         root: folder of the runs' folders; of several hosts, one they share.
         options: see `Options`.
         tell: called as it goes, in the first process.
@@ -114,7 +115,7 @@ def train(
         Busy: another process is training one of the runs.
         OSError: a file cannot be written; what was finished stays.
     """
-    options, runs = options or Options(), list(runs)
+    options, runs = options or Options(), pinned(runs)
     kinds = kinds_of(runs)
     for kind in kinds:
         keep = options.keep_checkpoint or not taken_up(kinds).isdisjoint(run.id for run in kind)
