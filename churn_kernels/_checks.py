@@ -420,6 +420,8 @@ def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | N
         remedy = "pass target.squeeze(-1)"
     elif got == (*shape, logits.shape[-1]):
         remedy = "for one-hot rows pass target.argmax(-1)"
+    elif len(got) == len(shape) == 1:
+        remedy = f"pass {shape[0]} labels, or the logits of {got[0]} rows"
     elif math.prod(got) == math.prod(shape):
         remedy = f"pass target.reshape{shape}"
     else:

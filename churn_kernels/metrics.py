@@ -139,11 +139,7 @@ def churn_report(
         ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
         a label out of range.
     """
-    if _blocks.choices().class_exchange is not None:
-        raise ValueError(
-            "churn_report takes whole rows, got a block of class_parallel; call it outside the "
-            "block"
-        )
+    _refuse_shards("churn_report")
     logits, batch = _checked_runs(runs)
     rows, classes = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     if target is not None:
@@ -187,6 +183,11 @@ def prediction_confidence(logits: Tensor) -> Tensor:
     Gradient: none.
     Raises: ValueError if there is no class; TypeError for a sparse or nested tensor.
     """
+    _refuse_shards("prediction_confidence")
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"logits must be a tensor, got {type(logits).__name__}; pass torch.tensor(logits)"
+        )
     _checks.dense("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(
@@ -215,6 +216,7 @@ def expected_calibration_error(
     Gradient: none.
     Raises: TypeError, ValueError and IndexError as `churn_report`.
     """
+    _refuse_shards("expected_calibration_error")
     if _checks.integer("bins", bins) < 1:
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
@@ -239,6 +241,13 @@ class _RowResults(NamedTuple):
     entropy: Tensor  # (R, B)
     distance: Tensor  # (R, R, B): sum over the classes of |p_i - p_j|
     scaled_distance: Tensor  # (R, R, B): the same of (p / max p)^a
+
+
+def _refuse_shards(function: str) -> None:
+    if _blocks.choices().class_exchange is not None:
+        raise ValueError(
+            f"{function} takes whole rows, got a block of class_parallel; call it outside the block"
+        )
 
 
 def _can_fuse(logits: list[Tensor]) -> bool:

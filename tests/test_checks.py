@@ -324,6 +324,12 @@ LAST = (
             "target must have shape (2, 3), one class for each row of the logits, got (6,); pass "
             "target.reshape(2, 3)",
         ),
+        (
+            [torch.zeros(4, 3)],
+            (5,),
+            "target must have shape (4,), one class for each row of the logits, got (5,); pass 4 "
+            "labels, or the logits of 5 rows",
+        ),
         ([torch.zeros(4, 1)], (4,), TWO_CLASSES),
         (torch.zeros(2, 4, 1), (4,), TWO_CLASSES),
         (

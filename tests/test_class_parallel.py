@@ -318,6 +318,12 @@ def mistakes(rank, mine, target, weight):
     with ck.backend("reference"):
         found["reference"] = told(mine, target)
     found["report"] = told(mine, target, loss=lambda z, y: ck.metrics.churn_report(z))
+    found["confidence"] = told(
+        mine, target, loss=lambda z, y: ck.metrics.prediction_confidence(z[0])
+    )
+    found["calibration"] = told(
+        mine, target, loss=lambda z, y: ck.metrics.expected_calibration_error(z[0], y)
+    )
     if rank == 0:  # lost its way: as large a tensor as the others', but no loss
         facts = torch.zeros(_class_shards._FACTS, dtype=torch.float64)
         dist.all_gather([torch.empty_like(facts) for _ in range(dist.get_world_size())], facts)
@@ -374,6 +380,8 @@ TOLD = {
     "backend 'reference'; choose 'cpu', or build the library",
     "report": "ValueError: churn_report takes whole rows, got a block of class_parallel; call it "
     "outside the block",
+    "confidence": "ValueError: prediction_confidence takes whole rows, got a block of",
+    "calibration": "ValueError: expected_calibration_error takes whole rows, got a block of",
     "lost": "ValueError: every process of class_parallel must call the same losses in the same "
     "order, but process 0 of the group has come to another collective; did a call of its raise "
     "before?",

@@ -294,8 +294,7 @@ def check_network(
     check_memory("the models' weights and gradients", 4.0 * held * networks * weights, remedy)
     network = _initialised(run, 0, shape, classes, trust)
     if run.model.name not in NETWORKS:
-        again = _initialised(run, 0, shape, classes, trust).state_dict()
-        _check_equal(run.model.name, network.state_dict(), again)
+        _check_equal(run.model.name, network, _initialised(run, 0, shape, classes, trust))
     with seeded(0):
         check_logits(run.model.name, network, shape, classes, fewest)
     return network
@@ -336,11 +335,12 @@ def _has_dropout(network: nn.Module) -> bool:
     )
 
 
-def _check_equal(name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
-    for key, value in first.items():
+def _check_equal(name: str, first: nn.Module, second: nn.Module) -> None:
+    others = second.state_dict()
+    for key, value in first.state_dict().items():
         if not isinstance(value, Tensor):
             continue
-        one, other = (tensors_hash([(key, state.get(key))])() for state in (first, second))
+        one, other = (tensors_hash([(key, values)])() for values in (value, others.get(key)))
         if one != other:
             raise ValueError(
                 f"model {name} must have the same first weights whenever it is made from the same "

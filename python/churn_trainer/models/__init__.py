@@ -142,10 +142,9 @@ def check_logits(
 
 
 def _pass(network: nn.Module, shape: Shape, training: bool, rows: int = 2) -> Any:
-    """What the network makes of zeros, on copies of its weights and statistics."""
+    """What the network makes of zeros, on copies of its statistics."""
     before = network.training
-    tensors = (*network.named_parameters(), *network.named_buffers())
-    copies = {name: tensor.detach().clone() for name, tensor in tensors}
+    copies = {name: values.clone() for name, values in network.named_buffers()}
     try:
         with torch.no_grad():
             return functional_call(network.train(training), copies, (torch.zeros(rows, *shape),))
