@@ -223,6 +223,21 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_with_the_same_bi
     assert (folder.path / "curves.csv").read_bytes() == (whole.path / "curves.csv").read_bytes()
 
 
+def test_a_full_disk_leaves_both_checkpoints(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", ["run"])
+    checkpoint.save(state(7))
+    checkpoint.save(state(8))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("churn_kernels._files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(state(9))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_no_bit_of_weights_or_logits_flips_unseen(runs, tmp_path):
     random, folder = Random(1), folders(runs)[0]
     for name, read in (("weights.pt", folder.weights), ("logits.npz", folder.logits)):
