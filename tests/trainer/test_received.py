@@ -18,7 +18,7 @@ from churn_trainer.found import find_runs
 from churn_trainer.loop import Loop, make_fabric
 from churn_trainer.outcomes import measure
 from churn_trainer.report import make_report, write_report
-from churn_trainer.run_folder import RunFolder
+from churn_trainer.run_folder import RunFolder, read_runs
 from churn_trainer.settings import read_settings
 from churn_trainer.stored import save_tensors
 from churn_trainer.train import Options, _Group, train
@@ -397,6 +397,18 @@ def test_no_run_s_damage_stops_another_run_s_report(name, runs):
         for sentence in [*sentences, *found.damaged, *curves.read_curves(outcomes)[1]]:
             assert sentence.isprintable()
     make_report(runs)
+
+
+def test_a_run_whose_metrics_are_damaged_is_said_and_stops_no_other(runs):
+    spoiled, whole = folders(runs)
+    (spoiled.path / "metrics.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"metrics\.json must hold the metrics of a run, got: .*"):
+        assert read_runs(runs) == [whole]
+    config = runs.parent / "run.json"
+    config.write_text((spoiled.path / "config.json").read_text())
+    done = CliRunner().invoke(cli.app, ["train", "--config", str(config), "--out", str(runs)])
+    assert done.exit_code == 2, done.output
+    assert "must hold the metrics of a run, got: " in " ".join(done.stderr.split())
 
 
 def test_weights_and_arrays(runs, tmp_path):
