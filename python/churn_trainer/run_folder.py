@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,13 @@ class RunFolder:
 
 
 def read_runs(root: Path) -> list[RunFolder]:
-    """The folders of all runs below `root` that finished, by name."""
-    folders = [RunFolder(path.parent) for path in sorted(root.glob(f"*/{METRICS}"))]
-    return [folder for folder in folders if folder.status == FINISHED]
+    """The folders of the runs below `root` that finished, by name; warns of unreadable ones."""
+    finished = []
+    for path in sorted(root.glob(f"*/{METRICS}")):
+        folder = RunFolder(path.parent)
+        try:
+            if folder.status == FINISHED:
+                finished.append(folder)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return finished

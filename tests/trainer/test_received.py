@@ -18,7 +18,7 @@ from churn_trainer.found import find_runs
 from churn_trainer.loop import Loop, make_fabric
 from churn_trainer.outcomes import measure
 from churn_trainer.report import make_report, write_report
-from churn_trainer.run_folder import RunFolder
+from churn_trainer.run_folder import RunFolder, read_runs
 from churn_trainer.settings import read_settings
 from churn_trainer.stored import save_tensors
 from churn_trainer.train import Options, _Group, train
@@ -223,6 +223,21 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_with_the_same_bi
     assert (folder.path / "curves.csv").read_bytes() == (whole.path / "curves.csv").read_bytes()
 
 
+def test_a_full_disk_leaves_both_checkpoints(tmp_path, monkeypatch):
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt", ["run"])
+    checkpoint.save(state(7))
+    checkpoint.save(state(8))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("churn_kernels._files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(state(9))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_no_bit_of_weights_or_logits_flips_unseen(runs, tmp_path):
     random, folder = Random(1), folders(runs)[0]
     for name, read in (("weights.pt", folder.weights), ("logits.npz", folder.logits)):
@@ -382,6 +397,18 @@ def test_no_run_s_damage_stops_another_run_s_report(name, runs):
         for sentence in [*sentences, *found.damaged, *curves.read_curves(outcomes)[1]]:
             assert sentence.isprintable()
     make_report(runs)
+
+
+def test_a_run_whose_metrics_are_damaged_is_said_and_stops_no_other(runs):
+    spoiled, whole = folders(runs)
+    (spoiled.path / "metrics.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"metrics\.json must hold the metrics of a run, got: .*"):
+        assert read_runs(runs) == [whole]
+    config = runs.parent / "run.json"
+    config.write_text((spoiled.path / "config.json").read_text())
+    done = CliRunner().invoke(cli.app, ["train", "--config", str(config), "--out", str(runs)])
+    assert done.exit_code == 2, done.output
+    assert "must hold the metrics of a run, got: " in " ".join(done.stderr.split())
 
 
 def test_weights_and_arrays(runs, tmp_path):
