@@ -284,7 +284,7 @@ def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
         for part, same in zip(one.train(step), other.train(step), strict=True):
             assert torch.equal(torch.as_tensor(part), torch.as_tensor(same))
     (tmp_path / "cat" / "0.png").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"cat/0.png is gone; it was changed since .*: restore it"):
         late.fetch(torch.tensor([0]))
 
 
