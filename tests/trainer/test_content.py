@@ -14,6 +14,7 @@ from churn_trainer.tasks import Ended
 from churn_trainer.train import Options, train
 from image_files import colour_of, encoded, picture, write_folder
 from small_study import independent, small_study
+from test_packed import ROWS, write_idx
 
 
 @pytest.fixture
@@ -183,6 +184,17 @@ def test_large_sets_are_read_once_until_a_file_changes(data, tmp_path, cache, mo
     change(tmp_path / "data" / "cat" / "3.bmp")
     assert content(data) != first
     assert len(rows) == 80
+
+
+def test_torchvision_s_files_are_remembered_too(tmp_path, cache, monkeypatch):
+    write_idx(tmp_path / "MNIST" / "raw")
+    data = Data(name="mnist", path=str(tmp_path))
+    rows = reads(monkeypatch)
+    first = content(data)
+    assert content(data) == first
+    assert len(rows) == 40
+    write_idx(tmp_path / "MNIST" / "raw", rows=ROWS[:, 1, :28, :28])
+    assert content(data) != first
 
 
 def test_broken_files_are_remembered_too(data, tmp_path, cache, monkeypatch):

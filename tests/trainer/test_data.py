@@ -212,7 +212,7 @@ def test_of_several_parts_to_test_on_test_goes_first_and_any_can_be_chosen(tmp_p
     with pytest.raises(ValueError, match=r"data.train_part must be a folder of .*, got 'all'; it"):
         folder(tmp_path, train_part="all")
     with pytest.raises(
-        ValueError, match=r"another part than data.train_part, got 'train' for both"
+        ValueError, match=r"another part than data.train_part, got '.*train' for both"
     ):
         folder(tmp_path, train_part="train", test_part="train")
 
@@ -285,7 +285,7 @@ def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
         for part, same in zip(one.train(step), other.train(step), strict=True):
             assert torch.equal(torch.as_tensor(part), torch.as_tensor(same))
     (tmp_path / "cat" / "0.png").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"cat/0.png is gone; it was changed since .*: restore it"):
         late.fetch(torch.tensor([0]))
 
 

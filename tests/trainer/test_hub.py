@@ -382,6 +382,23 @@ def test_broken_parquet_files_are_all_named(tmp_path, hub_cache):
         hub(tmp_path)
 
 
+def test_labels_beyond_the_named_classes_are_named_by_row(tmp_path, hub_cache):
+    import pyarrow
+    from pyarrow import parquet
+
+    datasets = pytest.importorskip("datasets")
+    named = datasets.ClassLabel(names=["cat", "dog"])
+    schema = datasets.Features({"image": datasets.Image(), "label": named}).arrow_schema
+    rows = columns(4) | {"label": [0, 1, 2, 1]}
+    for part in ("train", "test"):
+        parquet.write_table(pyarrow.table(rows, schema=schema), tmp_path / f"{part}.parquet")
+    with pytest.raises(
+        ValueError, match=r"row 2 of train must have a label in \[0, 2\), got 2; row"
+    ):
+        hub(tmp_path)
+    assert hub(tmp_path, skip_broken=True).labels.tolist() == [0, 1, 1] * 2
+
+
 def test_svhn_s_label_ten_is_the_digit_zero(tmp_path, hub_cache):
     rows = columns(20) | {"label": [1 + row % 10 for row in range(20)]}
     write_parts(tmp_path, train=rows, test=rows)

@@ -64,7 +64,7 @@ def find_parts(root: Path, data: Data, test: str = "test") -> tuple[Path, Path |
             "classes' folders into them, or name them with data.train_part and data.test_part; a "
             "training part '.' says that all are classes"
         )
-    check_different(*(str(part.relative_to(root)) for part in (train_folder, test_folder)))
+    check_different(str(train_folder), str(test_folder))
     return train_folder, test_folder
 
 

@@ -133,12 +133,11 @@ def _parquet_files(folder: Path, source: Source) -> dict[str, list[Path]]:
     variant = folder / (source.configuration or "")
     below = variant if variant.is_dir() else folder
     files: dict[str, list[Path]] = {source.train: [], source.test: []}
-    for path in sorted(below.rglob("*")):
+    for path in sorted(path for path in below.rglob("*") if path.suffix.lower() == ".parquet"):
         relative = path.relative_to(below)
-        if path.suffix.lower() != ".parquet" or not all(map(is_visible, relative.parts)):
-            continue
-        for part in parts_in(relative, list(files)):
-            files[part].append(path)
+        if all(map(is_visible, relative.parts)):
+            for part in parts_in(relative, list(files)):
+                files[part].append(path)
     check_apart(files[source.train], files[source.test], "name each file for one part")
     if any(files.values()) and not all(files.values()):
         raise ValueError(_wanted(folder, source))

@@ -186,13 +186,14 @@ class Pictures:
         return rows
 
     def _square(self, row: int) -> np.ndarray[Any, Any]:
-        """Raises: OSError naming a file that is gone, ValueError naming one that was changed."""
+        """Raises: ValueError naming an image that changed, OSError where a disk fails."""
         try:
             return to_square(open_image(self.read(row)), self.size)
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
+            reason = "is gone" if isinstance(error, FileNotFoundError) else error
             raise ValueError(
-                f"{printable(self.name(row))} {error}; it was changed since the training began: "
-                "restore it"
+                f"{printable(self.name(row))} {reason}; it was changed since the training began: "
+                "restore it, and the same command goes on"
             ) from None
 
 

@@ -59,10 +59,12 @@ def load_packed(
     if place is None:
         return None
     one_of("data.label", label, packed.labels)
-    images, labels = [], []
+    images, labels, files = [], [], []
     for setting, part in (("data.train_part", train), ("data.test_part", test)):
         one_of(setting, part, packed.parts)
-        rows = [_read(packed, place, name, label) for name in packed.parts[part]]
+        paths = [_present(place, name) for name in packed.parts[part]]
+        files += paths
+        rows = [_read(packed, path, label) for path in paths]
         images.append(np.concatenate([pictures for pictures, _ in rows]))
         labels.append(np.concatenate([classes for _, classes in rows]))
     pixels, numbers = np.concatenate(images), np.concatenate(labels).tolist()
@@ -80,13 +82,18 @@ def load_packed(
         name=name,
         test_start=len(labels[0]),
         skip_broken=bool(data.skip_broken),
+        files=lambda: files,
     )
 
 
-def _read(packed: Packed, place: Path, name: str, label: str) -> Rows:
+def _present(place: Path, name: str) -> Path:
     path = _find(place, name)
     if path is None:
         raise ValueError(f"{place} must hold {name}, got a folder without it; download it again")
+    return path
+
+
+def _read(packed: Packed, path: Path, label: str) -> Rows:
     try:
         images, labels = packed.read(path, packed.labels[label])
     except Exception as error:  # a stranger's file leads its reader to any of them
@@ -174,8 +181,10 @@ class _Unpickler(pickle._Unpickler):
 def _cifar(path: Path, label: str) -> Rows:
     batch = _Unpickler(io.BytesIO(read_file(path)), encoding="bytes").load()
     named = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
-    images = named["data"].rows.reshape(-1, 3, 32, 32)
-    return images, np.array(named[label], np.int64).reshape(-1)
+    images, labels = named["data"].rows.reshape(-1, 3, 32, 32), named[label]
+    if not all(type(one) is int and 0 <= one < 100 for one in labels):
+        raise ValueError("labels that are no whole numbers from 0 to 99")
+    return images, np.array(labels, np.int64)
 
 
 # SVHN and MNIST -----------------------------------------------------------------------------------
