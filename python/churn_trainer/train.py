@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,9 @@ MEASURED = ("accuracy", "cross_entropy", "confidence", "entropy", "ece")
 
 VALIDATED = ("accuracy", "cross_entropy")
 """What the curves say of the validation rows."""
+
+MOST_DEVICES = max(16, 4 * (os.cpu_count() or 1))
+"""Processes of one training on this machine: more would wait for each other."""
 
 RUNS_TOGETHER = 100
 """Most runs in one stack."""
@@ -85,7 +89,7 @@ class Options:
 
     def __post_init__(self) -> None:
         one_of("accelerator", self.accelerator, ("cpu", "cuda", "auto"))
-        at_least("devices", self.devices, 1, "1 trains in this process", 1024)
+        at_least("devices", self.devices, 1, "1 trains in this process", MOST_DEVICES)
         at_least("curve_points", self.curve_points, 1, "the last point is the trained model")
         not_negative("checkpoint_seconds", self.checkpoint_seconds, "0 saves after every step")
 

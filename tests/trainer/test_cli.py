@@ -16,6 +16,7 @@ from churn_trainer.data import DATASETS
 from churn_trainer.methods import METHODS, Method
 from churn_trainer.models import NETWORKS
 from churn_trainer.run_folder import Busy, read_runs
+from churn_trainer.train import MOST_DEVICES
 from test_train import environment
 from typer.testing import CliRunner
 
@@ -130,7 +131,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--seed", "1" * 400), "seeds.split must be within 2^63, got a number of 400 digits"),
         (("--learning-rate", "1" * 400), "learning_rate must be a finite number above 0, got inf"),
         (("--runs", 10**8), "runs must be at most 100000, got 100000000; 1 is the default"),
-        (("--devices", 10**8), "devices must be at most 1024, got 100000000; 1 trains in this"),
+        (("--devices", 10**8), f"devices must be at most {MOST_DEVICES}, got 100000000; 1 tra"),
         (("--model-hidden", 10**9, "--model-hidden", 10**9), "weights and gradients must fit into"),
         (("--model-hidden", 9 * 10**18), "weights and gradients must fit into the"),
         (("--method", "ensemble", "--model-hidden", 10**8), "gradients must fit into the"),
