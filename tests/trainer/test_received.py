@@ -184,6 +184,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
         (sentence,) = said
         assert "a file that is damaged, for its checksum" in sentence
         assert sentence.endswith("; goes on from the checkpoint before it")
+    checkpoint = Checkpoint(path, ["run"])
+    assert checkpoint.load()["step"] == 7
+    checkpoint.save(state(9))  # in place of the damaged one, not of the one before it
+    flipped(path, 4000)
+    assert Checkpoint(path, ["run"]).load()["step"] == 7
     flipped(path.with_name("checkpoint.pt.earlier"), 4000)
     with pytest.raises(
         ValueError, match=r"checksum is that of another; delete .*pt and checkpoint\.pt\.earlier to"
