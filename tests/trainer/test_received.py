@@ -429,7 +429,7 @@ def test_weights_and_arrays(runs, tmp_path):
         value_or_sentence(folder.weights)
         (folder.path / "logits.npz").write_bytes(damaged(plain[1], random))
         value_or_sentence(folder.logits)
-        save_tensors(folder.path / "weights.pt", with_odd_content(weights, random))
+        torch.save(with_odd_content(weights, random), folder.path / "weights.pt")
         for one in value_or_sentence(folder.weights) or []:
             value_or_sentence(lambda one=one: network.load_weights(0, 0, one))
 
@@ -465,7 +465,7 @@ def test_checkpoints(tmp_path):
     for _ in range(DAMAGES):
         path.write_bytes(damaged(plain, random))
         value_or_sentence(resume)
-        save_tensors(path, with_odd_content(content, random))
+        torch.save(with_odd_content(content, random), path)
         resumed += value_or_sentence(resume) is not None
     assert 0 < resumed < DAMAGES / 2  # what nothing reads may be anything
 
