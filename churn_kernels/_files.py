@@ -40,7 +40,7 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomically(path: Path, content: bytes, earlier: Path | None = None) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, earlier: Path | None = None) -> None:
     """Replaces a file by `content`: killed at any moment, it is the old one or the new one.
 
     One writer at a time: its scratch file has a fixed name, so that a killed one leaves no heap.

@@ -38,6 +38,7 @@ class Checkpoint:
         self.path, self.owner, self.seconds, self.warn = path, owner, seconds, warn
         self.earlier = path.with_name(path.name + EARLIER)
         self._began = self._saved = time.monotonic()
+        self._last_is_damaged = False
 
     @property
     def exists(self) -> bool:
@@ -68,8 +69,8 @@ class Checkpoint:
         """
         make_folder(self.path.parent)
         content = {"format": FORMAT, "owner": self.owner, "state": state}
-        save_tensors(self.path, content, self.earlier)
-        self._saved = time.monotonic()
+        save_tensors(self.path, content, None if self._last_is_damaged else self.earlier)
+        self._saved, self._last_is_damaged = time.monotonic(), False
 
     def load(self, form: Any = Any) -> dict[str, Any] | None:
         """The state that was saved last, or None; where that file is damaged, the one before.
@@ -96,7 +97,9 @@ class Checkpoint:
                     "folder"
                 )
             if damage:
-                self.warn(f"{damage[0].partition(';')[0]}; goes on from the checkpoint before it")
+                self._last_is_damaged = True
+                reason = damage[0].removesuffix(f"; {remedy}")
+                self.warn(f"{reason}; goes on from the checkpoint before it")
             return content["state"]
         if damage:
             raise ValueError(damage[0])

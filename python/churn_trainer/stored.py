@@ -33,7 +33,7 @@ def save_tensors(path: Path, content: Any, earlier: Path | None = None) -> None:
     """Tensors and plain values as a file of torch's; arguments as `write_atomically`'s."""
     archive = io.BytesIO()
     torch.save(content, archive)
-    write_atomically(path, _sealed(archive.getvalue()), earlier)
+    write_atomically(path, _sealed(archive), earlier)
 
 
 def load_tensors(path: Path, remedy: str, form: Any = Any) -> Any:
@@ -54,7 +54,7 @@ def save_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Arrays by name as NumPy's .npz, written atomically."""
     archive = io.BytesIO()
     np.savez(archive, **arrays)
-    write_atomically(path, _sealed(archive.getvalue()))
+    write_atomically(path, _sealed(archive))
 
 
 def load_arrays(path: Path, names: tuple[str, ...], remedy: str) -> list[Tensor]:
@@ -68,17 +68,20 @@ def load_arrays(path: Path, names: tuple[str, ...], remedy: str) -> list[Tensor]
             return [torch.from_numpy(arrays[name]) for name in names]
 
 
-def _sealed(archive: bytes) -> bytes:
-    """A zip archive without a comment, with one that holds its checksum."""
+def _sealed(archive: io.BytesIO) -> memoryview:
+    """A zip archive without a comment, to which one is added that holds its checksum."""
     length = struct.pack("<H", len(_NAME) + _DIGITS)  # the comment's, the record's last field
-    content = archive[: -len(length)] + length + _NAME
-    return content + hashlib.sha256(content).hexdigest().encode()
+    archive.seek(-len(length), io.SEEK_END)
+    archive.write(length + _NAME)
+    digest = hashlib.sha256(archive.getbuffer()).hexdigest()
+    archive.write(digest.encode())
+    return archive.getbuffer()
 
 
 def _unsealed(archive: bytes) -> io.BytesIO:
     """The archive, to be read. Raises: ValueError if it has a checksum that is not its own."""
     if archive[-_END_BYTES:][: len(_END)] != _END:
-        content, digest = archive[:-_DIGITS], archive[-_DIGITS:]
+        content, digest = memoryview(archive)[:-_DIGITS], archive[-_DIGITS:]
         if hashlib.sha256(content).hexdigest().encode() != digest:
             raise ValueError("a file that is damaged, for its checksum is that of another")
     return io.BytesIO(archive)

@@ -184,6 +184,11 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
         (sentence,) = said
         assert "a file that is damaged, for its checksum" in sentence
         assert sentence.endswith("; goes on from the checkpoint before it")
+    checkpoint = Checkpoint(path, ["run"])
+    assert checkpoint.load()["step"] == 7
+    checkpoint.save(state(9))  # in place of the damaged one, not of the one before it
+    flipped(path, 4000)
+    assert Checkpoint(path, ["run"]).load()["step"] == 7
     flipped(path.with_name("checkpoint.pt.earlier"), 4000)
     with pytest.raises(
         ValueError, match=r"checksum is that of another; delete .*pt and checkpoint\.pt\.earlier to"
@@ -424,7 +429,7 @@ def test_weights_and_arrays(runs, tmp_path):
         value_or_sentence(folder.weights)
         (folder.path / "logits.npz").write_bytes(damaged(plain[1], random))
         value_or_sentence(folder.logits)
-        save_tensors(folder.path / "weights.pt", with_odd_content(weights, random))
+        torch.save(with_odd_content(weights, random), folder.path / "weights.pt")
         for one in value_or_sentence(folder.weights) or []:
             value_or_sentence(lambda one=one: network.load_weights(0, 0, one))
 
@@ -460,7 +465,7 @@ def test_checkpoints(tmp_path):
     for _ in range(DAMAGES):
         path.write_bytes(damaged(plain, random))
         value_or_sentence(resume)
-        save_tensors(path, with_odd_content(content, random))
+        torch.save(with_odd_content(content, random), path)
         resumed += value_or_sentence(resume) is not None
     assert 0 < resumed < DAMAGES / 2  # what nothing reads may be anything
 

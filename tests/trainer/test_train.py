@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import cycle, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -409,26 +409,6 @@ def test_several_processes_seldom_ask_whether_to_save(seconds, saves, tmp_path, 
     assert len(saved) - 1 == saves
     assert max(b - a for a, b in pairwise(saved)) < seconds + 0.25
     assert len(asked) <= max(saves, 150)
-
-
-def test_a_clock_that_is_set_changes_nothing(tmp_path, monkeypatch):
-    run, jumps = small_run(), cycle((0.0, 4e9, -1e9, 1.7e9))
-    (whole,) = train([run], tmp_path / "whole")
-    running, saved = [0.0], []
-    monkeypatch.setattr(time, "time", lambda: next(jumps))
-    monkeypatch.setattr(time, "monotonic", lambda: running[0])  # which no clock's setting moves
-    save = Checkpoint.save
-    monkeypatch.setattr(
-        Checkpoint, "save", lambda self, state: (saved.append(state["step"]), save(self, state))
-    )
-
-    def pass_time(event):
-        running[0] += 40.0 if event.kind == "epoch" else 0.0
-
-    (folder,) = train([run], tmp_path / "set", Options(checkpoint_seconds=60), pass_time)
-    assert saved == [4, 6]  # after the second epoch, 80 seconds on, and at the end
-    assert torch.equal(folder.logits()[0], whole.logits()[0])
-    assert folder.metrics()["environment"]["seconds"] >= 0
 
 
 def test_hostile_files_run_no_code(tmp_path):
