@@ -1,17 +1,17 @@
-"""How far the CPU kernel's terms and gradients are from the truth, beside eager PyTorch in float32.
+"""Errors of the CPU kernel's terms and gradients, compared with eager PyTorch in float32.
 
 `python -m benchmarks.accuracy [ROWS] [--kinds | --widths]` prints Markdown tables of mean errors in
-float32 ulps: every term and its gradients, over rows hard in different ways, of 2 to 131072
+float32 ulps: every term and its gradients, over several kinds of difficult rows, of 2 to 131072
 classes.
-The truth is computed with 64 bits of mantissa (NumPy's longdouble on x86), in forms that cancel
-nothing. An ulp is the distance of two float32 numbers at the true value; for a gradient, at the
-largest of the row's, or at 2^-24 if that is less, since single classes and whole rows may cancel to
-anything. What a float32 exponential below the smallest normal number could add to the row counts as
-an ulp at least: the kernels make it 0.
+The true values are computed with 64 bits of mantissa (NumPy's longdouble on x86), in forms without
+cancellation. An ulp is the distance of two float32 numbers at the true value; for a gradient, at
+the row's largest gradient, or at 2^-24 if that is smaller, because single classes and whole rows
+may cancel to anything. An ulp is at least the contribution of a float32 exponential below the
+smallest normal number to the row, because the kernels flush it to 0.
 
-A kind's error is the geometric mean over the numbers of classes, of which none counts as less than
-an ulp: two roundings may cost that. A kind is over its limit where this is above `LIMITS` times
-that of eager PyTorch, to two places; then the exit status is 1.
+A kind's error is the geometric mean over the numbers of classes, each counted as at least one
+ulp, which two roundings may cost. A kind exceeds its limit if its error is above `LIMITS` times
+that of eager PyTorch, to two decimal places; then the exit status is 1.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from benchmarks.truth import (
 )
 
 CLASSES = (2, 10, 100, 1000, 8142, 131072)
-ELEMENTS = 2**18  # at most so many logits a kind and number of classes
+ELEMENTS = 2**18  # maximum number of logits per kind and number of classes
 # The largest mean error, as a multiple of eager PyTorch's.
 LIMITS = {"fast": 2.0, "exact": 1.0}
 ROUNDING = 1.0  # ulp
@@ -55,7 +55,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 def kinds(g: torch.Generator) -> dict[str, Callable[[int, int], tuple[Tensor, Tensor]]]:
-    """Pairs of (rows, classes) logits, by what is hard about them."""
+    """Generators of pairs of (rows, classes) logits, by kind."""
 
     def normal(rows: int, classes: int, scale: float) -> Tensor:
         return scale * torch.randn(rows, classes, generator=g)
@@ -251,7 +251,7 @@ TERMS = (
 
 
 def least_spacing(a: Tensor, b: Tensor) -> Wide:
-    """What exponentials below the smallest normal number could add to a row, (N, 1)."""
+    """The contribution of exponentials below the smallest normal number to a row, (N, 1)."""
     distance = torch.zeros(len(a), 1, dtype=torch.float64)
     for z in (a.double(), b.double()):
         distance = torch.maximum(distance, z.amax(1, keepdim=True) - z.amin(1, keepdim=True))
@@ -259,7 +259,7 @@ def least_spacing(a: Tensor, b: Tensor) -> Wide:
 
 
 def ulps(got: Tensor, want: Wide, at: Wide, least: Wide) -> Wide:
-    """Error in float32 ulps at `at`; 0 where both are the same infinity."""
+    """Error in float32 ulps at `at`; 0 if both are the same infinity."""
     found = got.detach().numpy()
     spacing = np.maximum(np.ldexp(wide(1), np.frexp(np.abs(at))[1] - 24), least)
     beyond = np.abs(want) >= wide(2) ** 128
@@ -277,7 +277,7 @@ def errors(
     value: Wide,
     gradients: Sequence[Wide],
 ) -> tuple[float, float]:
-    """Mean error of a term, and the mean of the largest error of each row's gradients."""
+    """Mean error of a term, and the mean over rows of the gradients' largest error."""
     leaves = [z.clone().requires_grad_() for z in (a, b)]
     found = rows(*leaves, y)
     least = least_spacing(a, b)
@@ -302,12 +302,12 @@ class Errors(NamedTuple):
     ours: dict[str, float]  # by mode
 
     def ratio(self, mode: str) -> float:
-        """Ours over eager's, of neither less than what rounding costs; to two places."""
+        """Our error over eager's, each at least `ROUNDING`, to two decimal places."""
         return round(max(self.ours[mode], ROUNDING) / max(self.eager, ROUNDING), 2)
 
 
 def measure(most_rows: int, widths: Sequence[int] = CLASSES, seed: int = 1) -> Iterator[Errors]:
-    """Of each term, kind and number of classes."""
+    """The errors of each term, kind and number of classes."""
     g = torch.Generator().manual_seed(seed)
     for kind, make in kinds(g).items():
         for classes in widths:
@@ -335,7 +335,7 @@ def measure(most_rows: int, widths: Sequence[int] = CLASSES, seed: int = 1) -> I
 
 
 def over_widths(found: list[Errors]) -> list[Errors]:
-    """Of each term and kind: geometric means over the numbers of classes."""
+    """Geometric means over the numbers of classes, for each term and kind."""
 
     def mean(values: list[float]) -> float:
         return math.exp(statistics.fmean(math.log(max(value, ROUNDING)) for value in values))
@@ -355,7 +355,7 @@ def over_widths(found: list[Errors]) -> list[Errors]:
 
 
 def print_table(found: list[Errors]) -> None:
-    """A line each, marked where it is over its limit."""
+    """Print one line for each, marked if it exceeds its limit."""
     print("| term | rows | C | eager | fast | exact |")
     print("|---|---|---:|---:|---:|---:|")
     for one in found:
@@ -366,7 +366,7 @@ def print_table(found: list[Errors]) -> None:
 
 
 def print_summary(found: list[Errors]) -> None:
-    """Of each term its worst kind of rows, by mode."""
+    """Print each term's worst kind of rows, by mode."""
     print("| term | fast / eager, worst kind | exact / eager, worst kind |")
     print("|---|---|---|")
     for term in dict.fromkeys(one.term for one in found):
@@ -378,20 +378,22 @@ def print_summary(found: list[Errors]) -> None:
 
 
 def main() -> int:
-    """Measure, print, and say whether a kind is over its limit."""
+    """Measure and print; returns 1 if a kind exceeds its limit."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy")
     parser.add_argument("rows", nargs="?", type=int, default=256)
-    parser.add_argument("--kinds", action="store_true", help="a line for each kind of rows")
-    parser.add_argument("--widths", action="store_true", help="and for each number of classes")
+    parser.add_argument("--kinds", action="store_true", help="print every kind of rows")
+    parser.add_argument(
+        "--widths", action="store_true", help="print every kind and number of classes"
+    )
     arguments = parser.parse_args()
     found = list(measure(arguments.rows))
-    of_kinds = over_widths(found)
+    by_kind = over_widths(found)
     if arguments.kinds or arguments.widths:
-        print_table(found if arguments.widths else of_kinds)
+        print_table(found if arguments.widths else by_kind)
         print()
-    print_summary(of_kinds)
+    print_summary(by_kind)
     over = [
-        (one, mode) for one in of_kinds for mode, limit in LIMITS.items() if one.ratio(mode) > limit
+        (one, mode) for one in by_kind for mode, limit in LIMITS.items() if one.ratio(mode) > limit
     ]
     for one, mode in over:
         print(f"over the limit: {mode}, {one.term}, {one.kind}: {one.ratio(mode):.2f}")

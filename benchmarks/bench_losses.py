@@ -1,7 +1,7 @@
 """Time of forward + backward, against a copy of the same bytes, torch.compile and eager PyTorch.
 
-Every loss and its gradients are checked in float64 before they are timed. Peers of a shape run one
-right after the other, so that what else the machine does hits them alike.
+Every loss and its gradients are checked against float64 before they are timed. Peers of a shape run
+back to back, so that other load on the machine affects them equally.
 """
 
 from functools import lru_cache
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.benchmark(
 class Problem(NamedTuple):
     logits: list
     target: torch.Tensor
-    expected: list  # the loss and the gradients of it, in float64
+    expected: list  # the loss and its gradients, in float64
 
 
 @lru_cache(maxsize=1)
 def problem(variant, shape):
-    """A batch and what its loss should be; the last one is kept, its peers come next."""
+    """A batch and its expected loss; the last one is cached for the peers that follow."""
     logits, target = batch(shape, variant.dtype, variant.models, variant.teachers)
     return Problem(logits, target, expectation(variant.loss, logits, target, variant.upstream))
 
@@ -40,7 +40,7 @@ def time_loss(benchmark, loss, case, upstream=None):
 
 
 def time_copy(benchmark, logits):
-    """Time a copy of as many bytes: logits are read, gradients written, each once."""
+    """Time a copy of as many bytes as the loss moves: logits read, gradients written, each once."""
     source = torch.ones(moved_bytes(logits) // 8)
     destination = torch.zeros_like(source)
     benchmark(destination.copy_, source)

@@ -1,4 +1,4 @@
-"""Peak memory of forward + backward, each peer in a process of its own; its time means nothing."""
+"""Peak memory of forward + backward, each peer in its own process; the times are meaningless."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.benchmark(group="memory")
 def test_memory(benchmark, shape, peer):
     command = [sys.executable, "-m", "benchmarks.memory", peer, *map(str, shape)]
-    # Whatever is freed goes back to the system at once: what stays is kept on purpose.
+    # Freed memory returns to the system at once, so resident memory is what the peer keeps.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = benchmark.pedantic(
         subprocess.run,

@@ -12,14 +12,14 @@ pytestmark = pytest.mark.benchmark(group="recording", disable_gc=True)
 
 
 class Still(torch.optim.SGD):
-    """SGD that changes nothing: what remains of a step is what surrounds it."""
+    """SGD with an empty step, so that only its hooks are timed."""
 
     def step(self, closure=None):
         """Do nothing."""
 
 
 class Training:
-    """A network that has gradients, and an optimizer that has momentum."""
+    """A network with gradients, and an optimizer with momentum buffers."""
 
     def __init__(self, size):
         generator = torch.Generator().manual_seed(0)
@@ -31,14 +31,14 @@ class Training:
         self.step()
 
     def step(self):
-        """What is not recorded."""
+        """A training step without recording."""
         self.optimizer.zero_grad()
         self.loss = F.cross_entropy(self.model(self.images), self.labels)
         self.loss.backward()
         self.optimizer.step()
 
     def around_a_step(self, recorder):
-        """All that recording does in a step: its hooks run, and the step between them is empty."""
+        """Only the recording of a step: the hooks run around an empty optimizer step."""
         recorder.observe(images=self.images, labels=self.labels)
         recorder.observe(loss=self.loss)
         self.optimizer.step()

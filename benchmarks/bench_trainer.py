@@ -1,8 +1,8 @@
 """Time of a step of the trainer, against a bare PyTorch loop that does the same work.
 
 ResNet-56 on minibatches of 128 images of 32 x 32 pixels, augmented; gradients clipped; SGD with
-momentum. Both take turns, a step each, and so does the trainer's loss with its metrics alone. Times
-are CPU time of one thread, in which what else the machine does shows least.
+momentum. Their steps alternate, together with the trainer's loss and metrics alone. Times
+are CPU time of one thread, which other load on the machine affects least.
 """
 
 import time
@@ -61,7 +61,7 @@ def bare_loss(run: Run, logits: list[Tensor], labels: Tensor) -> Tensor:
 
 
 def bare_loop(run: Run, dataset: Dataset) -> Step:
-    """The step as one writes it: the same networks, draws of other images."""
+    """The same step in plain PyTorch: the same networks on differently drawn images."""
     settings = run.optimisation
     networks = build_members([run], dataset.shape, CLASSES).networks
     optimizer = torch.optim.SGD(
@@ -87,7 +87,7 @@ def bare_loop(run: Run, dataset: Dataset) -> Step:
 
 
 def loss_alone(run: Run) -> Step:
-    """What the trainer's step does from the logits to their gradients, and what it measures."""
+    """The part of the trainer's step from the logits to their gradients, with its metrics."""
     rows = run.optimisation.batch_rows
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(run.method.members, rows, CLASSES, generator=generator).requires_grad_()
@@ -118,7 +118,7 @@ def test_step(benchmark, request, models):
     training = Loop([run], dataset, make_fabric(), None, ())
     others = {"bare": bare_loop(run, dataset), "loss": loss_alone(run)}
     for step in (training.one_step, *others.values()):
-        step()  # what only the first one costs
+        step()  # warm-up
     times: dict[str, list[float]] = {name: [] for name in others}
 
     def take_turns() -> None:

@@ -1,4 +1,4 @@
-"""The losses that are timed on any device, and the check that each passes before it is."""
+"""The losses that are timed on any device, and the check that each must pass first."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 import churn_kernels as ck
 from benchmarks.peers import ALPHA, Loss, fused
 
-# Largest relative error in the Euclidean norm, by the result's dtype: what rounding can explain.
+# Largest relative error in the Euclidean norm that rounding can explain, by the result's dtype.
 NORM_ERROR = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -17,7 +17,7 @@ NORM_ERROR = {
     torch.bfloat16: 1e-2,
 }
 
-# Elements of the float64 reference's tensors at a time: on a GPU a whole batch would not fit.
+# Size of the blocks of the float64 reference, in elements: a whole batch would not fit a GPU.
 REFERENCE_ELEMENTS = 1 << 23
 
 
@@ -45,7 +45,7 @@ PAIR = Variant(fused)
 VARIANTS = {
     "pair": PAIR,
     "bfloat16": Variant(fused, dtype=torch.bfloat16),
-    # As under a loss scaler, without which most of these gradients underflow.
+    # As with a loss scaler, without which most of these gradients underflow.
     "float16": Variant(fused, dtype=torch.float16, upstream=65536.0),
     "float64": Variant(fused, dtype=torch.float64),
     "one model": Variant(fused, models=1),
@@ -64,9 +64,9 @@ VARIANTS = {
 def expectation(
     loss: Loss, logits: Sequence[Tensor], target: Tensor, upstream: float | None = None
 ) -> list[Tensor]:
-    """The loss and the gradients of those logits that want one: the float64 reference.
+    """The float64 loss, and its gradients for the logits that require one.
 
-    A block of rows at a time, so `loss` is a mean over equally weighted rows, or a loss a row.
+    Computed in blocks of rows, so `loss` must be a mean over equally weighted rows, or per row.
     """
     rows = max(1, REFERENCE_ELEMENTS // logits[0].shape[1])
     losses, gradients = [], []
@@ -86,24 +86,26 @@ def expectation(
 
 
 def relative_error(actual: Tensor, want: Tensor) -> float:
-    """||actual - want|| / ||want||; NaN where either holds one, which no bound allows."""
+    """||actual - want|| / ||want||; NaN if either has one, which exceeds every bound."""
     error, norm = (actual.double() - want).norm(), want.norm()
     return (error / norm if norm > 0 else error).item()
 
 
 def check(loss: Tensor, logits: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
-    """Assert that the loss and the gradients are right, and return their relative errors."""
+    """Assert that the loss and the gradients are correct, and return their relative errors."""
     results = [loss.detach(), *(z.grad for z in logits if z.requires_grad)]
     names = ["loss", *["gradient"] * (len(results) - 1)]
     errors: dict[str, float] = {}
     for name, actual, want in zip(names, results, expected, strict=True):
         error = relative_error(actual, want)
         bound = NORM_ERROR[actual.dtype]
-        assert error <= bound, f"{name}: relative error {error:.1e} of {actual.dtype}, not {bound}"
+        assert error <= bound, (
+            f"{name}: relative error {error:.1e} of {actual.dtype} exceeds {bound}"
+        )
         errors[name] = max(error, errors.get(name, 0.0))
     return errors
 
 
 def moved_bytes(logits: Sequence[Tensor]) -> int:
-    """What a loss has to move at least: logits are read, gradients written, each once."""
+    """The minimum bytes that a loss has to move: logits read, gradients written, each once."""
     return sum(z.nbytes * (2 if z.requires_grad else 1) for z in logits)

@@ -1,4 +1,4 @@
-"""Shapes, and the facts about the machine that go into every record."""
+"""Shapes, and the machine info of every record."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from benchmarks.peers import TINY
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--tiny", action="store_true", help="a few rows instead of each shape: only to run it once"
+        "--tiny", action="store_true", help="a few rows instead of each shape, as a smoke test"
     )
 
 
@@ -20,7 +20,7 @@ def shape(request):
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node", None)  # the machine's kind matters, not its name
+    machine_info.pop("node", None)  # do not record the host name
     isa = torch.ops.churn_kernels.cpu_isa("") if "cpu" in ck.available_backends() else None
     machine_info.update(
         torch=torch.__version__,

@@ -1,8 +1,8 @@
 """Memory of a step: `python -m benchmarks.memory PEER ROWS CLASSES`.
 
-Prints a JSON object of bytes. "peak": the highest resident set during a step, less what the inputs
-and the gradients take. "kept": what stays resident between steps, when the gradients are freed. A
-process measures one peer at one shape, since what is kept would serve the next. Linux only.
+Prints a JSON object of bytes. "peak": the highest resident set during a step, less the inputs
+and the gradients. "kept": the memory resident between steps, when the gradients are freed. A
+process measures one peer at one shape, because the next would reuse the kept memory. Linux only.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def resident(field: str) -> int:
 
 
 def only_gradients(logits: Sequence[Tensor]) -> None:
-    """The control: what it adds to the gradients is the error of the measurement."""
+    """The control: its memory beyond the gradients is the measurement error."""
     for z in logits:
         z.grad = z.detach().clone()
 
@@ -43,7 +43,7 @@ def prepared(peer: str, shape: tuple[int, int]) -> tuple[Callable[[], object], l
 
 
 def settled() -> int:
-    """The resident set without what the allocator only holds on to."""
+    """The resident set after the allocator has returned its free memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident("VmRSS")
@@ -58,7 +58,7 @@ def measure(peer: str, shape: tuple[int, int]) -> dict[str, int]:
     for z in logits:
         z.grad = None
     kept = settled() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     run()
     return {"peak": resident("VmHWM") - before - gradients, "kept": kept}
 

@@ -1,7 +1,7 @@
-"""What exact mode costs on this machine: a Markdown table of forward + backward times of a pair.
+"""Cost of exact mode on this machine: a Markdown table of forward + backward times of a pair.
 
-`python -m benchmarks.modes [REPEATS]`. The modes take turns; medians. "In shards" is what the
-stages of `class_parallel` compute, for one process that has all classes and nobody to talk to.
+`python -m benchmarks.modes [REPEATS]`. The modes alternate; medians. "In shards" is the computation
+of `class_parallel` in a single process that has all classes, without communication.
 """
 
 import sys

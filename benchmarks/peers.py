@@ -1,4 +1,4 @@
-"""The loss that is compared, as each peer computes it, and the step of it that is measured."""
+"""The compared loss, as each peer computes it, and the measured step."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ import churn_kernels as ck
 
 ALPHA = 0.1
 SHAPES = ((1024, 1000), (1024, 8142), (256, 21841), (64, 131072))
-TINY = (4, 17)  # --tiny: no time worth reading, but every case runs
+TINY = (4, 17)  # --tiny: runs every case, with meaningless times
 
 Loss = Callable[[Sequence[Tensor], Tensor], Tensor]
 
@@ -20,7 +20,7 @@ def shape_name(shape: tuple[int, int]) -> str:
 
 
 def eager(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """CE + entropy + SKL of a pair, as one writes it in PyTorch."""
+    """CE + entropy + SKL of a pair, in plain PyTorch."""
     a, b = logits
     log_p, log_q = F.log_softmax(a, dim=1), F.log_softmax(b, dim=1)
     p, q = log_p.exp(), log_q.exp()
@@ -60,7 +60,7 @@ def batch(
 def step(
     loss: Loss, logits: Sequence[Tensor], target: Tensor, upstream: float | None = None
 ) -> Callable[[], Tensor]:
-    """What a training step does about its loss: drop the old gradients, forward, backward."""
+    """The loss's share of a training step: drop the old gradients, forward, backward."""
 
     def run() -> Tensor:
         for z in logits:

@@ -1,7 +1,7 @@
-"""What `make bench` measured, as Markdown: `python -m benchmarks.table [JSON] [--save NAME]`.
+"""The results of `make bench` as Markdown: `python -m benchmarks.table [JSON] [--save NAME]`.
 
-Reads the JSON of pytest-benchmark, or a record saved before. `--save NAME` writes what the tables
-are made of to benchmarks/results/cpu/NAME.json.
+Reads the JSON of pytest-benchmark, or a saved record. `--save NAME` writes the data of the tables
+to benchmarks/results/cpu/NAME.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHARE_OF_STEP = 2.0
 
 
 def cases(record: dict[str, Any], group: str) -> list[dict[str, Any]]:
-    """The cases of a group: what each recorded about itself, with its median in milliseconds."""
+    """The cases of a group: the extra info of each, with its median in milliseconds."""
     return [
         {**case["extra_info"], "ms": 1e3 * case["stats"]["median"]}
         for case in record["benchmarks"]
@@ -45,7 +45,7 @@ def medians(found: Iterable[dict[str, Any]], row: str) -> dict[str, dict[str, fl
 
 
 def table_lines(header: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """A table whose columns, but for the first, hold numbers."""
+    """A table in which all columns but the first hold numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -110,7 +110,7 @@ def variants_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def overhead_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """A batch so small that the time is what a call costs."""
+    """A batch so small that the time is the overhead of a call."""
     rows, targets = [], []
     for shape, t in medians(cases(record, "overhead"), "shape").items():
         ratio = t[OURS] / t[CROSS_ENTROPY]
@@ -122,7 +122,7 @@ def overhead_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def exact_sum_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """An exact sum against a copy of its numbers and the sum that rounds at every step."""
+    """An exact sum against a copy of its numbers and an ordinary floating-point sum."""
     table = medians(cases(record, "exact sum"), "shape")
     peers = [OURS, ROUNDED_SUM, COPY]
     rows = [
@@ -134,7 +134,7 @@ def exact_sum_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def hash_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """Hashes against copies of as many bytes, which write them as well."""
+    """Hashes against copies of as many bytes, which also write them."""
     rows, targets = [], []
     for shape, t in medians(cases(record, "hash"), "shape").items():
         share = 100 * t[COPY] / t[OURS]
@@ -147,7 +147,7 @@ def hash_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def recording_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """What recording adds to a training step."""
+    """The cost of recording relative to a training step."""
     rows, targets = [], []
     for size, t in medians(cases(record, "recording"), "shape").items():
         share = 100 * t["recording"] / t["step"]
@@ -159,7 +159,7 @@ def recording_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 
 def memory_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """Bytes a row beyond inputs and gradients at the peak, and what stays when those are freed."""
+    """Peak bytes per row beyond inputs and gradients, and those kept after these are freed."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for case in cases(record, "memory"):
         rows = int(case["shape"].split("x")[0])
@@ -170,21 +170,21 @@ def memory_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
         [shape, *(f"{t[peer]['peak']:,.0f}" for peer in peers), f"{t[OURS]['kept']:,.0f}"]
         for shape, t in table.items()
     ]
-    title = "Peak memory beyond inputs and gradients, bytes a row"
+    title = "Peak memory beyond inputs and gradients, bytes per row"
     header = ["N x C", *peers, f"{OURS} keeps between steps"]
     return markdown(title, header, lines), [
         verdict(
             f"memory beyond inputs and gradients, {shape}",
             t[OURS]["peak"],
             BYTES_A_ROW,
-            " bytes a row",
+            " bytes per row",
         )
         for shape, t in table.items()
     ]
 
 
 def trainer_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """A step of the trainer against the bare loop's, and its loss and metrics against that."""
+    """A step of the trainer, and its loss and metrics, against a step of the bare loop."""
     rows, targets = [], []
     for case in record["benchmarks"]:
         if case["group"] != "trainer":
@@ -195,8 +195,8 @@ def trainer_section(record: dict[str, Any]) -> tuple[str, list[list[str]]]:
         rows.append([f"{models} x {info['rows']}", *map(number, (ours, bare, loss, over, share))])
         name = f"{models} model{'s' * (models > 1)}"
         targets += [
-            verdict(f"the trainer's step over a bare one, {name}", over, TRAINER_OVER_BARE, " %"),
-            verdict(f"loss and metrics of a bare step, {name}", share, SHARE_OF_LOSS, " %"),
+            verdict(f"trainer step over a bare step, {name}", over, TRAINER_OVER_BARE, " %"),
+            verdict(f"loss and metrics, share of a bare step, {name}", share, SHARE_OF_LOSS, " %"),
         ]
     header = ["models x rows", "trainer", "bare loop", "loss and metrics", "over bare, %"]
     title = "A training step of ResNet-56, CPU time of one thread, ms"
@@ -228,7 +228,7 @@ SECTIONS = {
 
 
 def report(record: dict[str, Any]) -> str:
-    """Every table whose group was run, and the targets that follow from them."""
+    """Every table whose group was run, and the resulting targets."""
     groups = {case["group"] for case in record["benchmarks"]}
     sections, targets = [], []
     for group, section in SECTIONS.items():
@@ -241,7 +241,7 @@ def report(record: dict[str, Any]) -> str:
 
 
 def essentials(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record keeps: no raw timings, no list of the CPU's features."""
+    """The record to save, without raw timings and the list of CPU features."""
     machine = dict(record["machine_info"])
     machine["cpu"] = {key: machine["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
     statistics = ("median", "iqr", "min", "max", "rounds", "iterations")

@@ -1,7 +1,7 @@
-"""Values and gradients of the terms with 64 bits of mantissa, in forms that cancel nothing.
+"""Values and gradients of the terms with 64 bits of mantissa, in forms without cancellation.
 
-NumPy's longdouble has them on x86. Each `true_` function takes two models' logits and the target,
-and returns the term's values (N,) and its gradient by the first model (N, C).
+NumPy's longdouble has 64 bits on x86. Each `true_` function takes two models' logits and the
+target, and returns the term's values (N,) and its gradient for the first model (N, C).
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ TOP_K = 10  # of `true_top_k_entropy`
 
 
 class Softmax:
-    """Softmax of rows, by differences to the largest logit."""
+    """Softmax of rows, from the differences to the largest logit."""
 
     def __init__(self, z: Tensor, temperature: float = 1.0) -> None:
         self.z = z.numpy().astype(wide) / wide(temperature)
@@ -23,18 +23,18 @@ class Softmax:
         first = e.argmax(1)[:, None]
         rest = e.copy()
         np.put_along_axis(rest, first, 0, 1)
-        self.tail = rest.sum(1, keepdims=True)  # the mass but for the largest class's 1
+        self.tail = rest.sum(1, keepdims=True)  # the mass minus the largest class's 1
         self.p = e / (1 + self.tail)
         self.log_p = d - np.log1p(self.tail)
 
     def centred(self, x: Wide) -> Wide:
-        """x - E[x], where x is not far from the largest class's: as differences to that."""
+        """x - E[x], computed relative to x at the largest class, for x not far from it."""
         top = np.take_along_axis(x, self.p.argmax(1)[:, None], 1)
         away = x - top
         return away - (self.p * away).sum(1, keepdims=True)
 
 
-Truth = tuple[Wide, Wide]  # a term's values (N,), and its gradient by the first model (N, C)
+Truth = tuple[Wide, Wide]  # a term's values (N,), and its gradient for the first model (N, C)
 
 
 def true_cross_entropy(a: Tensor, b: Tensor, target: Tensor) -> Truth:
@@ -77,10 +77,10 @@ def true_uniform_skl(a: Tensor, b: Tensor, target: Tensor) -> Truth:
 
 
 def differences(p: Softmax, q: Softmax) -> tuple[Wide, Wide]:
-    """log p - log q and p - q, with the digits that the two have in common cancelled first."""
+    """log p - log q and p - q, with the common part cancelled first."""
     first = p.p.argmax(1)[:, None]
     apart = (p.z - q.z) - np.take_along_axis(p.z - q.z, first, 1)
-    # What that is at the first model's largest class follows of E_p[q / p] = 1.
+    # Its value at the first model's largest class follows from E_p[q / p] = 1.
     offset = np.log1p((p.p * np.expm1(-np.maximum(apart, -11000))).sum(1, keepdims=True))
     plain = p.log_p - q.log_p
     log_ratio = np.where(np.abs(plain) < 1, apart + offset, plain)
@@ -104,7 +104,7 @@ def true_l1(a: Tensor, b: Tensor, target: Tensor) -> Truth:
     p, q = Softmax(a), Softmax(b)
     _, p_less_q = differences(p, q)
     gradient = p.p * p.centred(np.sign(p_less_q))
-    # Where two probabilities are as good as equal either sign is right: nothing is measured.
+    # If two probabilities are all but equal, either sign is right: nothing is measured.
     tied = (p_less_q != 0) & (np.abs(p_less_q) < 2.0**-20 * np.maximum(p.p, q.p))
     return np.abs(p_less_q).sum(1), np.where(tied.any(1, keepdims=True), np.nan, gradient)
 
@@ -114,7 +114,7 @@ def true_distillation(a: Tensor, b: Tensor, target: Tensor) -> Truth:
     log_ratio, p_less_q = differences(p, q)
     bounded = np.clip(log_ratio, -1, 1)
     small = np.expm1(bounded) - bounded
-    near = np.abs(bounded) < wide(0.05)  # what expm1 leaves of so small a number
+    near = np.abs(bounded) < wide(0.05)  # expm1(x) - x would cancel here
     series = bounded**2 * (
         wide(1) / 2
         + bounded

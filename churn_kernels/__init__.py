@@ -58,7 +58,7 @@ __all__ = [
     "uniform_skl",
 ]
 
-__version__: str  # found out when it is asked for: that takes as long as some of the import
+__version__: str  # computed on first access, because reading the metadata is slow
 
 
 def __getattr__(name: str) -> Any:

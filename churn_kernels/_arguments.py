@@ -1,4 +1,4 @@
-"""Scalar arguments of the losses to options: checked once for each distinct set."""
+"""Converts the losses' scalar arguments to options, checked once for each distinct set."""
 
 from functools import lru_cache
 from typing import Any
@@ -14,19 +14,17 @@ from churn_kernels._options import (
     LossOptions,
 )
 
-# Distinct argument sets whose checked options are kept: a ramp makes a new one each step.
+# Number of argument sets whose checked options are cached: a ramp adds one per step.
 _CACHED_OPTIONS = 256
 
 
 def options(build: Any, *arguments: Any) -> LossOptions:
-    """`build(*arguments)`, out of its cache where it can be."""
-    if (
-        not torch.compiler.is_compiling()
-    ):  # the compiler traces through a cache, and warns that it does
+    """`build(*arguments)`, from its cache if possible."""
+    if not torch.compiler.is_compiling():  # the compiler traces through a cache, with a warning
         try:
             return build(*arguments)
         except TypeError:
-            pass  # an argument that cannot be hashed cannot be right: let its check say so
+            pass  # an unhashable argument is invalid: its check raises below
     return build.__wrapped__(*arguments)
 
 
@@ -92,7 +90,7 @@ def distillation(
     temperature: float,
     reduction: str,
 ) -> LossOptions:
-    alpha = _checks.share("alpha", alpha)  # nothing but the teachers to learn from is something
+    alpha = _checks.share("alpha", alpha)  # 1 is allowed: the teachers alone are a training signal
     temperature = _checks.squared_temperature("temperature", temperature)
     return LossOptions(
         ce_weight=1.0 - alpha,

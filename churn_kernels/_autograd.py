@@ -1,14 +1,14 @@
-"""Save, call, return: a backend's ops as differentiable functions.
+"""A backend's ops as differentiable functions.
 
-Three ways, for three kinds of calls:
+Three paths, for three kinds of calls:
 
-- `_FusedLoss`, the usual one: the forward pass computes the gradients together with the loss, in
-  one read of the logits, and the backward pass scales them by its one upstream number.
-- `_Loss`, for per-row upstreams, for torch.func, and for float16, whose gradients would underflow
-  if they were rounded before a loss scaler's factor reaches them: the forward pass saves a few
-  numbers a row, and the backward pass computes the gradients from them.
-- the formula registered with the op, for torch.compile: the same as `_Loss`, in the form its tracer
-  takes.
+- `_FusedLoss`, the default: the forward pass computes the gradients together with the loss, in
+  one read of the logits, and the backward pass scales them by the scalar upstream gradient.
+- `_Loss`, for per-row upstream gradients, for torch.func, and for float16, whose gradients would
+  underflow if they were rounded before the loss scale is applied: the forward pass saves a few
+  numbers per row, and the backward pass computes the gradients from them.
+- the formula registered with the op, for torch.compile: the same as `_Loss`, in the form that its
+  tracer supports.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,12 +37,12 @@ from churn_kernels._reduction import reduce_terms, row_counts
 from churn_kernels.modes import EXACT
 
 _requires_grad = attrgetter("requires_grad")
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # of this backward pass
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph  # retain_graph of this pass
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # by is_grads_batched=True
 
 _SCALAR_REDUCTIONS = (REDUCTIONS["mean"], REDUCTIONS["sum"])
 
-# The functions below take the logits last, behind this many arguments without a gradient.
+# The functions below take the logits last, after this many arguments without a gradient.
 _BEFORE_LOGITS = (None, None, None, None, None)
 
 
@@ -59,7 +59,7 @@ def evaluate(
     if torch.compiler.is_compiling():
         return _traced(ops, logits, target, class_weight, options, with_terms)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        pass  # whoever watches the tensors does not ask them for a gradient
+        pass  # under these transforms, requires_grad does not tell whether a gradient is wanted
     elif not torch.is_grad_enabled() or not any(map(_requires_grad, logits)):
         loss, _, terms, _ = _call(ops, logits, target, class_weight, options, want)
         return loss, terms
@@ -77,14 +77,14 @@ def evaluate_by_rows(
     options: LossOptions,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `evaluate`, with gradients out of row statistics; `ops` need no more than the loss's."""
+    """As `evaluate`, with gradients from row statistics; `ops` needs only the loss's ops."""
     want = WANT_STATS | (WANT_TERMS if with_terms else 0)
     loss, _, terms = _Loss.apply(ops, target, class_weight, options, want, *logits)
     return loss, terms
 
 
 def comes_with_gradients(options: LossOptions, logits: Sequence[Tensor]) -> bool:
-    """Whether the loss computes its gradients at once, for its upstream to scale."""
+    """Whether the forward pass computes the gradients, for the backward pass to scale."""
     return options.reduction in _SCALAR_REDUCTIONS and logits[0].dtype != torch.float16
 
 
@@ -96,15 +96,15 @@ def _traced(
     options: LossOptions,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss as torch.compile is to see it: the op's row terms, weighed by PyTorch.
+    """The loss for torch.compile: the op's row terms, weighted by PyTorch.
 
-    The op takes its weights as numbers, and the compiler would compile anew for each new number;
-    outside of it they become inputs of the graph, and alpha and beta may ramp. PyTorch's sums have
-    an order, so exact mode stays with the op, and hands it its weights as tensors.
+    The op takes its weights as numbers, and the compiler would recompile for each new number;
+    outside the op they become inputs of the graph, so alpha and beta may ramp. PyTorch's sums
+    depend on their order, so exact mode calls the op, with its weights as tensors.
     """
     want = WANT_STATS | (WANT_TERMS if with_terms else 0)
     logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
-    # torch.func cannot transform the op's registered formula, but `_Loss` as a whole.
+    # torch.func cannot transform the op's registered formula, but it can transform `_Loss`.
     transformed = torch._C._are_functorch_transforms_active() and _let_into_graphs()
     if options.mode == EXACT and transformed:
         return ops.loss_in_transforms(logits, target, class_weight, options, with_terms)
@@ -133,7 +133,7 @@ def _traced(
     return loss.to(by_row.dtype), terms
 
 
-# What a graph calls as it is instead of looking into it.
+# Functions that a graph calls without tracing into them.
 _IN_GRAPHS: list[Callable[..., Any]] = []
 
 
@@ -143,7 +143,7 @@ def _let_into_graphs() -> bool:
     return True
 
 
-# The compiler calls it while it traces; see `_backend._gpu_problem`.
+# The compiler calls this while tracing; see `_backend._gpu_problem`.
 _let_into_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -162,8 +162,9 @@ class _FusedLoss(Function):
     ) -> tuple[Tensor, Tensor]:
         loss, _, terms, gradients = _call(ops, logits, target, class_weight, options, want)
         ctx.ops, ctx.options = ops, options
-        # Nothing reads target and weights again, and the logits are for the graph of a second
-        # derivative, which raises: autograd is to notice where they are changed in place.
+        # The backward pass reads neither target nor weights, and needs the logits only for the
+        # graph of a second derivative, which raises. Saving them lets autograd detect in-place
+        # changes.
         ctx.save_for_backward(*saveable(target, class_weight, *logits), *gradients)
         ctx.mark_non_differentiable(terms)
         ctx.set_materialize_grads(False)
@@ -180,7 +181,7 @@ class _FusedLoss(Function):
         if _keeps_graph() or torch.is_grad_enabled() or _is_batched(upstream):
             scale = partial(_scaled_copies, ctx.ops, exact, len(needed))
             gradients = _Gradients.apply(scale, upstream, *tensors)
-        else:  # nobody will ask for them again: they may be changed and handed out
+        else:  # the last use of the gradients: scale them in place
             ctx.ops.scale_(gradients, upstream, exact)
         return _BEFORE_LOGITS + _wanted(gradients, needed)
 
@@ -226,7 +227,7 @@ class _Loss(Function):
 
 
 class _Gradients(Function):
-    """The gradients, as a function of their own: differentiating them raises instead of lying."""
+    """The gradients as a differentiable function, so that double backward raises."""
 
     @staticmethod
     def forward(
@@ -234,7 +235,7 @@ class _Gradients(Function):
     ) -> tuple[Tensor, ...]:
         if not _is_batched(upstream):
             return tuple(compute(upstream, *tensors))
-        # is_grads_batched=True: a batch of upstreams at the one level that there is
+        # is_grads_batched=True: a batch of upstream gradients, always at vmap level 1
         batch = torch._remove_batch_dim(upstream, 1, 1, 0)
         each = [compute(one, *tensors) for one in batch.unbind(0)]
         return tuple(
@@ -262,7 +263,7 @@ class _Gradients(Function):
 def _scaled_copies(
     ops: OpSet, exact: bool, models: int, upstream: Tensor, *tensors: Tensor
 ) -> list[Tensor]:
-    """The gradients, which are behind the models' logits, times the upstream."""
+    """The gradients, which follow the models' logits in `tensors`, times the upstream gradient."""
     gradients = [gradient.clone() for gradient in tensors[models:]]
     ops.scale_(gradients, upstream, exact)
     return gradients
@@ -277,7 +278,7 @@ def _gradients(
     stats: Tensor,
     *logits: Tensor,
 ) -> list[Tensor]:
-    """The gradients from the row statistics, with the bits of those that came with the loss."""
+    """The gradients from the row statistics, with the bits of those computed with the loss."""
     if options.mode != EXACT or not comes_with_gradients(options, logits):
         upstream = upstream.contiguous()
         return ops.loss_backward(logits, target, class_weight, stats, upstream, *options)
@@ -305,7 +306,7 @@ def _call(
 
 
 def _wanted(gradients: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """A gradient for each model that wants one; those held fixed come last, and have none."""
+    """One gradient or None per model; models held fixed come last and have none."""
     if len(gradients) == len(needed) and False not in needed:
         return tuple(gradients)
     padded = (*gradients, *[None] * (len(needed) - len(gradients)))
@@ -317,7 +318,7 @@ def _one_by_one(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """torch.vmap's rule: one call for each example, stacked.
 
-    Of no examples the shapes are those of an example of zeros: their sum.
+    Without examples, the sum over the empty dimension provides an example of zeros for the shapes.
     """
     results = []
     for example in range(max(examples, 1)):
@@ -337,7 +338,7 @@ def _one_by_one(
 def _not_implemented(what: str) -> NotImplementedError:
     return NotImplementedError(
         f"{what} is not implemented by the kernel; compute the loss inside "
-        f'`with churn_kernels.backend("reference")`, which has derivatives of every kind'
+        f'`with churn_kernels.backend("reference")`, which supports all derivatives'
     )
 
 
@@ -361,7 +362,7 @@ def _backward(ops: OpSet, ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[A
 
 @cache
 def differentiable(ops: OpSet) -> OpSet:
-    """The same ops, with the formula of their gradient registered for torch.compile."""
+    """The same ops, with their gradient formula registered for torch.compile."""
     weighed = _ops.with_tensor_weights(ops)
     for one in (ops, weighed):
         torch.library.register_autograd(one.loss, partial(_backward, one), setup_context=_save)

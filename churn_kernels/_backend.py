@@ -1,17 +1,17 @@
-"""The one place that picks what computes a loss, and that says what was built.
+"""Selects the backend of each call, and reports what was built.
 
-| backend | computes | takes |
+| backend | computes with | takes |
 |---|---|---|
-| `"triton"` | the Triton kernels | tensors of a CUDA device; CPU tensors with TRITON_INTERPRET=1 |
+| `"triton"` | the Triton kernels | CUDA tensors; CPU tensors with TRITON_INTERPRET=1 |
 | `"cpu"` | the compiled kernel | CPU tensors |
 | `"reference"` | float64 PyTorch, slow, differentiable twice | tensors of any device |
 
-`"cuda"` is the name of a compiled GPU backend; it is not part of this version.
+`"cuda"` is reserved for a compiled GPU backend; it is not part of this version.
 
-Without a choice a CPU tensor goes to `"cpu"`, a CUDA tensor to `"triton"`, and either to
-`"reference"` where that kernel is not to be had; each fallback warns once and says what is missing.
-The environment variable CHURN_BACKEND makes the choice for a process, and is read when the package
-is imported. So is TRITON_INTERPRET: Triton then runs its kernels in Python, to be looked at.
+By default a CPU tensor goes to `"cpu"`, a CUDA tensor to `"triton"`, and either to `"reference"` if
+that kernel is not available; each fallback warns once and says what is missing. The environment
+variable CHURN_BACKEND selects a backend for the process, and is read when the package is imported.
+So is TRITON_INTERPRET, with which Triton runs its kernels in Python.
 """
 
 import os
@@ -40,20 +40,20 @@ from churn_kernels._options import LossOptions
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
-# The strongest mode a backend keeps: PyTorch's own reductions may depend on the batch's shape.
+# The strongest mode of each backend: PyTorch's own reductions may depend on the batch's shape.
 _KEEPS = {"cpu": "exact", "triton": "exact", "reference": "run_to_run"}
 
 # The oldest GPU generation whose instructions the Triton kernels are tested for.
 OLDEST_GPU = (8, 0)
 
-# Each model of a call is compiled into the Triton kernels: beyond this it would take minutes.
+# The Triton kernels are unrolled over the models: with more, compilation would take minutes.
 MOST_TRITON_MODELS = 8
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load() -> dict[str, OpSet]:
-    """The ops of every backend that can be used here. Importing Triton takes time: only if so."""
+    """The ops of every usable backend. Importing Triton is slow, so only if it can be used."""
     found = {}
     if (torch.cuda.is_available() or _INTERPRETED) and _ops.triton_missing() is None:
         found["triton"] = _autograd.differentiable(_ops.triton())
@@ -71,11 +71,11 @@ def available_backends() -> tuple[str, ...]:
 
 
 def _remedy(name: str) -> str:
-    """What to do about a backend that is not available."""
+    """How to make a backend available, for an error message."""
     if name == "cpu":
         return f"build the library with `{BUILD_COMMAND}`, or"
     if name == "cuda":
-        return "this version has no such kernel yet, GPUs have 'triton';"
+        return "this version does not have it, GPUs use 'triton';"
     missing = _ops.triton_missing()
     if missing is not None:
         return f"{missing};"
@@ -106,7 +106,7 @@ def _from_environment() -> str | None:
         raise ValueError(f"CHURN_BACKEND={name}: {error}") from None
 
 
-# What the process uses where no block chooses; None: what there is for the tensors' device.
+# The backend of calls outside `backend` blocks; None: selected by the tensors' device.
 _chosen: str | None = _from_environment()
 _warned_devices: set[str] = set()
 
@@ -122,8 +122,8 @@ if _chosen is None and not _ops.LOADED:
 def backend(name: str) -> AbstractContextManager[None]:
     """A block that uses the backend `name`, for the thread and asyncio task that opens it.
 
-    Tasks that are created in the block begin with it; threads that are started in it begin without,
-    but for those in which autograd runs a backward pass.
+    Tasks created in the block inherit it; threads started in it do not, except those in which
+    autograd runs a backward pass.
 
     Args:
         name: one of `available_backends()`.
@@ -142,17 +142,17 @@ def _gpu_problem(index: int) -> str | None:
     return None
 
 
-# What torch.compiler.assume_constant_result sets: calling it would import the compiler, which takes
-# as long as PyTorch itself.
+# Set directly: torch.compiler.assume_constant_result would import the compiler, which takes as long
+# as importing PyTorch itself.
 _gpu_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _pick(logits: Tensor, models: int, chosen: str | None) -> str:
-    """The backend of a call, where a block or the process chose `chosen`."""
+    """The backend of a call; `chosen` is the choice of a block or the process."""
     if logits.is_cpu:
         if chosen == "triton" and not _INTERPRETED:
             raise ValueError(
-                "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass "
+                "backend 'triton' takes CUDA tensors, got logits on cpu; pass "
                 "logits.cuda(), or set TRITON_INTERPRET=1 before the import to run it on the CPU"
             )
         if chosen == "triton" and models > MOST_TRITON_MODELS:
@@ -213,19 +213,20 @@ def evaluate(
 
     Args:
         logits: checked, K tensors (N, C) or one (K, N, C).
-        batch: the shape in which the rows came, if that was not (N,); the target has it too.
+        batch: the original shape of the rows, if not (N,); the target has it too.
         target, class_weight: as the user passed them.
-        options: checked, but for what depends on the tensors' shapes.
-        share: makes the ops of all rows out of those of some, and the exact sums' (`_row_shards`).
-    Returns: the loss as `options.reduction` says, by row (N,) or (N, terms), and the terms, if they
-        were asked for.
+        options: checked, except for what depends on the tensors' shapes.
+        share: makes ops for all rows from the ops for some of them and the exact sum's
+            (`_row_shards`).
+    Returns: the loss as `options.reduction` says, by row (N,) or (N, terms), and the terms, if
+        requested.
     """
     block = _blocks.choices()
     chosen = block.backend or _chosen
     exchange = _class_shards.exchange_of(block)
     if exchange is not None:
         evaluate_shard = _evaluate_shard
-        if torch.compiler.is_compiling():  # the processes talk to each other in between
+        if torch.compiler.is_compiling():  # it calls collectives
             evaluate_shard = torch.compiler.disable(_evaluate_shard)
         return evaluate_shard(
             logits,
@@ -265,7 +266,7 @@ def evaluate(
         if torch.compiler.is_compiling():
             logits, target, class_weight = saveable_in_graph(logits, target, class_weight)
         return reference.loss(logits, target, class_weight, options)
-    strength = modes.MODES.index(mode or modes.of_torch())
+    strength = modes.MODES.index(mode or modes.torch_mode())
     if strength:
         options = options._replace(mode=strength)
     if share is not None:
@@ -286,27 +287,27 @@ def _evaluate_shard(
     exchange: _class_shards.Exchange,
     share: Callable[..., Any] | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `evaluate`, of logits that hold some of the classes. Exact mode stands in for any mode."""
+    """As `evaluate`, for logits that hold some of the classes. Always computes in exact mode."""
     try:
         _check_shard(logits, class_weight, mode, chosen)
         if target is not None:
             target = _checks.target(target, logits[0], batch)
     except Exception:
-        _class_shards.refuse(exchange)  # the others wait to hear of this process
+        _class_shards.report_rejection(exchange)  # the other ranks are waiting for this one
         raise
     options = options._replace(mode=modes.EXACT)
     ops: Any = _class_shards.ShardOps(exchange)
     if share is not None:
         ops = share(ops, _OPS["cpu"])
     loss, terms = _autograd.evaluate_by_rows(ops, logits, target, class_weight, options, with_terms)
-    _class_shards.keep(exchange, loss)
+    _class_shards.store_exchange(exchange, loss)
     return loss, terms
 
 
 def _check_shard(
     logits: Sequence[Tensor], class_weight: Tensor | None, mode: str | None, chosen: str | None
 ) -> None:
-    """Check what one process can know of its arguments, but for the target."""
+    """Check what one process can know about its arguments, except for the target."""
     first = logits[0]
     if mode is not None:
         modes.check(mode)
@@ -328,11 +329,11 @@ def _check_shard(
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about the compiled library, and what of it is in use here.
+    """Facts about the compiled library.
 
-    Returns: compiler, flags, instruction sets that were built, `"cpu_isa"`, the one in use, and
-        `"detected_cpu_isa"`, the best of them here, which is in use unless CHURN_CPU_ISA lowers it;
-        torch, commit. `{"built": False, "build_command": ...}` where it was not built.
+    Returns: compiler, flags, the instruction sets that were built, `"cpu_isa"`, the one in use, and
+        `"detected_cpu_isa"`, the best one this machine supports, in use unless CHURN_CPU_ISA lowers
+        it; torch, commit. `{"built": False, "build_command": ...}` if it was not built.
     """
     if _constants.CONSTANTS is None or not _ops.LOADED:
         return {"built": False, "build_command": BUILD_COMMAND}
@@ -341,7 +342,7 @@ def build_info() -> dict[str, Any]:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether what has both a Triton and a PyTorch path is to take the first for `tensor`."""
+    """Whether a function with a Triton and a PyTorch path should use Triton for `tensor`."""
     chosen = _blocks.choices().backend or _chosen
     if tensor.is_cpu:
         return chosen == "triton" and _INTERPRETED
@@ -351,16 +352,16 @@ def uses_triton(tensor: Tensor) -> bool:
 
 
 def hash_op(x: Tensor) -> Any:
-    """The op that hashes `x`, None where there is none: hashes are the same on every backend."""
+    """The op that hashes `x`, or None if there is none; hashes are the same on every backend."""
     if uses_triton(x):
         return _OPS["triton"].hash_words
     return _OPS["cpu"].hash_words if x.is_cpu else None
 
 
 def exact_ops(x: Tensor) -> OpSet:
-    """The ops that sum `x` exactly. They have the same bits on every backend, so none is chosen.
+    """The ops that sum `x` exactly; all backends give the same bits.
 
-    Raises: RuntimeError where the ops of x's device are missing, saying what to do.
+    Raises: RuntimeError if the ops for x's device are missing; it names the remedy.
     """
     if uses_triton(x):
         return _OPS["triton"]

@@ -1,14 +1,14 @@
-"""What the open blocks choose: `reduction_mode`, `backend` and `distributed.class_parallel`.
+"""State of the open blocks: `reduction_mode`, `backend` and `distributed.class_parallel`.
 
-A block holds for the thread or the asyncio task that opened it: a ContextVar keeps the open ones.
-Three places need more than that:
+A block applies to the thread or asyncio task that opened it: a ContextVar stores the open blocks.
+Three cases need more than that:
 
-- Blocks may close in any order (generators, ExitStack): each takes away itself, and nothing else.
-- Autograd runs backward passes of a GPU, and deeply nested ones, in threads of its own, which may
-  compute a loss again (activation checkpointing). It hands PyTorch's thread-local objects over to
-  them, so the open blocks are kept there, too.
-- torch.compile cannot trace a ContextVar. It can read an attribute of a module, and reads it again
-  before each call to find out whether its graph still fits: `current`.
+- Blocks may close in any order (generators, ExitStack): each removes only itself.
+- Autograd runs backward passes on a GPU, and deeply nested ones, in threads of its own, which may
+  recompute a loss (activation checkpointing). It passes PyTorch's thread-local objects on to
+  them, so the open blocks are stored there, too.
+- torch.compile cannot trace a ContextVar. It can read a module attribute, `current`, and guards its
+  graph on it.
 """
 
 import sys
@@ -24,30 +24,30 @@ UNSET = ""
 
 
 class Choices(NamedTuple):
-    """What holds where the open blocks are; of each kind the innermost decides."""
+    """The settings of the open blocks; the innermost of each kind wins."""
 
     mode: str | None = UNSET  # None: PyTorch's own switch decides
     backend: str | None = None  # None: no block chooses one
-    class_exchange: Any = None  # what brings the classes together that the processes hold
+    class_exchange: Any = None  # the `_class_shards.Exchange` of class_parallel
 
 
 class _State(NamedTuple):
     choices: Choices
-    blocks: tuple[dict[str, Any], ...]  # the choices of each open block, the innermost last
-    handed_over: Any  # in a thread of autograd's: (thread, state) from the one that called backward
+    blocks: tuple[dict[str, Any], ...]  # the settings of each open block, innermost last
+    handed_over: Any  # in an autograd thread: (thread, state) of the thread that called backward
 
 
 _NONE = _State(Choices(), (), None)
 _open: ContextVar[_State] = ContextVar("churn_kernels", default=_NONE)
 _traced: Choices | None = None  # in a block that torch.compile traces
-_used = False  # whether there ever was a block: without, nothing is handed over
+_used = False  # whether any block was ever opened
 
 _KEY = "churn_kernels"  # of PyTorch's thread-local objects
 _this = sys.modules[__name__]
 
 
 def choices() -> Choices:
-    """What the blocks choose that are open in this thread and task."""
+    """The settings of the blocks that are open in this thread and task."""
     if torch.compiler.is_compiling():
         return _this.current if _traced is None else _traced
     return _state().choices if _used else _NONE.choices
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Choices:
 
 
 def _handed_over() -> Any:
-    """What another thread has handed over: (thread, state), or None."""
+    """(thread, state) passed on by another thread, or None."""
     if torch._C._is_key_in_tls(_KEY):
         handed_over = torch._C._get_obj_in_tls(_KEY)
         if handed_over[0] != get_ident():
@@ -75,7 +75,7 @@ def _state() -> _State:
     return state
 
 
-def _keep(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
+def _set_blocks(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
     global _used
     _used = True
     chosen: dict[str, Any] = handed_over[1].choices._asdict() if handed_over else {}
@@ -89,7 +89,7 @@ def _keep(blocks: tuple[dict[str, Any], ...], handed_over: Any) -> None:
 
 @contextmanager
 def block(**chosen: Any) -> Iterator[None]:
-    """A block in which these fields of `Choices` hold."""
+    """A block that sets these fields of `Choices`."""
     if torch.compiler.is_compiling():
         global _traced
         before = _traced
@@ -100,10 +100,10 @@ def block(**chosen: Any) -> Iterator[None]:
             _traced = before
         return
     state = _open.get()
-    _keep((*state.blocks, chosen), _handed_over() if state is _NONE else state.handed_over)
+    _set_blocks((*state.blocks, chosen), _handed_over() if state is _NONE else state.handed_over)
     try:
         yield
     finally:
         state = _open.get()
         blocks = tuple(other for other in state.blocks if other is not chosen)
-        _keep(blocks, state.handed_over)
+        _set_blocks(blocks, state.handed_over)

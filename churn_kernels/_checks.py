@@ -1,4 +1,4 @@
-"""Every check of an argument; each message says what is wanted, what came and what to do."""
+"""All argument checks; each message names the expected value, the actual value and the remedy."""
 
 import math
 import os
@@ -19,8 +19,7 @@ _get_mode = torch._C._get_dispatch_mode
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-# Where raising for a wrong target would cost a host synchronisation (a GPU), it is done only on
-# request.
+# On a GPU, checking the targets costs a host synchronisation, so it is done only on request.
 _DEBUG = os.environ.get("CHURN_DEBUG", "") not in ("", "0")
 
 
@@ -35,18 +34,16 @@ def number(name: str, value: object) -> float:
     """`value` as a finite float."""
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{name} must be a number, got a tensor; pass {name}.item(), under torch.compile from "
-            f"outside of the compiled function, or weigh what codistillation_terms returns by it"
+            f"{name} must be a number, got a tensor; pass {name}.item() (under torch.compile from "
+            f"outside the compiled function), or multiply the results of codistillation_terms by it"
         )
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}; pass a float")
     try:
         checked = float(value)
     except OverflowError:  # an int or a Fraction
-        raise ValueError(
-            f"{name} must be a number that a float can hold, got one beyond 1.8e308; check how it "
-            f"was computed"
-        ) from None
+        problem = f"{name} must fit in a float, got a number beyond 1.8e308"
+        raise ValueError(f"{problem}; check how it was computed") from None
     if not -math.inf < checked < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {checked}; check how it was computed")
     return checked
@@ -67,7 +64,7 @@ def share(name: str, value: object) -> float:
     """`value` in [0, 1]."""
     checked = number(name, value)
     if not 0 <= checked <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {checked}; it is a share")
+        raise ValueError(f"{name} must be in [0, 1], got {checked}; it is a fraction")
     return checked
 
 
@@ -101,8 +98,7 @@ def index(name: str, value: object) -> int:
     checked = integer(name, value)
     if not -(2**63) <= checked < 2**63:
         raise ValueError(
-            f"{name} must be in the range of int64, as the targets are, got {checked}; pass a "
-            f"number that is no class, such as -100"
+            f"{name} must fit in int64, got {checked}; pass a number outside [0, C), e.g. -100"
         )
     return checked
 
@@ -123,7 +119,7 @@ def choice(name: str, value: object, choices: Mapping[str, int]) -> str:
 
 
 def top_k(name: str, value: object) -> int | None:
-    """A number of classes >= 1; None is all of them."""
+    """A number of classes >= 1, or None for all of them."""
     if value is None:
         return None
     checked = integer(name, value)
@@ -142,7 +138,7 @@ def top_k_fits(k: int, classes: int) -> None:
 
 
 def squared_temperature(name: str, value: object) -> float:
-    """A temperature whose square is a finite number > 0, by which distillation multiplies."""
+    """A temperature whose square, a factor of the distillation term, is finite and > 0."""
     checked = positive(name, value)
     if not 0 < checked * checked < math.inf:
         raise ValueError(
@@ -151,7 +147,7 @@ def squared_temperature(name: str, value: object) -> float:
     return checked
 
 
-# The losses' options by name: each check returns the value as it is to be kept.
+# The losses' options by name: each check returns the value to store.
 OPTIONS: dict[str, Callable[[str, object], Any]] = {
     "alpha": share_below_one,
     "beta": weight,
@@ -189,7 +185,7 @@ def summand(name: str, value: object) -> Tensor:
 
 
 def models(name: str, logits: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], torch.Size | None]:
-    """The logits of K models as the ops take them, and the shape their rows came in.
+    """The logits of K models in the form the ops take, and the original shape of their rows.
 
     Returns: K tensors (N, C), or one (K, N, C) in a list; None for rows (N,), or the shape (...) of
         logits (..., C).
@@ -222,12 +218,12 @@ def models(name: str, logits: Sequence[Tensor] | Tensor) -> tuple[list[Tensor], 
             or other.dtype != dtype
             or other.device != device
         ):
-            _differs(name, logits)
+            _raise_mismatch(name, logits)
     return rows(*logits)
 
 
 def sequence(name: str, logits: Sequence[Tensor]) -> Sequence[Tensor]:
-    """A list or tuple that is not empty."""
+    """A non-empty list or tuple."""
     if type(logits) is not list and not isinstance(logits, (list, tuple)):
         raise TypeError(
             f"{name} must be a list or tuple of (N, C) tensors or one (K, N, C) tensor, got "
@@ -257,9 +253,9 @@ def one_model(name: str, logits: object) -> None:
 
 
 def rows(*logits: Tensor) -> tuple[list[Tensor], torch.Size | None]:
-    """As `models` returns them, of checked logits (..., C): views, or copies where need be.
+    """Checked logits (..., C) in the form `models` returns: views where possible, else copies.
 
-    DTensors stay as they are: a process flattens what it holds of them (`_dtensor`).
+    DTensors are returned unchanged: each process flattens its local tensor (`_dtensor`).
     """
     if logits[0].dim() == 2:
         return list(logits), None
@@ -276,11 +272,11 @@ _SINGLE_LOGIT = (
 
 
 def dense(name: str, value: Tensor) -> None:
-    """A tensor whose numbers lie in one piece of memory, at strides."""
+    """A dense, strided tensor."""
     if value.is_nested:
         raise TypeError(
             f"{name} must be a dense tensor, got a nested one; pass torch.cat({name}.unbind()), "
-            f"the rows of all its parts, and so for every tensor of the call"
+            f"which concatenates the rows of its parts, for every tensor of the call"
         )
     if value.layout is not _STRIDED:
         raise TypeError(
@@ -304,26 +300,26 @@ def _supported(name: str, logits: Tensor) -> None:
 
 
 def has_values(name: str, logits: Tensor) -> None:
-    """Logits of the meta device have shapes only: a loss of them would train nothing."""
+    """Not meta tensors: they have shapes but no data, so a loss of them would train nothing."""
     if logits.is_meta:
         raise ValueError(
-            f"{name} must hold numbers, got a tensor of the meta device, which holds none; give "
-            f"the model memory with model.to_empty(device='cpu'), and load its weights"
+            f"{name} must hold data, got a tensor on the meta device, which has none; allocate the "
+            f"model with model.to_empty(device='cpu'), and load its weights"
         )
 
 
 def several_classes(classes: int, batch: Sequence[int] | None = None) -> None:
-    """A target takes two classes: of a single one every softmax is 1, and every gradient 0."""
+    """A target needs two classes: with one, every softmax is 1 and every gradient is 0."""
     if classes == 1:
         other = "" if batch is None else "; for classes in dimension 1 pass logits.movedim(1, -1)"
         raise ValueError(
-            "logits must have at least 2 classes where there is a target, got C = 1, whose "
-            "probability is 1 whatever the logit; for the single logit z (N, 1) of a binary "
+            "logits must have at least 2 classes if there is a target, got C = 1, whose "
+            "probability is always 1; for the single logit z (N, 1) of a binary "
             f"classifier pass torch.cat([torch.zeros_like(z), z], -1){other}"
         )
 
 
-def _differs(name: str, logits: Sequence[Any]) -> None:
+def _raise_mismatch(name: str, logits: Sequence[Any]) -> None:
     """Raise for the first model whose tensor does not match the first one's."""
     first = logits[0]
     for k, other in enumerate(logits):
@@ -351,22 +347,22 @@ def same(name: str, value: Any, reference_name: str, reference: Any) -> None:
 
 
 def exact_rows(rows: int) -> None:
-    """Rows whose losses an exact sum holds before it carries."""
+    """A number of rows that an exact sum can hold without a carry."""
     if rows >= 2**31:
         raise ValueError(
-            f"mode 'exact' takes fewer than 2^31 = {2**31} rows a call, got {rows}; split the "
-            f"batch, and add up the rows' losses with ExactSum"
+            f"mode 'exact' takes fewer than 2^31 = {2**31} rows per call, got {rows}; split the "
+            f"batch, and add the rows' losses with ExactSum"
         )
 
 
 def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor:
     """Class indices (N,): an int64 tensor in the rows' shape, on the logits' device, of any values.
 
-    A DTensor stays as it is, as in `rows`.
+    A DTensor is returned unchanged, as in `rows`.
 
     Args:
         logits: those of the first model, (N, C), or of all, (K, N, C).
-        batch: the shape in which the rows came, if not (N,).
+        batch: the original shape of the rows, if not (N,).
     """
     if not isinstance(value, Tensor):
         raise TypeError(
@@ -384,11 +380,11 @@ def target(value: object, logits: Tensor, batch: Sequence[int] | None) -> Tensor
             )
         raise TypeError(f"target must be int64 class indices, got {_short(value.dtype)}; {remedy}")
     if value.shape != (logits.shape[-2:-1] if batch is None else batch):
-        _refuse_shape(tuple(value.shape), logits, batch)
+        _raise_for_shape(tuple(value.shape), logits, batch)
     if value.device != logits.device:
         raise ValueError(
-            f"target must be on the logits' device, {logits.device}, got {value.device}; "
-            f"pass target.to(logits.device)"
+            f"target must be on the logits' device, {logits.device}, got {value.device}; pass "
+            f"target.to(logits.device)"
         )
     return value if batch is None or is_placed(value) else value.flatten()
 
@@ -397,8 +393,8 @@ def _rows_shape(logits: Tensor, batch: Sequence[int] | None) -> tuple[int, ...]:
     return (logits.shape[-2],) if batch is None else tuple(batch)
 
 
-def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
-    """Raise for a target of another shape than the rows'; the shapes show what was meant."""
+def _raise_for_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | None) -> NoReturn:
+    """Raise for a target whose shape is not that of the rows; guess the intent from the shapes."""
     shape = _rows_shape(logits, batch)
     stacked = batch is None and logits.dim() == 3
     full = tuple(logits.shape) if stacked else (*shape, logits.shape[-1])
@@ -407,7 +403,7 @@ def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | N
     if stacked and got in (full[:2], (full[0] * full[1],)):
         models, rows, _ = full
         wants = (
-            f"logits of shape {full} in one tensor are those of K = {models} models of N = {rows} "
+            f"one logits tensor of shape {full} holds K = {models} models' logits of N = {rows} "
             f"rows, whose target has shape {shape}"
         )
         remedy = "for one model's logits of shape (B, T, C), and a target (B, T), pass [logits]"
@@ -430,7 +426,7 @@ def _refuse_shape(got: tuple[int, ...], logits: Tensor, batch: Sequence[int] | N
 
 
 def target_given(value: object) -> None:
-    """A loss that is about the target has one."""
+    """A target is required."""
     if value is None:
         raise TypeError(
             "target must be an int64 tensor of class indices, got None; "
@@ -439,7 +435,7 @@ def target_given(value: object) -> None:
 
 
 def class_weight(value: object, logits: Tensor, classes: int | None) -> Tensor:
-    """The weights of C classes in the dtype the losses are computed in; None: of any number."""
+    """The weights of C classes (None: any number), in the dtype the losses are computed in."""
     weights = class_weights(value, classes)
     if weights.device != logits.device:
         raise ValueError(
@@ -451,18 +447,17 @@ def class_weight(value: object, logits: Tensor, classes: int | None) -> Tensor:
 
 
 def class_weights(value: object, classes: int | None = None) -> Tensor:
-    """The weights of C classes, on any device; None: of any number."""
+    """The weights of C classes (None: any number), on any device."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"class_weight must be a tensor of shape ({classes or 'C'},), got "
-            f"{type(value).__name__}; "
-            f"pass torch.as_tensor(class_weight)"
+            f"{type(value).__name__}; pass torch.as_tensor(class_weight)"
         )
     dense("class_weight", value)
     if not value.is_floating_point():
         raise TypeError(
-            f"class_weight must be floating point, got {_short(value.dtype)}; "
-            f"pass class_weight.float()"
+            f"class_weight must be floating point, got {_short(value.dtype)}; pass "
+            f"class_weight.float()"
         )
     if value.dim() != 1 or classes not in (None, value.shape[0]):
         raise ValueError(
@@ -471,7 +466,7 @@ def class_weights(value: object, classes: int | None = None) -> Tensor:
         )
     if value.requires_grad:
         raise ValueError(
-            "class_weight must not require a gradient, the loss has none for it; "
+            "class_weight must not require a gradient, the losses do not compute one for it; "
             "pass class_weight.detach()"
         )
     return value
@@ -480,10 +475,8 @@ def class_weights(value: object, classes: int | None = None) -> Tensor:
 def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
     """Every target is a class or `ignore_index`; on a GPU only with CHURN_DEBUG=1."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return  # the values are not there to look at
-    if _is_symbolic(value):
-        return  # nor here
-    if not value.is_cpu and not _DEBUG:
+        return  # no values to check
+    if _is_symbolic(value) or (not value.is_cpu and not _DEBUG):
         return
     wrong = ((value < 0) | (value >= classes)) & (value != ignore_index)
     if wrong.any():
@@ -495,12 +488,9 @@ def target_range(value: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def _is_symbolic(value: Tensor) -> bool:
-    """Whether it is a fake tensor, or one that make_fx traces."""
-    return (
-        isinstance(value, FakeTensor)
-        or _get_mode(_MODES.FAKE) is not None
-        or _get_mode(_MODES.PROXY) is not None
-    )
+    """Whether `value` is a fake tensor, or is traced by make_fx."""
+    active = map(_get_mode, (_MODES.FAKE, _MODES.PROXY))
+    return isinstance(value, FakeTensor) or any(mode is not None for mode in active)
 
 
 def _short(kind: torch.dtype | torch.layout) -> str:

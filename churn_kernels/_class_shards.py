@@ -1,9 +1,9 @@
-"""Losses of rows whose classes lie in several shards, with the bits of whole rows.
+"""Losses of rows whose classes are split into shards, with the bits of whole rows.
 
-Exact mode's sums are integers, and what scales them are maxima: tables of numbers that merge in any
-order and any grouping. A shard finds those of its own classes stage by stage, each out of the
-merged tables of the stages before (csrc/cpu/class_shard.h); the last ones hold all that a row's
-loss, and a shard's gradients, take.
+Exact mode's sums are integers and their scale factors are maxima, so tables of them merge in any
+order and grouping. A shard computes the tables of its own classes in stages, each from the
+merged tables of the earlier stages (csrc/cpu/class_shard.h); the merged tables hold everything that
+a row's loss and a shard's gradients need.
 """
 
 import sys
@@ -22,27 +22,27 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 class Shard(NamedTuple):
-    """Where a shard's classes lie in whole rows."""
+    """Position of a shard's classes in the whole rows."""
 
     first_class: int
-    classes: int  # of whole rows
+    classes: int  # of the whole rows
 
 
 class Exchange(Protocol):
-    """How the processes that hold a row's shards tell each other of them."""
+    """Collectives among the processes that hold the shards of a row."""
 
     place: int  # of this process in the order of the classes
-    ranks: list[int]  # of all in that order
+    ranks: list[int]  # of all processes in that order
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Every process's x, of one shape, in the order of their classes."""
+        """Every process's x, all of one shape, in the order of their classes."""
 
     def merge(self, table: Tensor, merge: Merge) -> Tensor:
-        """The tables of all processes in one."""
+        """The merged table of all processes."""
 
 
 def merge_extremes(a: Tensor, b: Tensor) -> Tensor:
-    """Of (N, models x 3): largest logit, second largest, class of the largest."""
+    """Merge (N, models x 3): largest logit, second largest, class of the largest."""
     first, second, winner = a.unflatten(1, (-1, 3)).unbind(2)
     other_first, other_second, other_winner = b.unflatten(1, (-1, 3)).unbind(2)
     next_first = torch.minimum(first, other_first)
@@ -62,7 +62,7 @@ def merge_extremes(a: Tensor, b: Tensor) -> Tensor:
 
 
 def merge_top_k(k: int) -> Merge:
-    """Of (N, students x k x 2): a logit and its class; equal logits go by class."""
+    """Merge (N, students x k x 2): a logit and its class; ties go to the lowest class."""
 
     def merge(a: Tensor, b: Tensor) -> Tensor:
         both = torch.cat([x.unflatten(1, (-1, k, 2)) for x in (a, b)], dim=2)
@@ -75,14 +75,14 @@ def merge_top_k(k: int) -> Merge:
 
 
 def stages(options: LossOptions) -> tuple[Merge, ...]:
-    """How the tables of each stage merge, in the stages' order."""
+    """The merge function of each stage, in order."""
     return merge_extremes, merge_top_k(options.top_k), torch.maximum, torch.add, torch.add
 
 
 class ShardOps:
-    """The loss's ops (`_ops.OpSet`) on a shard, for `_autograd` to call as those of whole rows.
+    """The loss's ops (`_ops.OpSet`) on a shard, with the interface of those on whole rows.
 
-    The processes meet in `loss`; `loss_backward` computes a shard's gradients alone.
+    `loss` calls collectives; `loss_backward` computes a shard's gradients without communication.
     """
 
     def __init__(self, exchange: Exchange) -> None:
@@ -98,7 +98,9 @@ class ShardOps:
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Loss, statistics and terms of the whole rows."""
         options, want = LossOptions(*arguments[:-1]), arguments[-1]
-        self._shard = shard = _agree(logits, target, class_weight, options, self._exchange)
+        self._shard = shard = _check_agreement(
+            logits, target, class_weight, options, self._exchange
+        )
         if target is not None:
             _checks.several_classes(shard.classes)
         if class_weight is not None:
@@ -106,14 +108,14 @@ class ShardOps:
         if options.top_k:
             _checks.top_k_fits(options.top_k, shard.classes)
         ops = torch.ops.churn_kernels
-        tables: list[Tensor] = []  # of all shards, of the stages so far
+        tables: list[Tensor] = []  # merged over all shards, of the stages so far
         for merge in stages(options):
             table = ops.class_table(logits, target, class_weight, tables, *shard, *options)
             tables.append(self._exchange.merge(table, merge) if table.numel() else table)
         loss, stats, terms = ops.class_loss(
             logits, target, class_weight, tables, *shard, *options, want
         )
-        # Of a shape of its own: checkpointing that computes another loss in its place takes notice.
+        # The extra dimension lets checkpointing detect a recomputation without class_parallel.
         return loss, stats[None], terms, []
 
     def loss_backward(
@@ -133,24 +135,24 @@ class ShardOps:
 
     @staticmethod
     def scale_(gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
-        """In place times a factor."""
+        """Scale the gradients in place."""
         torch.ops.churn_kernels.scale_(gradients, upstream, exact)
 
 
-# Where a loss is computed again in the backward pass (activation checkpointing), the block may be
-# over by then: the exchange stays with the nodes of the graph that may do so.
-_KEPT = "_churn_kernels_class_exchange"
-_keeps = False  # whether any does in this process
+# Activation checkpointing may recompute a loss in the backward pass, after the block has closed, so
+# the exchange is stored on the graph nodes that may do so.
+_EXCHANGE_ATTRIBUTE = "_churn_kernels_class_exchange"
+_any_stored = False  # whether any node in this process has one
 
 
-def keep(exchange: Exchange, loss: Tensor) -> None:
-    """Leave the exchange with the loss's own node, and with those whose forward pass calls.
+def store_exchange(exchange: Exchange, loss: Tensor) -> None:
+    """Store the exchange on the loss's node, and on the nodes whose forward pass is running.
 
-    The first computes the loss again if checkpointing is not reentrant, the others (they are
-    `ctx` in the frames below) if it is.
+    Non-reentrant checkpointing recomputes the loss from the loss's own node; reentrant
+    checkpointing from the others, which are `ctx` in the calling frames.
     """
-    global _keeps
-    _keeps = True
+    global _any_stored
+    _any_stored = True
     nodes: list[Any] = [loss.grad_fn]
     frame = sys._getframe(1)
     while frame is not None:
@@ -159,53 +161,53 @@ def keep(exchange: Exchange, loss: Tensor) -> None:
         frame = frame.f_back  # type: ignore[assignment]
     for node in nodes:
         if isinstance(node, torch._C._FunctionBase):
-            setattr(node, _KEPT, exchange)
+            setattr(node, _EXCHANGE_ATTRIBUTE, exchange)
 
 
 def exchange_of(block: Choices) -> Exchange | None:
-    """What brings the classes together: the open block's, or one kept for computing again."""
+    """The exchange of the open block, or the one stored for a recomputation."""
     exchange: Exchange | None = block.class_exchange
-    if exchange is None and _keeps and not torch.compiler.is_compiling():
-        return _kept()
+    if exchange is None and _any_stored and not torch.compiler.is_compiling():
+        return _stored_exchange()
     return exchange
 
 
-def _kept() -> Exchange | None:
-    """In a backward pass: the exchange of the node that runs, or of the nearest one behind it."""
+def _stored_exchange() -> Exchange | None:
+    """In a backward pass: the exchange of the running node, or of the nearest upstream of it."""
     nodes: list[Any] = [torch._C._current_autograd_node()]
     seen = set(nodes)
     for node in nodes:
-        found: Exchange | None = getattr(node, _KEPT, None)
-        if found is not None or node is None:
-            return found
-        new = {behind for behind, _ in node.next_functions} - seen - {None}
+        exchange: Exchange | None = getattr(node, _EXCHANGE_ATTRIBUTE, None)
+        if exchange is not None or node is None:
+            return exchange
+        new = {following for following, _ in node.next_functions} - seen - {None}
         nodes += new
         seen |= new
     return None
 
 
-_MARK = 0x636B_7368  # tells a loss from another collective that a process has come to
+_MARK = 0x636B_7368  # distinguishes a loss from another collective
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Numbers by which processes find out whether they ask for the same: mark, whether one refused its
-# arguments, classes, and what they share.
+# Length of the vector by which ranks check that they compute the same loss: mark, whether a rank
+# rejected its arguments, classes, and the arguments that must be equal.
 _FACTS = 3 + 3 + len(LossOptions._fields) + 2
 
 
-def refuse(exchange: Exchange) -> None:
-    """Tell the other processes that this one does not go on, and raises."""
+def report_rejection(exchange: Exchange) -> None:
+    """Tell the other ranks that this one rejected its arguments."""
     facts = torch.zeros(_FACTS, dtype=torch.float64, device="cpu")
     facts[0], facts[1] = _MARK, 1.0
     exchange.gather(facts)
 
 
-def _agree(
+def _check_agreement(
     logits: Sequence[Tensor],
     target: Tensor | None,
     class_weight: Tensor | None,
     options: LossOptions,
     exchange: Exchange,
 ) -> Shard:
-    """Where this process's classes lie; raises unless all processes ask for the same loss."""
+    """This rank's shard; raises unless all ranks compute the same loss."""
     first = logits[0]
     shared = {
         "number of rows": first.shape[-2],
@@ -219,33 +221,33 @@ def _agree(
     everyone = torch.stack(
         exchange.gather(torch.tensor(facts, dtype=torch.float64, device="cpu"))
     ).tolist()
-    for process, (_, refused, *_) in enumerate(everyone):
-        if refused:
+    for rank, (_, rejected, *_) in enumerate(everyone):
+        if rejected:
             raise ValueError(
-                f"every process of class_parallel must accept its arguments, but process {process} "
-                f"of the group refused its own; its error says why"
+                f"every rank of class_parallel must accept its arguments, but rank {rank} "
+                f"of the group rejected its own; see its error"
             )
-    for process, (mark, _, _, *theirs) in enumerate(everyone):
+    for rank, (mark, _, _, *theirs) in enumerate(everyone):
         if mark != _MARK:
             raise ValueError(
-                f"every process of class_parallel must call the same losses in the same order, but "
-                f"process {process} of the group has come to another collective; did a call of its "
-                f"raise before?"
+                f"every rank of class_parallel must call the same losses in the same order, but "
+                f"rank {rank} of the group is in another collective; did an earlier call on it "
+                f"raise?"
             )
         for name, here, there in zip(shared, everyone[0][3:], theirs, strict=True):
             if here != there:
                 raise ValueError(
-                    f"{name} must be the same in every process of class_parallel, got "
-                    f"{_shown(name, here)} in process 0 and {_shown(name, there)} in process "
-                    f"{process}; split the classes of the logits, and nothing else"
+                    f"{name} must be the same on every rank of class_parallel, got "
+                    f"{_format_fact(name, here)} on rank 0 and {_format_fact(name, there)} on rank "
+                    f"{rank}; split only the classes of the logits"
                 )
     widths = [int(width) for _, _, width, *_ in everyone]
     return Shard(sum(widths[: exchange.place]), sum(widths))
 
 
-def _shown(name: str, value: float) -> str:
+def _format_fact(name: str, value: float) -> str:
     if name in ("target", "class_weight"):
-        return "none" if value < 0 else f"one of checksum {int(value):08x}"
+        return "none" if value < 0 else f"one with checksum {int(value):08x}"
     return str(_DTYPES[int(value)]) if name == "dtype" else f"{value:g}"
 
 

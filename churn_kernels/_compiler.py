@@ -1,4 +1,4 @@
-"""What torch.compile has to be told."""
+"""Error reporting under torch.compile."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,10 +10,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def tells_the_compiler(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose errors reach the user from under torch.compile(fullgraph=True), too.
+def with_compile_errors(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the function's errors reach the user under torch.compile(fullgraph=True).
 
-    There an exception becomes a break of the graph, whose text does not say what was raised first.
+    There an exception becomes a graph break, whose text does not include the original message.
     """
 
     @wraps(function)

@@ -1,9 +1,9 @@
-"""DTensors: what a process holds of them goes to the kernels, results become DTensors again.
+"""DTensors: the kernels compute on local tensors, and results become DTensors again.
 
-Rows may be sharded or replicated over any dimensions of a mesh, and those of logits (..., C) by any
-of their dimensions; a process flattens what it holds. Classes may be sharded over the
-processes of `distributed.class_parallel`. The results are those of the whole tensors: of a loss by
-row, where the rows lie; of everything else, in every process.
+Rows may be sharded or replicated over any dimensions of a mesh, those of logits (..., C) along any
+of their dimensions; each rank flattens its local tensor. Classes may be sharded over the ranks
+of `distributed.class_parallel`. The results are those of the whole tensors: per-row losses are
+placed like the rows, everything else is replicated.
 """
 
 import sys
@@ -18,9 +18,16 @@ from torch import Tensor
 from churn_kernels import _backend, _blocks, _checks, _class_shards, modes
 from churn_kernels._options import REDUCTIONS, ROW_TERMS, LossOptions
 from churn_kernels._placements import is_placed, replicated
-from churn_kernels._row_shards import RowShardOps, Total, agree, counts, mean_terms, reduced
+from churn_kernels._row_shards import (
+    RowShardOps,
+    Total,
+    mean_divisors,
+    mean_terms,
+    reduced,
+    sum_and_check,
+)
 
-_TENSOR_MODULE = "torch.distributed.tensor"  # those who have a DTensor have imported it
+_TENSOR_MODULE = "torch.distributed.tensor"  # imported already if any DTensor exists
 _BY_ROW = (REDUCTIONS["none"], ROW_TERMS)
 
 
@@ -34,12 +41,13 @@ def evaluate(
     with_terms: bool,
     names: Sequence[str] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`_backend.evaluate`, which see, of tensors and of DTensors.
+    """`_backend.evaluate` for tensors and DTensors.
 
     Args:
         logits: as there, but DTensors (..., C) are not flattened.
-        names: the logits' in messages, the last one's for all that follow; `logits` without.
-    Returns: what is kept by row, in the shape the rows came in.
+        names: the logits' names in messages; the last one also names all further logits. Default:
+            `logits`.
+    Returns: as there, with per-row results in the original shape of the rows.
     """
     if _TENSOR_MODULE not in sys.modules or not any(
         map(is_placed, (*logits, target, class_weight))
@@ -51,7 +59,7 @@ def evaluate(
             loss = loss.reshape(*batch, *loss.shape[1:])
         return loss, terms
     placed = _evaluate
-    if torch.compiler.is_compiling():  # the processes talk to each other in between
+    if torch.compiler.is_compiling():  # it calls collectives
         placed = torch.compiler.disable(_evaluate)
     return placed(logits, batch, target, class_weight, options, mode, with_terms, names)
 
@@ -73,8 +81,8 @@ def _evaluate(
     exchange = _class_shards.exchange_of(_blocks.choices())
     try:
         layout = Layout(named, batch, with_classes=True)
-        layout.check_kind("target", target)
-        layout.check_kind("class_weight", class_weight)
+        layout.check_is_dtensor("target", target)
+        layout.check_is_dtensor("class_weight", class_weight)
         if target is not None:
             _checks.several_classes(first.shape[-1], batch)
             _checks.target(target, first, batch)
@@ -82,7 +90,7 @@ def _evaluate(
             class_weight = _checks.class_weight(class_weight, first, first.shape[-1])
     except Exception:
         if exchange is not None:
-            _class_shards.refuse(exchange)  # the others wait to hear of this process
+            _class_shards.report_rejection(exchange)  # the other ranks are waiting for this one
         raise
     local = layout.rows(logits), layout.by_row(target), layout.whole(class_weight)
     if mode is None:
@@ -109,7 +117,7 @@ def _evaluate_here(
     with_terms: bool,
     share: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the rows of this process."""
+    """The loss of this rank's rows."""
     logits, target, class_weight = local
     return _backend.evaluate(logits, None, target, class_weight, options, mode, with_terms, share)
 
@@ -121,11 +129,13 @@ def _evaluate_rows(
     mode: str,
     with_terms: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of all rows out of this process's row by row, whose sums have an order."""
+    """The loss of all rows from this rank's per-row losses, by floating-point sums."""
     logits, target, class_weight = local
     first = logits[0]
     models = len(logits) if first.dim() == 2 else first.shape[0]
-    mine, everyone = counts(target, class_weight, first, first.shape[-1], options, layout.total)
+    mine, everyone = mean_divisors(
+        target, class_weight, first, first.shape[-1], options, layout.total
+    )
     by_row = options
     if options.reduction not in _BY_ROW:
         by_row = options._replace(
@@ -141,7 +151,7 @@ def _evaluate_rows(
 
 
 class _Total(torch.autograd.Function):
-    """The sum of all processes' x; each has the gradient of that one sum."""
+    """The sum of x over all ranks; each rank gets the gradient of that one sum."""
 
     @staticmethod
     def forward(ctx: Any, total: Total, x: Tensor) -> Tensor:
@@ -153,10 +163,10 @@ class _Total(torch.autograd.Function):
 
 
 class Layout:
-    """How DTensors of rows lie on their mesh: (N, C), (K, N, C), or in a batch's shape (..., C).
+    """Placement of DTensors of rows: (N, C), (K, N, C), or in a batch's shape (..., C).
 
-    Args: the tensors by name, of one shape; the batch's; whether their classes may be sharded.
-    Raises: TypeError if one is no DTensor, ValueError for placements that are not for losses.
+    Args: the tensors by name, of one shape; the batch's shape; whether classes may be sharded.
+    Raises: TypeError if one is not a DTensor, ValueError for unsupported placements.
     """
 
     def __init__(
@@ -166,28 +176,28 @@ class Layout:
         *,
         with_classes: bool,
     ) -> None:
-        # A target may be the only DTensor: the logits are then what it does not go with.
+        # If only the target or the weights are DTensors, the error names the logits.
         placed = [name for name, x in tensors if is_placed(x)]
         self._name = placed[0] if placed else "target or class_weight"
         for name, x in tensors:
-            self.check_kind(name, x)
+            self.check_is_dtensor(name, x)
         first = tensors[0][1]
         self._first, self._mesh, self._placements = first, first.device_mesh, first.placements
         for name, x in tensors:
             if (x.device_mesh, x.placements) != (self._mesh, self._placements):
                 raise ValueError(
-                    f"{name} must lie on the mesh as {self._name} does, {_shown(first)}, got "
-                    f"{_shown(x)}; pass {name}.redistribute(placements={self._name}.placements), "
-                    f"or .to_local() of each"
+                    f"{name} must have the mesh and placements of {self._name}, {_shown(first)}, "
+                    f"got {_shown(x)}; pass {name}.redistribute(placements={self._name}.placements)"
+                    f", or .to_local() of each"
                 )
         if self._mesh.get_coordinate() is None:
             raise ValueError(
-                f"{self._name}'s mesh must hold this process, got a DTensor of others; call from "
-                f"its members, or pass .to_local() of your own tensors"
+                f"{self._name}'s mesh must include this rank, got a DTensor on other ranks; call "
+                f"on the ranks of the mesh only, or pass .to_local() of tensors on this rank"
             )
         classes = first.dim() - 1
-        self._dims = range(classes - 1 if batch is None else 0, classes)  # those of the rows
-        self._shape = first.shape[self._dims.start : classes]  # of the rows, whole
+        self._dims = range(classes - 1 if batch is None else 0, classes)  # of the rows
+        self._shape = first.shape[self._dims.start : classes]  # of all rows
         self._local_shape = first.to_local().shape[self._dims.start : classes]
         split = []
         for mesh_dim, placement in enumerate(self._placements):
@@ -198,7 +208,7 @@ class Layout:
                     f"{self._name} must be sharded by rows or replicated, got {_shown(first)}; "
                     f"pass {self._name}.redistribute(placements=[...]) with "
                     f"Shard({self._dims.start}) or Replicate(), or {self._name}.to_local() for "
-                    f"what this process holds"
+                    f"the local part"
                 )
         self._check_classes(split, first, with_classes)
 
@@ -214,68 +224,69 @@ class Layout:
                 else ";"
             )
             raise ValueError(
-                f"{self._name} must hold whole rows, got classes sharded by {_shown(first)}{block} "
+                f"{self._name} must hold whole rows, got sharded classes, {_shown(first)}{block} "
                 f"pass {self._name}.redistribute(placements=[...]) with Shard({self._dims.start}) "
-                f"or Replicate(), or {self._name}.to_local() for what this process holds"
+                f"or Replicate(), or {self._name}.to_local() for the local part"
             )
         here = [self._mesh.get_group(mesh_dim) for mesh_dim in split]
         if [torch.distributed.get_process_group_ranks(group) for group in here] != [exchange.ranks]:
             raise ValueError(
-                f"{self._name} must be sharded by classes over the processes of class_parallel, "
+                f"{self._name} must be sharded by classes over the ranks of class_parallel, "
                 f"{exchange.ranks}, got {_shown(first)}; call outside the block, or pass "
-                f"{self._name}.to_local() where it holds the classes of this process"
+                f"{self._name}.to_local() if it holds this rank's classes"
             )
         parts, classes = self._mesh.size(split[0]), first.shape[-1]
         if -(-classes // parts) * (parts - 1) >= classes:
             raise ValueError(
-                f"{self._name} must leave each process of class_parallel a class, got {classes} "
-                f"sharded over {parts} processes; pass {self._name}.redistribute(placements=[...]) "
-                f"and call outside the block, or .to_local() of parts of your own"
+                f"{self._name} must have at least one class on every rank of class_parallel, got "
+                f"{classes} sharded over {parts} ranks; pass "
+                f"{self._name}.redistribute(placements=[...]) and call outside the block, or "
+                f".to_local() of tensors that you split yourself"
             )
 
-    def check_kind(self, name: str, x: Any) -> None:
+    def check_is_dtensor(self, name: str, x: Any) -> None:
         """`x` is a DTensor, or None."""
         if x is None or is_placed(x):
             return
         raise TypeError(
-            f"{name} must be a DTensor as {self._name} is, got a Tensor; pass "
+            f"{name} must be a DTensor like {self._name}, got a Tensor; pass "
             f"torch.distributed.tensor.distribute_tensor({name}, mesh, placements), or .to_local() "
-            f"of each DTensor to compute on what this process holds"
+            f"of each DTensor to compute on the local parts"
         )
 
     @property
     def sharded(self) -> bool:
-        """Whether the rows are."""
+        """Whether the rows are sharded."""
         return any(map(self._shards_rows, self._placements))
 
     def total(self, x: Tensor) -> Tensor:
-        """Add x up over the processes that have other rows, in place."""
+        """Sum x in place over the ranks that have other rows."""
         for mesh_dim, placement in enumerate(self._placements):
             if self._shards_rows(placement):
                 torch.distributed.all_reduce(x, group=self._mesh.get_group(mesh_dim))
         return x
 
     def rows(self, logits: Sequence[Any]) -> list[Tensor]:
-        """This process's rows of each, (n, C) or (K, n, C)."""
+        """The local rows of each tensor, (n, C) or (K, n, C)."""
         local = [z.to_local() for z in logits]
         return local if len(self._dims) == 1 else [z.flatten(0, -2) for z in local]
 
     def by_row(self, x: Any) -> Any:
-        """What belongs to this process's rows, (n,), of a DTensor (...)."""
+        """The part (n,) of a DTensor (...) that belongs to the local rows."""
         if x is None:
             return None
         return x.redistribute(self._mesh, self._row_placements()).to_local().flatten()
 
     def whole(self, x: Any) -> Any:
-        """All of a DTensor."""
+        """The full tensor of a DTensor."""
         return None if x is None else x.full_tensor()
 
     def placed(self, x: Tensor) -> Tensor:
-        """A DTensor of a result that every process has."""
+        """A replicated DTensor of a result that every rank has."""
         return replicated(x, self._first)
 
     def placed_rows(self, x: Tensor) -> Tensor:
-        """A DTensor of results by row, (n, ...) here, in the shape of all rows."""
+        """A DTensor, in the shape of all rows, of per-row results; x holds the local (n, ...)."""
         local = x.reshape(*self._local_shape, *x.shape[1:])
         shape = self._shape + x.shape[1:]
         return _from_local(local, self._mesh, self._row_placements(), shape)
@@ -292,57 +303,57 @@ class Layout:
         ]
 
 
-class Together:
-    """The processes that have rows of the same tensors; without a layout, this one alone."""
+class RowGroup:
+    """The ranks that hold rows of the same tensors; without a layout, only this one."""
 
     def __init__(self, layout: Layout | None) -> None:
         self._layout = layout
 
     def total(self, x: Tensor) -> Tensor:
-        """Add x up over the processes, in place."""
+        """Sum x in place over the ranks."""
         return x if self._layout is None else self._layout.total(x)
 
     @contextmanager
     def agreement(self, device: torch.device) -> Iterator[None]:
-        """A block that raises in every process if it does in one."""
+        """A block that raises on every rank if it raises on one."""
         problem = None
         try:
             yield
         except (ValueError, IndexError) as error:
             problem = error
-        agree(problem, torch.zeros(0, device=device), self.total)
+        sum_and_check(problem, torch.zeros(0, device=device), self.total)
 
 
-def held(
+def local_rows(
     tensors: Sequence[tuple[str, Any]], batch: Sequence[int] | None, target: Any
-) -> tuple[list[Tensor], Any, Together]:
-    """This process's rows (n, C) of the logits and their targets (n,), and who has the rest.
+) -> tuple[list[Tensor], Any, RowGroup]:
+    """The local rows (n, C) of the logits, their targets (n,), and the ranks that hold the rest.
 
     Raises: as `Layout`.
     """
     if not any(is_placed(x) for _, x in (*tensors, ("target", target))):
-        return [x for _, x in tensors], target, Together(None)
+        return [x for _, x in tensors], target, RowGroup(None)
     layout = Layout(tensors, batch, with_classes=False)
-    layout.check_kind("target", target)
-    return layout.rows([x for _, x in tensors]), layout.by_row(target), Together(layout)
+    layout.check_is_dtensor("target", target)
+    return layout.rows([x for _, x in tensors]), layout.by_row(target), RowGroup(layout)
 
 
 def unstack(name: str, x: Any) -> list[Tensor]:
-    """The models' logits of one tensor or DTensor (K, N, C).
+    """The logits of each model of one tensor or DTensor (K, N, C).
 
     Raises: ValueError for a DTensor whose models are sharded.
     """
     if is_placed(x) and any(placement.is_shard(0) for placement in x.placements):
         raise ValueError(
-            f"{name} must have every model in every process, got {_shown(x)}; pass "
+            f"{name} must have every model on every rank, got {_shown(x)}; pass "
             f"{name}.redistribute(placements=[...]) with Shard(1) or Replicate(), or "
-            f"{name}.to_local() for what this process holds"
+            f"{name}.to_local() for the local part"
         )
     return list(x.unbind(0))
 
 
 def map_rows(name: str, x: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """`function` of the rows (..., C) of a tensor or a DTensor, whose results lie as the rows do.
+    """Apply `function` to the rows (..., C) of a tensor or DTensor; keeps the rows' placement.
 
     Raises: ValueError for a DTensor whose rows are not whole.
     """
@@ -355,13 +366,13 @@ def map_rows(name: str, x: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
             raise ValueError(
                 f"{name} must hold whole rows, got {_shown(x)}; pass "
                 f"{name}.redistribute(placements=[...]) with Shard of another dimension or "
-                f"Replicate(), or {name}.to_local() for what this process holds"
+                f"Replicate(), or {name}.to_local() for the local part"
             )
     return _from_local(function(x.to_local()), x.device_mesh, x.placements, x.shape[:-1])
 
 
 def _from_local(x: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size) -> Tensor:
-    """A DTensor of `shape` out of what this process holds of it."""
+    """A DTensor of `shape` from its local tensor."""
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(shape, device="meta").stride()
@@ -372,7 +383,7 @@ def _from_local(x: Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Si
 
 
 def _is_shard(placement: Any, dim: int) -> bool:
-    """Whether it is PyTorch's plain Shard(dim): parts in the order of the processes."""
+    """Whether it is PyTorch's plain Shard(dim), with parts in rank order."""
     from torch.distributed.tensor import Shard
 
     return type(placement) is Shard and placement.dim == dim

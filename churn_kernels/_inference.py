@@ -1,7 +1,7 @@
-"""Tensors made under `torch.inference_mode()`, for what keeps its inputs until the backward pass.
+"""Saving tensors made under `torch.inference_mode()` for the backward pass.
 
-Autograd refuses to save them, since it could not tell that they were changed in between: that is up
-to whoever changes one.
+Autograd refuses to save them because it cannot detect in-place changes to them; here the caller is
+responsible for not changing them.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def saveable(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors; in place of one made in inference mode a normal one on its memory."""
+    """The tensors, with each inference tensor replaced by a normal alias of its memory."""
     return [_alias(x) if x is not None and x.is_inference() else x for x in tensors]
 
 
 def _alias(x: Tensor) -> Tensor:
-    with torch._C._DisableFuncTorch():  # x is what the transforms have wrapped
+    with torch._C._DisableFuncTorch():  # x is a tensor that transforms have wrapped
         memory = x.untyped_storage()
         alias = torch.empty(0, dtype=x.dtype, device=x.device)
         return alias.set_(memory, x.storage_offset(), x.size(), x.stride())
@@ -27,7 +27,7 @@ def _alias(x: Tensor) -> Tensor:
 def saveable_in_graph(
     logits: Sequence[Tensor], target: Tensor | None, class_weight: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
-    """As `saveable`, for torch.compile to trace; copies, since no op may return its input."""
+    """As `saveable`, traceable by torch.compile; copies, because an op may not return its input."""
     inputs = [_saveable_in_graph(x) for x in (*logits, target, class_weight)]
     return inputs[:-2], inputs[-2], inputs[-1]
 
@@ -37,21 +37,21 @@ def _saveable_in_graph(x: Any) -> Any:
         return x
     from torch._dynamo.comptime import comptime
 
-    comptime(_look_at_x)
+    comptime(_record_inference_x)
     return torch.ops.churn_kernels.copy(x) if _made_in_inference_mode() else x
 
 
 _seen: list[bool] = []
 
 
-def _look_at_x(context: Any) -> None:
-    """At compile time: leave word of x, a variable of the function that is being traced.
+def _record_inference_x(context: Any) -> None:
+    """At compile time: record whether x, a local of the traced function, is an inference tensor.
 
-    Inside the graph x does not say; what it may be a view of, an argument of the graph, does.
+    Inside the graph x does not tell; the graph arguments that it was computed from do.
     """
     nodes = [context.get_local("x").as_proxy().node]
     seen = set(nodes)
-    for node in nodes:  # and those that it was computed from
+    for node in nodes:  # grows by each node's inputs
         new = [source for source in node.all_input_nodes if source not in seen]
         nodes += new
         seen.update(new)
@@ -70,15 +70,15 @@ def _made_in_inference_mode() -> bool:
     return True
 
 
-# The compiler calls it, and takes what it returns for a constant; see `_backend._gpu_problem`.
+# The compiler calls this and treats the result as a constant; see `_backend._gpu_problem`.
 _made_in_inference_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
 def _define_copy() -> Any:
-    """A copy that the compiler does not take for its input."""
+    """Define a copy op that the compiler does not optimise away."""
     library = torch.library.Library("churn_kernels", "FRAGMENT")
     library.define("copy(Tensor x) -> Tensor")
     library.impl("copy", torch.clone, "CompositeExplicitAutograd")
     torch.library.register_fake("churn_kernels::copy", torch.empty_like, lib=library)
-    return library  # the op lives as long
+    return library  # the op exists as long as its library

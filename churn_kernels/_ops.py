@@ -1,7 +1,7 @@
-"""The ops: loading what computes them, and the shapes they return, for torch.compile.
+"""The ops: loading them, and their fakes for torch.compile.
 
-Two sets of one signature: the compiled ones, declared in csrc/ops.cpp, and those on Triton,
-declared here. The loss's take `LossOptions` field by field; of each set there is a second loss for
+Two sets with the same signatures: the compiled ones, declared in csrc/ops.cpp, and those on Triton,
+declared here. The loss ops take `LossOptions` field by field; each set has a second loss for
 torch.compile, which takes its weights as tensors. `_autograd` is their only caller.
 """
 
@@ -51,11 +51,11 @@ _libraries: list[Any] = []
 
 
 def stats_width(options: LossOptions, models: int) -> int:
-    """Row statistics that `loss` saves for `loss_backward`, in float64 values a row.
+    """Number of float64 statistics per row that `loss` saves for `loss_backward`.
 
-    Which kernel took the row. A model's: maximum, mass, moment (of its top k, if that is
-    regularised) and classes not at -inf; its mass at the temperature; the threshold, last tie and
-    mass of its top k. A pair's: three sums of symmetric KL, two of L1.
+    The kernel that processed the row. Per model: maximum, mass, moment (of the top k, if those are
+    regularised) and classes not at -inf; the mass at the temperature; the threshold, last tie and
+    mass of the top k. Per pair: three sums of symmetric KL, two of L1.
     """
     per_model = 4
     if options.temperature != 1.0:
@@ -69,7 +69,7 @@ def stats_width(options: LossOptions, models: int) -> int:
 
 
 def raise_target_error(error: Exception) -> None:
-    """Raise the op's complaint about a target as a TargetError; leave any other alone."""
+    """Raise the op's error about a target as a TargetError; return for any other error."""
     message = str(error).partition("\n")[0]
     start = message.find("target must hold class indices")
     if start >= 0:
@@ -111,7 +111,7 @@ def _fake_loss(
     class_weight: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """What `loss` returns; `statistics` makes what the backend saves of each row."""
+    """The outputs of `loss`; `statistics` makes the backend's saved row statistics."""
     options, want = LossOptions(*arguments[:-1]), arguments[-1]
     models, rows, _ = _shape(logits)
     students = models - options.teachers
@@ -191,13 +191,13 @@ def _op_set(prefix: str, statistics: Callable[..., Tensor]) -> OpSet:
 
 
 def with_tensor_weights(ops: OpSet) -> OpSet:
-    """The same ops, whose weights are float64 tensors () of the CPU, None for 0.
+    """The same ops with their weights as float64 CPU tensors (), None for 0.
 
-    torch.compile takes numbers for constants and tensors for inputs, which may change. The ops read
-    them when they are called, so no CUDA graph may hold them.
+    torch.compile treats numbers as constants, and tensors as inputs that may change. The ops read
+    the weights at run time, so they cannot be part of a CUDA graph.
     """
     library = torch.library.Library("churn_kernels", "FRAGMENT")
-    _libraries.append(library)  # an op lives as long as the library that declared it
+    _libraries.append(library)  # an op exists as long as the library that declared it
     return ops._replace(
         loss=_with_tensor_weights(library, ops.loss),
         loss_backward=_with_tensor_weights(library, ops.loss_backward),
@@ -205,7 +205,7 @@ def with_tensor_weights(ops: OpSet) -> OpSet:
 
 
 def _with_tensor_weights(library: Any, op: Any) -> Any:
-    """`op` under a name and a schema of its own, which are the op's but for the weights."""
+    """A new op that differs from `op` only in its name and the type of its weights."""
     names = [argument.name for argument in op._schema.arguments]
 
     def with_numbers(number: Callable[[Tensor | None], float]) -> Callable[..., Any]:
@@ -231,7 +231,7 @@ COMPILED = _op_set("", _compiled_stats) if LOADED else None
 
 
 def triton_missing() -> str | None:
-    """What the Triton ops lack here, and how to get it; None if nothing."""
+    """What the Triton ops lack here, with the remedy; None if they can be used."""
     if find_spec("triton") is None:
         return f"Triton is not installed: {INSTALL_TRITON}"
     if CONSTANTS is None:
@@ -246,7 +246,7 @@ def triton_missing() -> str | None:
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` behind the checks of the compiled op of its name."""
+    """`function`, preceded by the argument checks of the compiled op with its name."""
     check = getattr(torch.ops.churn_kernels, f"check_{function.__name__}").default
 
     def call(*arguments: Any) -> Any:
@@ -258,7 +258,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def triton() -> OpSet:
-    """The ops on Triton, which is imported at the first call."""
+    """The ops on Triton, which the first call imports."""
     launch = import_module("churn_kernels.triton.launch")
     exact_sum = import_module("churn_kernels.triton.exact_sum")
     hashing = import_module("churn_kernels.triton.hashing")

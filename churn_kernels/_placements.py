@@ -1,7 +1,7 @@
-"""Where what a process holds of a DTensor lies in the whole, and sums over the processes.
+"""Position of a DTensor's local part in the whole tensor, and sums over the ranks.
 
-`Shard(dim)` splits a dimension into parts of ceil(size / processes), of which the last ones may be
-shorter or empty; over two dimensions of a mesh the parts of the first are split again.
+`Shard(dim)` splits a dimension into parts of ceil(size / ranks), of which the last ones may be
+shorter or empty; a second mesh dimension splits the parts of the first again.
 """
 
 import sys
@@ -16,9 +16,9 @@ from torch import Tensor
 
 
 class Box(NamedTuple):
-    """Elements [begin, end) of the local tensor, in runs.
+    """Elements [begin, end) of the local tensor, in contiguous runs of the whole one.
 
-    Element begin + i is element first + i // run * step + i % run of the whole.
+    Element begin + i is element first + i // run * step + i % run of the whole tensor.
     """
 
     begin: int
@@ -29,13 +29,13 @@ class Box(NamedTuple):
 
 
 def is_placed(x: Any) -> bool:
-    """Whether x is a DTensor; those who have one have imported what it comes from."""
+    """Whether x is a DTensor; without importing torch.distributed.tensor."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
 
 
 def boxes(x: Any) -> tuple[Tensor, list[Box]]:
-    """What this process holds of a DTensor, and where it lies in it.
+    """The local part of a DTensor, and its position in the whole tensor.
 
     Raises: ValueError for placements other than Shard and Replicate, and outside of x's mesh.
     """
@@ -44,7 +44,7 @@ def boxes(x: Any) -> tuple[Tensor, list[Box]]:
     coordinate = x.device_mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(
-            "x's mesh must hold this process, got a DTensor of others; hash it in those"
+            "x's mesh must include this rank, got a DTensor on other ranks; hash it on those"
         )
     sizes, offsets = list(x.shape), [0] * x.dim()
     for mesh_dim, placement in enumerate(x.placements):
@@ -63,10 +63,10 @@ def boxes(x: Any) -> tuple[Tensor, list[Box]]:
 
 
 def _boxes(sizes: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -> Iterator[Box]:
-    """The box of `sizes` at `offsets` in a row-major tensor of `shape`, in as few as there can be.
+    """The box of `sizes` at `offsets` in a row-major tensor of `shape`, as few `Box`es as possible.
 
-    Behind the last dimension that is cut everything is one run. Whole dimensions before it, and the
-    first one before those, step from run to run; what is before them makes boxes of its own.
+    From the last cut dimension on, everything is one run. The whole dimensions before it, and the
+    first one before those, step from run to run; each index of the remaining ones is a `Box`.
     """
     if 0 in sizes:
         yield Box(0, 0, 0, 1, 1)
@@ -88,21 +88,21 @@ def _boxes(sizes: Sequence[int], offsets: Sequence[int], shape: Sequence[int]) -
 
 
 def summands(x: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What this process holds of a DTensor, and what adds its sum to those of the other parts.
+    """The local part of a DTensor, and a function that sums its words over the other parts.
 
     Raises: ValueError for placements other than Shard and Replicate, and outside of x's mesh.
     """
     if x.device_mesh.get_coordinate() is None:
         raise ValueError(
-            "x's mesh must hold this process, got a DTensor of others; call from its members, or "
-            "pass x.to_local() of a tensor of your own"
+            "x's mesh must include this rank, got a DTensor on other ranks; call on the ranks of "
+            "the mesh only, or pass x.to_local() of a tensor on this rank"
         )
     for placement in x.placements:
         if not (placement.is_shard() or placement.is_replicate()):
             raise ValueError(
                 f"x must be sharded or replicated, got a DTensor with {placement!r}; pass "
                 f"x.redistribute(placements=[...]) with Shard or Replicate instead, or "
-                f"x.to_local() for what this process holds"
+                f"x.to_local() for the local part"
             )
 
     def total(words: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def summands(x: Any) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
 
 def replicated(value: Tensor, like: Any) -> Tensor:
-    """A DTensor on the mesh of another, of a value that every process has."""
+    """A replicated DTensor on the mesh of `like`, of a value that every rank has."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
@@ -123,10 +123,10 @@ def replicated(value: Tensor, like: Any) -> Tensor:
 
 
 def add_up(words: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """The words (tensors, 2) of whole tensors from those of what this process holds of them.
+    """The words (tensors, 2) of whole tensors from the words of their local parts.
 
-    One all-reduce for each dimension of a mesh over which any are sharded. Every process that holds
-    a replica gets the words of its own.
+    One all-reduce for each mesh dimension over which any tensor is sharded. Each replica gets the
+    words of its own data.
     """
     by_groups: dict[tuple[Any, ...], list[int]] = {}
     for i, x in enumerate(tensors):
@@ -145,7 +145,7 @@ def add_up(words: Tensor, tensors: Sequence[Any]) -> Tensor:
 
 
 def _groups(x: Any) -> tuple[Any, ...]:
-    """The groups of this process among which x is sharded."""
+    """This rank's process groups over which x is sharded."""
     return tuple(
         x.device_mesh.get_group(mesh_dim)
         for mesh_dim, placement in enumerate(x.placements)

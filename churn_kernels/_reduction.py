@@ -1,4 +1,4 @@
-"""From the terms of every row to the loss: weights, ignored rows, and what "mean" divides by."""
+"""Reduces the rows' terms to the loss: weights, ignored rows, and the divisors of "mean"."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def row_counts(
     ignore_index: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """What "mean" divides by, in float64: rows that take part, the sum of their class weights."""
+    """The divisors of "mean", in float64: the rows not ignored, and the sum of their weights."""
     if target is None:
         count = torch.full((), rows, dtype=torch.float64, device=device)
         return count, count
@@ -30,15 +30,15 @@ def reduce_terms(
     ce: Tensor,  # (N, K)
     r: Tensor,  # (N, K)
     d: Tensor,  # (N, P)
-    nothing: Tensor,  # (N,), 0 for each row, whose gradient is 0 for the logits
+    nothing: Tensor,  # (N,), zeros with a zero gradient for the logits
     rows: Tensor,
     ce_rows: Tensor,
     has_target: bool,
     options: LossOptions,
 ) -> Tensor:
-    """Weigh the terms and reduce over the rows; a term of weight 0 is left out, never 0 * inf.
+    """Weight the terms and reduce over the rows; a term of weight 0 is skipped, never 0 * inf.
 
-    Where all are left out, `nothing` remains: the loss is 0, and has a gradient.
+    If all are skipped, the loss is `nothing`: 0, with a gradient.
     """
     if options.reduction == ROW_TERMS:
         return torch.cat([ce, r, d], dim=1)

@@ -1,7 +1,7 @@
-"""Losses of a batch whose rows lie in several processes: as if one process had all of them.
+"""Losses of a batch whose rows are split over ranks, as if one process had all of them.
 
-What a row's loss is, its process knows. What the batch's is takes sums over the processes: of what
-"mean" divides by, before the rows' losses are computed, and of these, after it.
+Each rank computes the losses of its rows. The batch's loss takes sums over the ranks: of the
+divisors of "mean", before the rows' losses are computed, and of these losses, afterwards.
 """
 
 import math
@@ -24,10 +24,10 @@ from churn_kernels._reduction import reduce_terms, row_counts
 from churn_kernels.exact import value_of
 from churn_kernels.modes import EXACT
 
-Total = Callable[[Tensor], Tensor]  # the sum over the processes, in place
+Total = Callable[[Tensor], Tensor]  # the sum over the ranks, in place
 
 
-def counts(
+def mean_divisors(
     target: Tensor | None,
     class_weight: Tensor | None,
     logits: Tensor,
@@ -35,11 +35,11 @@ def counts(
     options: LossOptions,
     total: Total,
 ) -> tuple[Tensor, Tensor]:
-    """What "mean" divides by, (2,) in float64: of this process's rows, and of all.
+    """The divisors of "mean", (2,) in float64: for this rank's rows, and for all.
 
-    Nothing waits for a GPU, where no process looks at its targets.
+    Does not wait for a GPU, where no rank checks the values of its targets.
 
-    Raises: TargetError if a target of this process is out of range, ValueError if another's is.
+    Raises: TargetError if a target on this rank is out of range, ValueError if one on another is.
     """
     rows, device = logits.shape[-2], logits.device
     mine = torch.stack(row_counts(target, class_weight, rows, options.ignore_index, device))
@@ -49,30 +49,32 @@ def counts(
         problem = None
     except _checks.TargetError as error:
         problem = error
-    return mine, agree(problem, mine, total, looks=mine.is_cpu)
+    return mine, sum_and_check(problem, mine, total, check=mine.is_cpu)
 
 
-def agree(problem: Exception | None, mine: Tensor, total: Total, *, looks: bool = True) -> Tensor:
-    """`mine` added up over the processes; each that looks raises if one of them has a problem."""
+def sum_and_check(
+    problem: Exception | None, mine: Tensor, total: Total, *, check: bool = True
+) -> Tensor:
+    """The sum of `mine` over the ranks; with `check`, raises on every rank if one has a problem."""
     flagged = total(torch.cat([mine, mine.new_tensor([problem is not None])]))
     if problem is not None:
         raise problem
-    if looks and flagged[-1]:
+    if check and flagged[-1]:
         raise ValueError(
-            "every process of the mesh must accept its rows, but another one refused its own; its "
-            "error says why"
+            "every rank of the mesh must accept its rows, but another rank rejected its own; see "
+            "its error"
         )
     return flagged[:-1]
 
 
 def reduced(
-    by_row: Tensor,  # (N, 2K+P) of this process, unweighted
+    by_row: Tensor,  # (N, 2K+P) on this rank, unweighted
     everyone: Tensor,
     has_target: bool,
     options: LossOptions,
     models: int,
 ) -> Tensor:
-    """This process's share of the batch's loss: the shares add up to it. In float64."""
+    """This rank's share of the batch's loss, in float64: the shares add up to it."""
     students = models - options.teachers
     pairs = pair_count(students, options.teachers)
     ce, r, d = by_row.to(torch.float64).split([students, students, pairs], dim=1)
@@ -83,7 +85,7 @@ def reduced(
 def mean_terms(
     means: Tensor, mine: Tensor, everyone: Tensor, students: int, total: Total
 ) -> Tensor:
-    """The terms of the batch from those of this process's rows; the first `students` are CE."""
+    """The terms of the batch from those of this rank's rows; the first `students` are CE."""
     kinds = torch.ones(len(means), dtype=torch.long, device=mine.device)
     kinds[students:] = 0
     own = mine[kinds].to(means.device)
@@ -92,10 +94,10 @@ def mean_terms(
 
 
 class RowShardOps:
-    """The loss's ops (`_ops.OpSet`) in exact mode on some of the rows, with the bits of all.
+    """The loss's ops (`_ops.OpSet`) in exact mode on some of the rows, with the bits of all rows.
 
-    `ops` compute on rows alone; what they find is added up without an order. `loss` is where the
-    processes meet; `loss_backward` computes the gradients of this process's rows alone.
+    `ops` compute per-row results, which are summed exactly. `loss` calls collectives;
+    `loss_backward` computes the gradients of this rank's rows without communication.
     """
 
     def __init__(self, total: Total, classes: int, ops: Any, sums: Any) -> None:
@@ -112,12 +114,12 @@ class RowShardOps:
         class_weight: Tensor | None,
         *arguments: Any,
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Loss and terms of the whole batch, statistics of this process's rows."""
+        """Loss and terms of the whole batch, statistics of this rank's rows."""
         options, want = LossOptions(*arguments[:-1]), arguments[-1]
         inputs = logits, target, class_weight
         students = _shape(logits)[0] - options.teachers
         pairs = pair_count(students, options.teachers)
-        _, everyone = counts(target, None, logits[0], self._classes, options, self._total)
+        _, everyone = mean_divisors(target, None, logits[0], self._classes, options, self._total)
         active = weight = float(everyone[0])
         if target is not None and class_weight is not None:
             taken = class_weight[target[target != options.ignore_index]]
@@ -150,7 +152,7 @@ class RowShardOps:
         upstream: Tensor,
         *arguments: Any,
     ) -> list[Tensor]:
-        """The gradients of this process's rows."""
+        """The gradients of this rank's rows."""
         options = LossOptions(*arguments)
         if options.reduction != ROW_TERMS:
             unit = torch.tensor(self._unit, dtype=torch.float64, device=upstream.device)
@@ -163,13 +165,13 @@ class RowShardOps:
         return gradients
 
     def scale_(self, gradients: Sequence[Tensor], upstream: Tensor, exact: bool) -> None:
-        """In place times a factor."""
+        """Scale the gradients in place."""
         self._ops.scale_(gradients, upstream, exact)
 
     def _value(
         self, inputs: Any, options: LossOptions, has_target: bool, active: float, weight: float
     ) -> float:
-        """The reduced loss, as csrc/cpu/loss.cpp finds it: of sums of rows' float32 losses."""
+        """The reduced loss, as in csrc/cpu/loss.cpp: from sums of the rows' float32 losses."""
 
         def by_row(**left_out: Any) -> Tensor:
             chosen = options._replace(reduction=REDUCTIONS["none"], **left_out)
@@ -195,11 +197,11 @@ class RowShardOps:
         active: float,
         weight: float,
     ) -> Tensor:
-        """The means of all rows' terms, each row's rounded to float32 before they are added up."""
+        """The means of all rows' terms, each row's rounded to float32 before the sum."""
         logits, target, _ = inputs
         models, rows = _shape(logits)
         students = models - options.teachers
-        # Of one row the terms' means are its terms, out of which come those without a by-row form.
+        # Some terms are reported as means only: a call with a single row returns that row's terms.
         single = LossOptions(ignore_index=options.ignore_index, mode=EXACT)
         reports = [by_row.new_empty(0, 3 * students + 1)]
         for row in range(rows):
@@ -224,11 +226,11 @@ class RowShardOps:
         return self._total(torch.stack([self._sums.exact_words(x.contiguous()) for x in parts]))
 
     def _rounded(self, x: Tensor) -> float:
-        """The sum of all processes' x, in float32."""
+        """The sum of x over all ranks, in float32."""
         return float(self._sums.exact_round(self._words([x])[0]))
 
     def _exact(self, parts: Sequence[Tensor]) -> list[float]:
-        """The sum of each over all processes, in float64."""
+        """The sum of each part over all ranks, in float64."""
         return [value_of(words) for words in self._words(parts).unbind(0)]
 
 
@@ -239,14 +241,14 @@ def _shape(logits: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _divided(x: float, y: float) -> float:
-    """Divide as tensors divide."""
+    """Divide like tensors: x / 0 is an infinity or NaN."""
     if y != 0:
         return x / y
     return math.nan if x == 0 else x * math.inf
 
 
 def _canonical(values: list[float], like: Tensor) -> Tensor:
-    """In float32 with one NaN, without subnormal numbers and -0, as exact mode has its results."""
+    """Convert to float32 in exact mode's canonical form: one NaN, no subnormal number, no -0."""
     x = torch.tensor(values, dtype=torch.float64, device=like.device).to(torch.float32)
     x = torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x)
     return torch.where(x.isnan(), math.nan, x)

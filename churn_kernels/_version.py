@@ -1,4 +1,4 @@
-"""The version of the package, as pyproject.toml has it."""
+"""The version of the package, from pyproject.toml."""
 
 import tomllib
 from functools import cache
@@ -10,7 +10,7 @@ PROJECT = "churn-kernels"
 
 @cache
 def version() -> str:
-    """Of a source checkout its own; of an installed package that which was installed."""
+    """The version of the source checkout, or of the installed package."""
     source = Path(__file__).parents[1] / "pyproject.toml"
     if source.is_file():
         project = tomllib.loads(source.read_text(encoding="utf-8")).get("project", {})
@@ -18,5 +18,5 @@ def version() -> str:
             return str(project["version"])
     try:
         return metadata.version(PROJECT)
-    except metadata.PackageNotFoundError:  # a copy of the folder alone
+    except metadata.PackageNotFoundError:  # only the folder was copied
         return "0+unknown"

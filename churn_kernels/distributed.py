@@ -1,4 +1,4 @@
-"""Exact sums, and losses of rows that no process holds whole, over torch.distributed."""
+"""Exact sums over torch.distributed, and losses of rows whose classes are split over ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,26 +18,26 @@ from churn_kernels.exact import sum_across
 def exact_sum(x: Tensor, group: Any = None) -> Tensor:
     """The exact sum of every process's x, rounded once to float32: round(sum_r sum_i x_ri).
 
-    The same bits in every process, and the bits of `churn_kernels.exact_sum` of all the x in one
-    process, however they are spread. 96 bytes travel: one all-reduce of 12 int64 words.
+    Every process gets the same bits, those of `churn_kernels.exact_sum` of all elements in one
+    process, however they are distributed. One all-reduce of 12 int64 words (96 bytes).
 
     Args:
-        x: as `churn_kernels.exact_sum` takes it; shapes may differ between processes, and may hold
-            no elements.
+        x: as in `churn_kernels.exact_sum`; shapes may differ between processes, and tensors may be
+            empty.
         group: a process group, whose members all call this; None: every process. Its backend must
             take int64 tensors of x's device, as gloo does on the CPU and NCCL on GPUs.
     Returns: float32 scalar () on x's device. Nothing waits for a GPU.
-    Gradient: this process's upstream gradient, for every element of its x, in x's dtype. Nothing is
-        sent: where every process computes the same loss from the sum, each gets the gradient of
-        that one loss, not of the losses of all.
-    Raises: TypeError as `churn_kernels.exact_sum`, and for a DTensor; RuntimeError where
+    Gradient: this process's upstream gradient, for every element of its x, in x's dtype, without
+        communication: if every process computes the same loss from the sum, each gets the gradient
+        of that one loss, not of the sum of all losses.
+    Raises: TypeError as `churn_kernels.exact_sum`, and for a DTensor; RuntimeError if
         torch.distributed is missing or was not initialised; ValueError if this process is not in
         the group.
     """
     x = _checks.summand("x", x)
     if is_placed(x):
         raise TypeError(
-            "x must be a Tensor, what this process adds to the sum, got a DTensor; pass "
+            "x must be a Tensor, this process's part of the sum, got a DTensor; pass "
             "x.to_local(), or call churn_kernels.exact_sum(x) for the sum of the whole DTensor"
         )
     _check_group("exact_sum", group, "churn_kernels.exact_sum in one process")
@@ -51,44 +51,44 @@ def exact_sum(x: Tensor, group: Any = None) -> Tensor:
 
 @contextmanager
 def class_parallel(group: Any = None) -> Iterator[None]:
-    """A block whose losses take rows that no process holds whole, and give those of whole rows.
+    """A block in which each process passes some of the classes, and losses are those of whole rows.
 
-    Every process passes the logits of some classes, (N, C_r), or DTensors sharded so: the classes
-    follow each other in the order of the group's ranks, C = sum_r C_r, in as uneven parts as you
-    like, C_r >= 1. `target` holds classes of [0, C), `class_weight` is (C,); both, and all else,
-    are the same everywhere. All members of the group call the same losses in the same order. The
-    block is that of the thread and asyncio task that opens it:
+    Every process passes the logits of some classes, (N, C_r), or DTensors sharded in this way: the
+    parts are in the order of the group's ranks, C = sum_r C_r, and may be arbitrarily uneven,
+    C_r >= 1. `target` holds classes in [0, C), `class_weight` is (C,); both, and all other
+    arguments, must be equal in all processes. All members of the group call the same losses in the
+    same order. The block applies to the thread and asyncio task that opens it:
 
         with ck.distributed.class_parallel():
             loss = ck.codistillation_loss([my_classes_a, my_classes_b], target)
         loss.backward()
 
-    The loss and its terms are those of mode "exact" of the whole rows, bit for bit, in every
-    process and however the classes are split; the gradients are the shard's part of them. For each
-    row 24 bytes a model are gathered from every process, and 128 a model and 32 a pair (56 for L1
-    and distillation) are reduced; with top_k, 16 k a student are gathered, too.
+    The loss and its terms are those of mode "exact" on the whole rows, bit for bit, in every
+    process and however the classes are split; the gradients are the shard's part of them. Per row,
+    24 bytes per model are gathered from every process, and 128 per model and 32 per pair (56 for L1
+    and distillation) are reduced; with top_k, 16 k per student are also gathered.
 
     Args:
         group: a process group; None: every process. Its backend must take CPU tensors, as gloo
             does.
-    Gradient: that of the loss for the classes that this process holds; what all processes share
-        before the logits has the sum of their gradients. The backward pass may stand outside the
-        block, and sends nothing unless it computes the loss again (activation checkpointing).
-    Raises: RuntimeError where torch.distributed was not initialised, ValueError if this process is
+    Gradient: that of the loss for this process's classes; parameters shared by all processes before
+        the logits need the sum of the processes' gradients. The backward pass may run outside the
+        block, without communication unless it recomputes the loss (activation checkpointing).
+    Raises: RuntimeError if torch.distributed was not initialised, ValueError if this process is
         not in the group, both before the block; from the losses ValueError for tensors that are
-        not on the CPU, for float64 logits, and, in every process, where one of them refuses its
-        tensors or the processes' arguments do not fit each other. A wrong option raises before they
-        meet, in its process alone; the others wait for the group's timeout. `churn_report` raises
-        ValueError in the block.
+        not on the CPU, for float64 logits, and, in every process, if one of them rejects its
+        tensors or the processes' arguments do not match. A wrong option raises before any
+        collective, only in its own process; the others wait for the group's timeout. `churn_report`
+        raises ValueError in the block.
     Source: vocabulary-parallel cross entropy (Shoeybi et al. 2019, "Megatron-LM"), made exact.
     """
-    _check_group("class_parallel", group, "the losses outside of the block in one process")
+    _check_group("class_parallel", group, "the losses outside the block in one process")
     with _blocks.block(class_exchange=_GroupExchange(group)):
         yield
 
 
 class _GroupExchange:
-    """The processes of a group, each with a shard of the classes."""
+    """The exchange over a process group, whose members hold a shard of the classes each."""
 
     def __init__(self, group: Any) -> None:
         self._group = group
@@ -109,7 +109,7 @@ class _GroupExchange:
 
 
 def _check_group(caller: str, group: Any, alternative: str) -> None:
-    """The group is there, and this process in it."""
+    """torch.distributed is initialised, and this process is in the group."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"churn_kernels.distributed.{caller} needs an initialised torch.distributed; call "
@@ -117,5 +117,5 @@ def _check_group(caller: str, group: Any, alternative: str) -> None:
         )
     if dist.get_rank(group) < 0:
         raise ValueError(
-            "group must hold this process, got a group without it; call from its members only"
+            "group must include this process, got a group without it; call from its members only"
         )

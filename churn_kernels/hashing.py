@@ -1,15 +1,15 @@
-"""Hashes of tensors: 128 bits that take note of every bit and its place.
+"""Position-sensitive 128-bit hashes of tensors, computed as order-independent sums.
 
     word[k] = sum over the bytes, four at a time as one number, of number * key_k(place) mod 2^64
 
-for k = 0, 1 (csrc/rows/hash.h). A sum has no order, so threads, devices and strides do not show in
-it, and what pieces of a tensor have adds up. Keys are odd and differ from place to place, so that
-every change within one of these 32-bit numbers shows in both words, and so does every swap of two
-of them within a block of 4096 bytes. Elements of at most four bytes lie within one: no change and
-no such swap of theirs is lost, be it a signed zero, a NaN payload or one unit in the last place.
-Wider elements are several numbers. That differences in several cancel has a probability of about
-2^-63 a word, and of 2^-32 a word at worst, where they are in the highest bits of the numbers alone.
-It is no protection against someone who wants two tensors to collide.
+for k = 0, 1 (csrc/rows/hash.h). The sums do not depend on their order, so neither on threads,
+devices or strides, and the words of pieces of a tensor add up. Keys are odd and differ by position,
+so every change within one of these 32-bit numbers changes both words, and so does every swap of two
+of them within a block of 4096 bytes. Elements of at most four bytes lie within one number: every
+change and every such swap of them is detected, be it a signed zero, a NaN payload or one ulp.
+Wider elements span several numbers. Differences in several numbers cancel with a probability of
+about 2^-63 per word, at worst 2^-32 per word if they are only in the numbers' highest bits.
+The hash is not cryptographic: collisions can be constructed.
 """
 
 import hashlib
@@ -26,26 +26,26 @@ from churn_kernels._ops import BUILD_COMMAND
 from churn_kernels._splitmix import mixed, signed
 
 HASH_SPEC: int | None = CONSTANTS and CONSTANTS.kHashSpec
-"""Numbers the hashes: where it is the same, so are they, on every machine and device.
+"""Version of the hashes: equal versions give equal hashes on every machine and device.
 
-None where the compiled library, which knows it, was not built.
+None if the compiled library, which defines it, was not built.
 """
 
-_SLICE = 1 << 20  # numbers that are hashed at a time where there is no kernel
+_SLICE = 1 << 20  # numbers hashed at a time without a kernel
 
 
 def tensor_hash(x: Tensor) -> str:
     """128 bits of a tensor's elements, dtype and shape, as 32 hexadecimal digits.
 
     Args:
-        x: of any dtype, shape, strides, layout and device. What is not contiguous is copied first;
-            of a sparse tensor the coalesced indices and values count, of a quantised one its
-            integers, scales and zero points. Of a DTensor the whole tensor counts: every process
-            of its mesh has to call, and 16 bytes are added up over those that share it.
-    Returns: the same for the same bits, dtype and shape, on every machine and however `Shard` and
-        `Replicate` place them. Waits for a GPU.
+        x: of any dtype, shape, strides, layout and device. Non-contiguous tensors are copied first;
+            sparse tensors are hashed by their coalesced indices and values, quantised ones by
+            their integers, scales and zero points. DTensors are hashed as a whole: every rank
+            of the mesh must call, and 16 bytes are all-reduced over the ranks that shard it.
+    Returns: the same for the same bits, dtype and shape, on every machine and for every placement
+        of `Shard` and `Replicate`. Synchronises with a GPU.
     Raises: TypeError for anything but a tensor; ValueError for a tensor without data (meta, fake,
-        nested), and for a DTensor that is neither sharded nor replicated; RuntimeError where the
+        nested), and for a DTensor that is neither sharded nor replicated; RuntimeError if the
         compiled library is missing.
     """
     check(x)
@@ -59,7 +59,7 @@ def tensor_hash(x: Tensor) -> str:
 
 
 def hash_of_words(words: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> str:
-    """The hash of the tensor whose words these are; see `hash_words`.
+    """The hash of the tensor with these words; see `hash_words`.
 
     Args:
         words: (2,) int64.
@@ -73,20 +73,20 @@ def hash_of_words(words: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> st
 def hash_words(x: Tensor, first: int = 0) -> Tensor:
     """The two words of a tensor, or of a piece of one.
 
-    Those of the pieces add up to the words of the whole:
+    The words of the pieces add up to those of the whole:
 
         words = hash_words(x[:10]) + hash_words(x[10:], first=x[:10].numel())
         hash_of_words(words, x.dtype, x.shape) == tensor_hash(x)
 
-    and over processes an int64 SUM all-reduce of 16 bytes does it, which a DTensor gets at once.
+    Over processes, sum them by an int64 all-reduce of 16 bytes; for a DTensor this is done here.
 
     Args:
-        x: dense, of any dtype, shape, strides and device; or a DTensor, as of `tensor_hash`.
-        first: elements of the whole tensor, in row-major order, before the piece; a piece follows
-            that order. 0 for a DTensor.
-    Returns: (2,) int64 on x's device. Nothing waits for a GPU.
+        x: dense, of any dtype, shape, strides and device; or a DTensor, as in `tensor_hash`.
+        first: number of elements of the whole tensor before the piece, in row-major order; the
+            piece is contiguous in that order. 0 for a DTensor.
+    Returns: (2,) int64 on x's device. Does not wait for a GPU.
     Raises: as `tensor_hash`, and ValueError for sparse and quantised tensors, and for first < 0;
-        RuntimeError while a CUDA graph is captured, which would read what addresses hold later.
+        RuntimeError during CUDA graph capture, because a replay would read other memory contents.
     """
     check(x)
     if not is_dense(x):
@@ -97,12 +97,12 @@ def hash_words(x: Tensor, first: int = 0) -> Tensor:
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}; it counts the elements before x")
     if first and _placements.is_placed(x):
-        raise ValueError(f"first must be 0 for a DTensor, which knows its places; got {first}")
+        raise ValueError(f"first must be 0 for a DTensor, which knows its offsets; got {first}")
     return words_of([x], first)[0]
 
 
 def check(x: object) -> None:
-    """Raise what `tensor_hash` does for what cannot be hashed."""
+    """Raise the errors of `tensor_hash` for tensors that cannot be hashed."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}; pass torch.as_tensor(x)")
     if CONSTANTS is None:
@@ -111,20 +111,20 @@ def check(x: object) -> None:
         )
     if x.is_meta or x.is_nested or isinstance(x, torch._subclasses.FakeTensor):
         kind = "nested" if x.is_nested else "meta" if x.is_meta else "fake"
-        raise ValueError(f"x must hold data, got a {kind} tensor; pass tensors that do")
+        raise ValueError(f"x must hold data, got a {kind} tensor; pass a materialised dense tensor")
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether a tensor has words of its own; those of others are of several tensors."""
+    """Whether a tensor has words; other tensors are hashed as several dense ones."""
     return x.layout == torch.strided and not x.is_quantized
 
 
 @torch.no_grad()
 def words_of(tensors: Sequence[Tensor], first: int = 0) -> Tensor:
-    """The words (tensors, 2) of tensors of one device that `check` passed and that are dense.
+    """The words (tensors, 2) of dense tensors on one device that passed `check`.
 
     Args:
-        first: elements before the first tensor; for one tensor alone.
+        first: number of elements before the tensor; only for a single tensor.
     """
     if not any(map(_placements.is_placed, tensors)):
         return _words_of_pieces([_whole(x, first) for x in tensors])
@@ -136,7 +136,7 @@ def words_of(tensors: Sequence[Tensor], first: int = 0) -> Tensor:
         counts.append(len(found))
     words = _words_of_pieces(pieces)
     if len(pieces) != len(tensors):
-        words = torch.stack([of_one.sum(0) for of_one in words.split(counts)])
+        words = torch.stack([part.sum(0) for part in words.split(counts)])
     return _placements.add_up(words, tensors)
 
 
@@ -145,7 +145,7 @@ class Piece(NamedTuple):
 
     bits: Tensor  # contiguous
     first: int
-    run: int  # of which there is a whole number
+    run: int  # divides the number of bytes
     step: int
 
 
@@ -174,19 +174,19 @@ def _pieces(x: Tensor) -> list[Piece]:
 
 def _words_of_pieces(pieces: Sequence[Piece]) -> Tensor:
     if pieces[0].bits.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("hashes cannot be captured in a CUDA graph; hash outside of the graph")
+        raise RuntimeError("hashes cannot be captured in a CUDA graph; hash outside the graph")
     op = _backend.hash_op(pieces[0].bits)
     if op is None:
-        return torch.stack([words_without_a_kernel(piece) for piece in pieces])
+        return torch.stack([words_in_pytorch(piece) for piece in pieces])
     bits, first, run, step = zip(*pieces, strict=True)
     words: Tensor = op(bits, first, run, step)
     return words
 
 
-def words_without_a_kernel(piece: Piece) -> Tensor:
-    """The words (2,) of a piece in PyTorch's own operations, on any device.
+def words_in_pytorch(piece: Piece) -> Tensor:
+    """The words (2,) of a piece, computed by PyTorch operations on any device.
 
-    An element of at most four bytes lies in one part of its tensor, one of eight is two.
+    An element of at most four bytes lies within one 32-bit number, one of eight bytes is two.
     """
     bits, first, run, step = piece
     width = min(4, bits.element_size())
@@ -210,7 +210,7 @@ def words_without_a_kernel(piece: Piece) -> Tensor:
 
 
 def _dense_parts(x: Tensor) -> list[Tensor]:
-    """Dense tensors that hold all of one that is not."""
+    """Dense tensors that determine a tensor that is not dense."""
     if x.is_quantized:
         return _quantised(x)
     if x.layout == torch.sparse_coo:
@@ -232,5 +232,5 @@ def _quantised(x: Tensor) -> list[Tensor]:
 
 
 def _block_keys(word: int, blocks: Tensor) -> Tensor:
-    """Of `block_key` in csrc/rows/hash.h."""
+    """`block_key` of csrc/rows/hash.h."""
     return mixed(blocks + signed(((word + 1) << 56) + CONSTANTS.kHashStep)) | 1

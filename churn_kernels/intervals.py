@@ -12,7 +12,7 @@ from torch import Tensor
 class Estimate(NamedTuple):
     """A mean with its interval, in the units of the metric.
 
-    `low`, `high` and `standard_error` are NaN where too few runs leave no spread to measure.
+    `low`, `high` and `standard_error` are NaN if there are too few runs.
     """
 
     mean: float
@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
 
 
 def run_mean(values: Tensor) -> float:
-    """Mean over runs of an (R,) tensor, or over pairs i != j of an (R, R) one, NaN left out."""
+    """Mean over runs of an (R,) tensor, or over pairs i != j of an (R, R) one, ignoring NaN."""
     return float(_off_diagonal(values).nanmean())
 
 
@@ -31,7 +31,7 @@ def leave_one_run_out(values: Tensor) -> Tensor:
 
     Args:
         values: (R,) or (R, R), as in a `ChurnReport`.
-    Returns: float64 (R,); NaN where nothing is left.
+    Returns: float64 (R,); NaN where no value is left.
     """
     others = ~torch.eye(values.shape[0], dtype=torch.bool, device=values.device)
     rest = [values[keep] if values.ndim == 1 else values[keep][:, keep] for keep in others]
@@ -73,7 +73,7 @@ def t_interval(values: Tensor, level: float = 0.95) -> Estimate:
 
 
 def rule_of_three(count: int) -> float:
-    """Below it is, at 95 %, the probability of what none of `count` independent trials showed.
+    """95 % upper bound on the probability of an event that none of `count` trials showed.
 
     (1 - p)^n = 0.05 for p of about 3/n; at most 1.
     """
@@ -81,7 +81,7 @@ def rule_of_three(count: int) -> float:
 
 
 def _off_diagonal(values: Tensor) -> Tensor:
-    """A pairwise (R, R) tensor with NaN on its diagonal; an (R,) tensor as it is."""
+    """A pairwise (R, R) tensor with NaN on its diagonal; an (R,) tensor unchanged."""
     if values.ndim == 1:
         return values
     return values.clone().fill_diagonal_(math.nan)

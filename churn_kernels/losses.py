@@ -1,11 +1,11 @@
 """The functional API: fused losses for reproducible predictions.
 
-Every function maps its arguments onto one set of options (`_options.LossOptions`) and hands it to
-the backend that `_backend` picks, DTensors by way of `_dtensor`. Losses are in nats, float32
+Every function maps its arguments onto one set of options (`_options.LossOptions`) and calls
+the backend that `_backend` selects, for DTensors through `_dtensor`. Losses are in nats, float32
 (float64 for float64 logits); gradients have the logits' dtype. No input is ever modified.
 
-Logits (..., C) with a target (...) are taken as rows (N, C) with a target (N,): views, copied only
-where the strides allow none. What is kept by row comes back in the shape (...).
+Logits (..., C) with a target (...) are treated as rows (N, C) with a target (N,): as views, copied
+only if the strides do not allow a view. Per-row results have the shape (...).
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from churn_kernels import _arguments, _checks, _dtensor
-from churn_kernels._compiler import tells_the_compiler
+from churn_kernels._compiler import with_compile_errors
 from churn_kernels._options import ROW_TERMS, LossOptions, pair_count
 
 
 class LossTerms(NamedTuple):
-    """Detached means of every term over the rows that are not ignored, from the loss's own pass.
+    """Detached means of every term over the rows that are not ignored, from the same pass.
 
     K students and P pairs, (0, 1), (0, 2), .., (1, 2), ..; float32 (float64 for float64 logits).
     """
 
     cross_entropy: Tensor
-    """(K,) cross entropy, in nats, smoothed and weighted as asked; NaN without a target."""
+    """(K,) cross entropy, in nats, with smoothing and class weights; NaN without a target."""
     regularizer: Tensor
     """(K,) the regulariser R, in nats, before its weight."""
     divergence: Tensor
@@ -37,7 +37,7 @@ class LossTerms(NamedTuple):
     entropy: Tensor
     """(K,) entropy of the whole softmax, in nats."""
     agreement: Tensor
-    """() share of rows whose predicted class all models (teachers too) share: 1 - churn."""
+    """() share of rows for which all models (and teachers) predict the same class: 1 - churn."""
 
 
 class RowTerms(NamedTuple):
@@ -51,7 +51,7 @@ class RowTerms(NamedTuple):
     """(N, P) the divergence D of each pair, (0, 1), (0, 2), .., (1, 2), .."""
 
 
-@tells_the_compiler
+@with_compile_errors
 def codistillation_loss(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -78,18 +78,18 @@ def codistillation_loss(
     Args:
         logits: K >= 1 tensors (N, C) of one shape, dtype (float32, float64, bfloat16, float16) and
             device, contiguous or not; or one (K, N, C) tensor. Tensors (..., C) of one shape, with
-            a target (...), are rows in as many dimensions. A class at -inf is outside its model's
-            classes. DTensors are sharded by rows or replicated, and so are target and class_weight
-            then; the results are DTensors of the whole batch.
+            a target (...), are also accepted. A class at -inf is outside its model's classes. With
+            DTensors, sharded by rows or replicated, target and class_weight must be DTensors too;
+            the results are DTensors of the whole batch.
         target: (N,) or (...) int64 class indices, for C >= 2; None: no cross entropy.
         alpha: weight of the regulariser, in [0, 1).
         beta: weight of the divergence, >= 0.
         regularizer: "entropy", R = H(p) = -sum p log p (Eq. 6); or "uniform_skl",
             R = -(KL(p || U) + KL(U || p)) with U uniform over the row's classes (Eq. 7). Eq. 7 is
             unbounded below in the logits.
-        top_k: regularise only the k largest probabilities of each row, 1 <= k <= C, ties by lowest
-            index; None: all.
-        renormalize_top_k: True: those k as a distribution of their own (U uniform over the k);
+        top_k: regularise only the k largest probabilities of each row, 1 <= k <= C, ties broken by
+            the lowest index; None: all.
+        renormalize_top_k: True: the k renormalised to a distribution (U uniform over the k);
             False: their terms of the full softmax.
         divergence: D between softmax(z_i / T) and softmax(z_j / T). "skl": KL(p||q) + KL(q||p)
             (Eq. 9); "l1": sum |p - q| (Eq. 8); "ce": the value of "skl", but each model's gradient
@@ -97,22 +97,22 @@ def codistillation_loss(
         label_smoothing: in [0, 1], on the cross entropy, as in `torch.nn.functional.cross_entropy`.
         class_weight: (C,) floating-point weights of the cross entropy, as there; no gradient flows
             to it.
-        ignore_index: a row with this target takes no part in any term.
+        ignore_index: a row with this target is excluded from every term.
         temperature: T > 0, divides the logits in the divergence only; there is no T^2 factor.
         reduction: "mean" divides by the number of rows that are not ignored, and the cross entropy
-            by the sum of their class weights; "sum" does not divide; "none" keeps the rows.
+            by the sum of their class weights; "sum" does not divide; "none" returns every row.
         mode: reduction mode (see `ck.reduction_mode`); None: the current default.
         return_terms: also return `LossTerms`.
     Returns:
         The loss, () or with reduction="none" (N,) or (...); or (loss, LossTerms) with
         return_terms=True. The mean over no rows is NaN.
-    Gradient: flows to every tensor of `logits`, for any upstream gradient; once (differentiate
-        twice inside `with ck.backend("reference")`). A NaN or an all -inf row poisons its own loss
-        and gradient only.
+    Gradient: flows to every tensor of `logits`, for any upstream gradient; first order only (for
+        second derivatives use `with ck.backend("reference")`). A row with NaN or only -inf affects
+        only its own loss and gradient.
     Raises:
-        TypeError, ValueError: naming the argument, what it must be, what it was, and what to do.
+        TypeError, ValueError: naming the argument, the expected and actual value, and the remedy.
         TargetError: a target out of range (an IndexError and a ValueError); on a GPU only with
-            CHURN_DEBUG=1 in the environment, since looking synchronises: without, the row is NaN.
+            CHURN_DEBUG=1 in the environment, because it synchronises: without, the row is NaN.
         NotImplementedError: a mode that cannot be kept.
     """
     options = _arguments.options(
@@ -137,7 +137,7 @@ def codistillation_loss(
     )
 
 
-@tells_the_compiler
+@with_compile_errors
 def codistillation_terms(
     logits: Sequence[Tensor] | Tensor,
     target: Tensor | None = None,
@@ -152,15 +152,15 @@ def codistillation_terms(
     temperature: float = 1.0,
     mode: str | None = None,
 ) -> RowTerms:
-    """The terms of `codistillation_loss` row by row and unweighted, to be weighed by the caller.
+    """The terms of `codistillation_loss` per row, unweighted.
 
     For weights that differ by row, model or pair, or that are tensors: any function of the terms
     can be differentiated, at the cost of one more pass over the logits.
 
     Args: as in `codistillation_loss`.
-    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2; of
-        logits (..., C) with (...) in the place of N.
-    Gradient: flows to every tensor of `logits` from every entry; once.
+    Returns: RowTerms, cross_entropy (N, K), regularizer (N, K), divergence (N, P), P = K(K-1)/2;
+        for logits (..., C) with (...) in place of N.
+    Gradient: flows to every tensor of `logits` from every entry; first order only.
     Raises: as `codistillation_loss`.
     """
     options = _arguments.options(
@@ -179,11 +179,11 @@ def codistillation_terms(
     models, batch = _checks.models("logits", logits)
     rows, _ = _dtensor.evaluate(models, batch, target, class_weight, options, mode, False)
     count = _model_count(models, batch)
-    # Slices, which may be changed in place; the views that split returns may not.
+    # Slices, because the views that split returns do not allow in-place changes.
     return RowTerms(rows[..., :count], rows[..., count : 2 * count], rows[..., 2 * count :])
 
 
-@tells_the_compiler
+@with_compile_errors
 def regularized_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -208,7 +208,7 @@ def regularized_cross_entropy(
         target: (N,) or (...) int64 class indices.
         The others as in `codistillation_loss`.
     Returns: as `codistillation_loss`; the terms hold one model and no pair.
-    Gradient: flows to `logits`; once.
+    Gradient: flows to `logits`; first order only.
     Raises: as `codistillation_loss`.
     """
     _checks.one_model("logits", logits)
@@ -229,7 +229,7 @@ def regularized_cross_entropy(
     )
 
 
-@tells_the_compiler
+@with_compile_errors
 def symmetric_kl(
     p_logits: Tensor,
     q_logits: Tensor,
@@ -246,8 +246,8 @@ def symmetric_kl(
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
     Returns: the divergence in nats, () or with reduction="none" (N,) or (...). A class at -inf in
-        both contributes nothing; at -inf in one only, the divergence is +inf.
-    Gradient: flows to both arguments, once; detach one to hold it fixed.
+        both contributes nothing; at -inf in only one, it makes the divergence +inf.
+    Gradient: flows to both arguments, first order only; detach one to hold it fixed.
     Raises: TypeError, ValueError if the two do not match, or for an unknown reduction.
     """
     _checks.one_model("p_logits", p_logits)
@@ -259,7 +259,7 @@ def symmetric_kl(
     return _dtensor.evaluate(models, batch, None, None, options, mode, False, names)[0]
 
 
-@tells_the_compiler
+@with_compile_errors
 def softmax_entropy(
     logits: Tensor,
     *,
@@ -276,13 +276,13 @@ def softmax_entropy(
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
     Returns: the entropy in nats, () or with reduction="none" (N,) or (...).
-    Gradient: flows to `logits`; once.
-    Raises: TypeError, ValueError for a wrong argument.
+    Gradient: flows to `logits`; first order only.
+    Raises: TypeError, ValueError for an invalid argument.
     """
     return _one_regularizer(logits, "entropy", 1.0, top_k, renormalize_top_k, reduction, mode)
 
 
-@tells_the_compiler
+@with_compile_errors
 def uniform_skl(
     logits: Tensor,
     *,
@@ -293,8 +293,8 @@ def uniform_skl(
 ) -> Tensor:
     """Symmetric KL of the softmax to uniform, KL(p||U) + KL(U||p).
 
-    Bhojanapalli et al. 2021, Eq. 7.
-    The regulariser "uniform_skl" of `codistillation_loss` is minus this.
+    Bhojanapalli et al. 2021, Eq. 7. The regulariser "uniform_skl" of `codistillation_loss` is its
+    negative.
 
     Args:
         logits: (N, C) or (..., C). U is uniform over the classes that are not at -inf.
@@ -302,13 +302,13 @@ def uniform_skl(
         reduction: "mean", "sum" or "none", over the rows.
         mode: reduction mode; None: the current default.
     Returns: the divergence in nats, () or with reduction="none" (N,) or (...).
-    Gradient: flows to `logits`; once.
-    Raises: TypeError, ValueError for a wrong argument.
+    Gradient: flows to `logits`; first order only.
+    Raises: TypeError, ValueError for an invalid argument.
     """
     return _one_regularizer(logits, "uniform_skl", -1.0, top_k, renormalize_top_k, reduction, mode)
 
 
-@tells_the_compiler
+@with_compile_errors
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | Sequence[Tensor],
@@ -329,14 +329,15 @@ def distillation_loss(
 
     Args:
         student_logits: (N, C) or (..., C).
-        teacher_logits: of the same shape, M such tensors, or one tensor (M, N, C) or (M, ..., C).
+        teacher_logits: one tensor of the same shape, M of them, or one tensor (M, N, C) or
+            (M, ..., C).
         target: (N,) or (...) int64 class indices; None: no cross entropy.
         alpha: weight of the distillation term, in [0, 1].
         temperature: T > 0, divides all logits in the distillation term.
         The others as in `codistillation_loss`.
     Returns: as `codistillation_loss`; the terms hold one model (the student, whose regulariser is
         0) and one divergence.
-    Gradient: flows to `student_logits` only, once.
+    Gradient: flows to `student_logits` only; first order only.
     Raises: as `codistillation_loss`.
     """
     _checks.one_model("student_logits", student_logits)
@@ -364,16 +365,16 @@ def distillation_loss(
 
 
 def _teachers(logits: Tensor | Sequence[Tensor], dims: int) -> Sequence[Tensor]:
-    """One teacher's logits, of as many dimensions as the student's, or those of several."""
+    """The teachers' logits, from one teacher's tensor, a stack or a sequence."""
     if not isinstance(logits, Tensor):
         return _checks.sequence("teacher_logits", logits)
     if logits.is_nested or logits.dim() == dims:
         return [logits]
     if logits.dim() != dims + 1 or logits.shape[0] == 0:
         raise ValueError(
-            f"teacher_logits must be a tensor of the student's shape, a sequence of such, or at "
-            f"least one stacked along dimension 0, got one tensor of shape {tuple(logits.shape)}; "
-            f"pass one for each row and class of student_logits"
+            f"teacher_logits must be a tensor of the student's shape, a sequence of these, or one "
+            f"or more stacked along dimension 0, got one tensor of shape {tuple(logits.shape)}; "
+            f"pass the teachers' logits of the same rows and classes as student_logits"
         )
     return _dtensor.unstack("teacher_logits", logits)
 
@@ -396,7 +397,7 @@ def _one_regularizer(
     return _dtensor.evaluate(models, batch, None, None, options, mode, False)[0]
 
 
-# The ops' outputs to named terms ------------------------------------------------------------------
+# Names for the ops' outputs -----------------------------------------------------------------------
 
 
 def _model_count(models: Sequence[Tensor], batch: Sequence[int] | None) -> int:

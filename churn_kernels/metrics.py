@@ -1,11 +1,11 @@
 """Churn metrics, pairwise over the runs of one training recipe.
 
 `churn_report` compares R runs on the same N examples; `expected_calibration_error` and
-`prediction_confidence` are its per-run pieces. What concerns a row comes from one of two paths:
+`prediction_confidence` are its per-run pieces. Per-row results come from one of two paths:
 
 - Triton, one pass over the logits, in their precision but at least float32: `churn_report` of CUDA
-  tensors that share a dtype and have their columns side by side.
-- PyTorch, in float64 whatever the logits' dtype: the rest.
+  tensors that share a dtype and have contiguous columns.
+- PyTorch, in float64 for every dtype of logits: everything else.
 
 Sums over rows are int64 counts and float64 sums on both.
 """
@@ -31,27 +31,28 @@ _BLOCK_ELEMENTS = 1 << 21
 """Numbers in a block's largest temporary: 16 MiB in float64, so that it stays near the cache."""
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no == that is True or False
+@dataclass(frozen=True, eq=False)  # == of tensors is not a bool
 class ChurnReport:
-    """What `churn_report` measures over R runs; float64 tensors on the runs' device.
+    """Results of `churn_report` over R runs; float64 tensors on the runs' device.
 
     Entry [i, j] of an (R, R) tensor compares run i (row) with run j (column). Shares are in
     [0, 1]; SChurn may exceed 1. Fields that need labels are None without `target`.
 
     Attributes:
-        accuracy: (R,) share of rows predicted right.
+        accuracy: (R,) share of rows predicted correctly.
         confidence: (R,) mean difference of the two largest probabilities (Bhojanapalli et al.
             2021, Eq. 5).
         entropy: (R,) mean entropy of the prediction in nats, over the `top_k` largest
-            probabilities where `top_k` is given.
+            probabilities if `top_k` is given.
         ece: (R,) expected calibration error, see `expected_calibration_error`.
         churn: (R, R) share of rows where the predicted classes differ (Eq. 3). Symmetric, 0 on the
             diagonal, at most the sum of the two error rates (Lemma 1).
         schurn: (R, R) 1/2 mean_n sum_c |(p_i / max p_i)^a - (p_j / max p_j)^a| (Eq. 4). Symmetric.
-        churn_correct: (R, R) churn among the rows that run i predicts right; NaN where it has none.
-        churn_incorrect: (R, R) churn among the rows that run i predicts wrong; NaN where it has
+        churn_correct: (R, R) churn among the rows that run i predicts correctly; NaN if it has
             none.
-        negative_flips: (R, R) share of rows that run i predicts right and run j wrong.
+        churn_incorrect: (R, R) churn among the rows that run i predicts incorrectly; NaN if it has
+            none.
+        negative_flips: (R, R) share of rows that run i predicts correctly and run j does not.
         certified_agreement: (R, R) share of rows where ||p_i - p_j||_1 < confidence_i +
             confidence_j, which rules disagreement out (Lemma 2). Symmetric, at most 1 - churn.
         rows: N.
@@ -70,18 +71,17 @@ class ChurnReport:
     rows: int
 
     def metrics(self) -> dict[str, Tensor]:
-        """The measured tensors by name, in the order of the attributes; None left out."""
+        """The measured tensors by name, in the order of the attributes, without None."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def summary(self, level: float = 0.95) -> dict[str, Estimate]:
         """Each metric's mean over the runs, or over the ordered pairs i != j, with an interval.
 
-        Pairs share runs, so the spread over pairs is no standard error. The interval is a
+        Pairs share runs, so the spread over pairs is not a standard error. The interval is a
         delete-one-run jackknife: se^2 = (R - 1)/R sum_r (m_(r) - mean m_(.))^2, m_(r) the mean
         without run r, times Student's t quantile with R - 1 degrees of freedom. Pairs without a
-        value (NaN) are left out. Two runs leave no pair to delete, so a pairwise metric then has
-        a mean and a NaN interval.
+        value (NaN) are ignored. With two runs, a pairwise metric has a mean and a NaN interval.
 
         Args:
             level: the interval's coverage, in (0, 1).
@@ -113,39 +113,40 @@ def churn_report(
     """Churn and its companions for every pair of R runs (Bhojanapalli et al. 2021, Sections 2, 4).
 
     Reads each run once, in blocks of rows: besides the logits only one block of the R softmaxes is
-    in memory, and on a GPU not even that: a Triton kernel takes each row's metrics straight from
-    the logits, in float32 unless they are float64. Rounding then shows in the means, at about 1e-6
-    of them, and may move a row across an edge of a calibration bin or of `certified_agreement`; the
-    other counts are those of the PyTorch path, which takes CPU tensors, runs of different dtypes
-    and columns that are not side by side, in float64. A class at -inf has probability 0. The
-    predicted class is the largest logit's, the lowest index among equals.
+    in memory. On a GPU a Triton kernel computes each row's metrics directly from the logits, with
+    no softmax in memory, in float32 unless they are float64. The means then have rounding errors of
+    about 1e-6 relative, and a row may cross an edge of a calibration bin or of
+    `certified_agreement`; the other counts equal those of the PyTorch path, which takes CPU
+    tensors, runs of different dtypes and non-contiguous columns, in float64. A class at -inf has
+    probability 0. The predicted class is that of the largest logit, ties broken by the lowest
+    index.
 
     Args:
         runs: R >= 2 logit tensors (N, C) of one shape and device, or one (R, N, C) tensor; any
-            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. Of tensors (..., C)
-            every (C,) is a row. DTensors, sharded by rows or replicated, if target is one, too; the
-            report is that of all rows, in plain tensors, in every process.
+            floating dtype, dtypes may differ between runs. N >= 1 and C >= 1. In tensors (..., C)
+            every (C,) is a row. DTensors, sharded by rows or replicated, need a DTensor target; the
+            report covers all rows, in plain tensors, on every rank.
         target: (N,) or (...) int64 labels in [0, C) on the runs' device, or None: accuracy,
             ece, churn_correct, churn_incorrect and negative_flips are then None.
         schurn_alpha: exponent a > 0 of SChurn. As a grows, SChurn tends to churn.
         top_k: entropy of each row's `top_k` largest probabilities, renormalised to sum to 1
-            (1 <= top_k <= C); None: of the whole softmax. Equal probabilities make the choice
-            among them immaterial.
+            (1 <= top_k <= C); None: of the whole softmax. The choice among equal probabilities
+            does not affect the result.
         block_rows: rows per block; None: as many as keep a block near 16 MiB. Affects memory and
-            the last bits of the floating-point means, no count.
+            the last bits of the floating-point means, but no count.
     Returns: a `ChurnReport`.
     Gradient: none; the metrics are detached.
     Raises: TypeError for arguments of the wrong kind or dtype; ValueError for shapes, devices or
         ranges, and for a row without probabilities (NaN, +inf, or -inf throughout); IndexError for
         a label out of range.
     """
-    _refuse_shards("churn_report")
+    _reject_shards("churn_report")
     logits, batch = _checked_runs(runs)
     rows, classes = logits[0].shape[:-1].numel(), logits[0].shape[-1]
     if target is not None:
         target = _checks.target(target, logits[0], batch)
     named = [(f"runs[{index}]", run) for index, run in enumerate(logits)]
-    logits, target, together = _dtensor.held(named, batch, target)
+    logits, target, row_group = _dtensor.local_rows(named, batch, target)
     alpha = _checks.number("schurn_alpha", schurn_alpha)
     if alpha <= 0:
         raise ValueError(
@@ -158,7 +159,7 @@ def churn_report(
     block = _block_rows(block_rows, len(logits), max(k, CALIBRATION_BINS) if fused else classes)
 
     totals = _Totals(len(logits), logits[0].device)
-    with together.agreement(logits[0].device):
+    with row_group.agreement(logits[0].device):
         if target is not None:
             _check_classes(target, classes)
         for start in range(0, here, block):
@@ -169,7 +170,7 @@ def churn_report(
                 entropy = torch.stack([_top_k_entropy(z, k) for z in part])
                 results = results._replace(entropy=entropy)
             totals.add(results, None if target is None else target[start : start + block])
-    totals.add_up(together.total)
+    totals.add_up(row_group.total)
     return totals.report(rows, labelled=target is not None)
 
 
@@ -179,11 +180,11 @@ def prediction_confidence(logits: Tensor) -> Tensor:
 
     Args:
         logits: (..., C), C >= 1, floating dtype.
-    Returns: float64 (...) in [0, 1]; a missing second class counts as probability 0.
+    Returns: float64 (...) in [0, 1]; with a single class, the second probability is 0.
     Gradient: none.
     Raises: ValueError if there is no class; TypeError for a sparse or nested tensor.
     """
-    _refuse_shards("prediction_confidence")
+    _reject_shards("prediction_confidence")
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"logits must be a tensor, got {type(logits).__name__}; pass torch.tensor(logits)"
@@ -216,37 +217,37 @@ def expected_calibration_error(
     Gradient: none.
     Raises: TypeError, ValueError and IndexError as `churn_report`.
     """
-    _refuse_shards("expected_calibration_error")
+    _reject_shards("expected_calibration_error")
     if _checks.integer("bins", bins) < 1:
         raise ValueError(f"bins must be at least 1, got {bins}; {CALIBRATION_BINS} is customary")
     _check_run("logits", logits, logits)
     classes = logits.shape[-1]
     rows, batch = _checks.rows(logits)
     target = _checks.target(target, rows[0], batch)
-    (logits,), target, together = _dtensor.held([("logits", rows[0])], batch, target)
-    with together.agreement(logits.device):
+    (logits,), target, row_group = _dtensor.local_rows([("logits", rows[0])], batch, target)
+    with row_group.agreement(logits.device):
         _check_classes(target, classes)
         probability, predicted = torch.softmax(logits.to(torch.float64), dim=-1).max(dim=-1)
         _check_rows("logits", probability[None], 0)
     sums = _calibration_sums_in_blocks(probability, predicted == target, bins)
-    return _calibration_error(*map(together.total, sums))[0]
+    return _calibration_error(*map(row_group.total, sums))[0]
 
 
 class _RowResults(NamedTuple):
-    """What the metrics need to know of each row of a block."""
+    """Per-row inputs of the metrics, for a block of rows."""
 
     predicted: Tensor  # (R, B) int64
-    probability: Tensor  # (R, B) of the predicted class; not finite in a row without a softmax
+    probability: Tensor  # (R, B) of the predicted class; not finite if the row has no softmax
     confidence: Tensor  # (R, B)
     entropy: Tensor  # (R, B)
     distance: Tensor  # (R, R, B): sum over the classes of |p_i - p_j|
     scaled_distance: Tensor  # (R, R, B): the same of (p / max p)^a
 
 
-def _refuse_shards(function: str) -> None:
+def _reject_shards(function: str) -> None:
     if _blocks.choices().class_exchange is not None:
         raise ValueError(
-            f"{function} takes whole rows, got a block of class_parallel; call it outside the block"
+            f"{function} takes whole rows, got a class_parallel block; call it outside the block"
         )
 
 
@@ -259,7 +260,7 @@ def _can_fuse(logits: list[Tensor]) -> bool:
 
 
 def _fused_results(logits: list[Tensor], schurn_alpha: float) -> _RowResults:
-    """Row results of R runs (B, C) out of one kernel."""
+    """Row results of R runs (B, C) from one kernel."""
     kernel = import_module("churn_kernels.triton.report")
     return _RowResults(*kernel.row_results(logits, schurn_alpha))
 
@@ -303,15 +304,15 @@ class _Totals:
         self.bin_mass = sums(runs, CALIBRATION_BINS)
 
     def add(self, rows: _RowResults, target: Tensor | None) -> None:
-        """Adds a block of rows, labelled by target (B,) or None."""
+        """Add a block of rows with target (B,) or None."""
         predicted, confidence = rows.predicted, rows.confidence
         self.confidence += confidence.sum(dim=1, dtype=torch.float64)
         self.entropy += rows.entropy.sum(dim=1, dtype=torch.float64)
 
         differ = predicted[:, None] != predicted[None, :]  # (R, R, B)
         self.differ += differ.sum(dim=-1)
-        # Exactly at the bound Lemma 2 is silent, and with two classes every disagreement sits
-        # there: rounding must not certify one.
+        # Lemma 2 says nothing exactly at the bound, where every disagreement lies if there are two
+        # classes: rounding must not certify one.
         close = rows.distance < confidence[:, None] + confidence[None, :]
         self.certified += (close & ~differ).sum(dim=-1)
         self.scaled_distance += rows.scaled_distance.sum(dim=-1, dtype=torch.float64)
@@ -328,13 +329,13 @@ class _Totals:
         self.bin_mass += mass
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Adds what other processes have of their rows."""
+        """Add the sums of other ranks' rows."""
         for name, value in vars(self).items():
             setattr(self, name, total(value))
 
     def report(self, rows: int, *, labelled: bool) -> ChurnReport:
         wrong = rows - self.right
-        # The two halves were summed over different strides; their mean is symmetric to the bit.
+        # The two triangles were summed over different strides; their mean is bitwise symmetric.
         scaled_distance = (self.scaled_distance + self.scaled_distance.T) / 2
         return ChurnReport(
             accuracy=self.right.double() / rows if labelled else None,
@@ -380,7 +381,7 @@ def _pairwise_l1(values: Tensor) -> Tensor:
 def _calibration_sums(
     probability: Tensor, right: Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(R, B) -> (R, bins): rows, rows predicted right (int64), summed probability (float64)."""
+    """(R, B) -> (R, bins): rows, correctly predicted rows (int64), summed probability (float64)."""
     probability = probability.to(torch.float64)
     index = (probability * bins).long().clamp_(max=bins - 1)
     inside = index[..., None] == torch.arange(bins, device=probability.device)  # (R, B, bins)
@@ -410,16 +411,16 @@ def _plain(value: Any) -> Any:
 
 
 def _block_rows(asked: int | None, runs: int, width: int) -> int:
-    """Rows of a block whose largest temporaries hold `runs` or `width` numbers a run and row."""
+    """Rows of a block whose largest temporary has `runs` or `width` numbers per run and row."""
     if asked is None:
         return max(1, _BLOCK_ELEMENTS // (runs * max(runs, width)))
     if _checks.integer("block_rows", asked) < 1:
-        raise ValueError(f"block_rows must be at least 1, got {asked}; pass None to have it chosen")
+        raise ValueError(f"block_rows must be at least 1, got {asked}; pass None for the default")
     return asked
 
 
 def _checked_runs(runs: Iterable[Tensor] | Tensor) -> tuple[list[Tensor], torch.Size | None]:
-    """The runs' logits (N, C), and the shape in which the rows came, if not (N,)."""
+    """The runs' logits (N, C), and the original shape of the rows, if not (N,)."""
     wanted = "runs must be a sequence of logit tensors (N, C) or one tensor (R, N, C)"
     if isinstance(runs, Tensor):
         _checks.dense("runs", runs)
@@ -436,7 +437,7 @@ def _checked_runs(runs: Iterable[Tensor] | Tensor) -> tuple[list[Tensor], torch.
     if len(logits) < 2:
         raise ValueError(
             f"runs must hold at least 2 runs, got {len(logits)}; "
-            "churn compares runs, so add the logits of another one"
+            "churn compares runs, so add the logits of another run"
         )
     for index, run in enumerate(logits):
         _check_run(f"runs[{index}]", run, logits[0])
@@ -448,7 +449,7 @@ def _check_run(name: str, run: Any, first: Any) -> None:
     if run.shape[:-1].numel() == 0:
         raise ValueError(
             f"{name} must have at least one row, got shape {tuple(run.shape)}; "
-            "a share of no rows has no value"
+            "the metrics of no rows are undefined"
         )
     if run.shape != first.shape:
         raise ValueError(
@@ -474,7 +475,7 @@ def _check_classes(target: Tensor, classes: int) -> None:
 
 
 def _check_rows(name: str, probability: Tensor, start: int) -> None:
-    """Raises for the first row without a softmax; `name` holds {run}, probability is (R, B)."""
+    """Raise for the first row without a softmax; `name` holds {run}, probability is (R, B)."""
     bad = ~probability.isfinite()
     if bool(bad.any()):
         run, row = bad.nonzero()[0].tolist()

@@ -1,15 +1,15 @@
-"""Reduction modes: how far a result may depend on anything but its inputs.
+"""Reduction modes: what the bits of a result may depend on besides its inputs.
 
 | mode | guarantee |
 |---|---|
-| `"fast"` | none: on a GPU the last bits may move from run to run |
+| `"fast"` | none: on a GPU the last bits may vary from run to run |
 | `"run_to_run"` | same machine, same call: same bits |
 | `"invariant"` | as above, and a row's loss and gradient do not depend on the batch around it |
 | `"exact"` | as above, and the same bits on every backend and machine |
 
-A stronger mode may stand in for a weaker one, never the other way round: a mode that a backend
-cannot keep raises. The CPU kernel keeps `"invariant"` whichever of the first three is asked for;
-the Triton kernels do just what is asked for. docs/determinism.md has the whole contract.
+A backend may substitute a stronger mode for a weaker one, never the reverse: a mode that it
+cannot keep raises. The CPU kernel computes in `"invariant"` for each of the first three modes;
+the Triton kernels use the requested mode. docs/determinism.md has the whole contract.
 """
 
 import os
@@ -22,7 +22,7 @@ from churn_kernels import _blocks
 # From the weakest to the strongest.
 MODES = ("fast", "run_to_run", "invariant", "exact")
 
-# Their codes among the ops' arguments.
+# Their codes in the ops' arguments.
 INVARIANT, EXACT = map(MODES.index, ("invariant", "exact"))
 
 
@@ -54,36 +54,36 @@ def _from_environment() -> str | None:
         raise ValueError(f"CHURN_REDUCTION_MODE={mode}: {error}") from None
 
 
-# The default that was set for the process; None: PyTorch's own determinism switch decides.
+# The process's default; None: PyTorch's determinism switch decides.
 default: str | None = _from_environment()
 
 
 def chosen(block: _blocks.Choices) -> str | None:
-    """The mode that these blocks or the process chose; None: PyTorch's own switch decides."""
+    """The mode set by these blocks or the process; None: PyTorch's determinism switch decides."""
     return default if block.mode == _blocks.UNSET else block.mode
 
 
-def of_torch() -> str:
-    """The mode that PyTorch's own switch asks for."""
+def torch_mode() -> str:
+    """The mode that corresponds to PyTorch's determinism switch."""
     return "run_to_run" if torch.are_deterministic_algorithms_enabled() else "fast"
 
 
 def get_reduction_mode() -> str:
     """The reduction mode of calls that pass none, in this thread and task.
 
-    Returns: that of the innermost open `reduction_mode` block, or outside of all what
-    `set_reduction_mode` or the environment variable CHURN_REDUCTION_MODE set last; where they left
-    it to PyTorch, `"run_to_run"` if `torch.are_deterministic_algorithms_enabled()`, else `"fast"`.
+    Returns: the mode of the innermost open `reduction_mode` block; outside all blocks, the one last
+    set by `set_reduction_mode` or the environment variable CHURN_REDUCTION_MODE; if unset,
+    `"run_to_run"` if `torch.are_deterministic_algorithms_enabled()`, else `"fast"`.
     """
-    return chosen(_blocks.choices()) or of_torch()
+    return chosen(_blocks.choices()) or torch_mode()
 
 
 def set_reduction_mode(mode: str | None) -> None:
-    """Set the process's default reduction mode, of all threads; an open block keeps its own.
+    """Set the default reduction mode of all threads of the process; open blocks keep their own.
 
     Args:
-        mode: "fast", "run_to_run", "invariant" or "exact"; None leaves it to PyTorch's switch
-            again, whatever CHURN_REDUCTION_MODE was when the package was imported.
+        mode: "fast", "run_to_run", "invariant" or "exact"; None returns the choice to PyTorch's
+            determinism switch, regardless of CHURN_REDUCTION_MODE.
     Raises: ValueError for another name.
     """
     global default
@@ -93,8 +93,8 @@ def set_reduction_mode(mode: str | None) -> None:
 def reduction_mode(mode: str | None) -> AbstractContextManager[None]:
     """A block in which `mode` is the default, for the thread and asyncio task that opens it.
 
-    Tasks that are created in the block begin with its mode; threads that are started in it begin
-    without, but for those in which autograd runs a backward pass.
+    Tasks created in the block inherit its mode; threads started in it do not, except those in which
+    autograd runs a backward pass.
 
     Args:
         mode: as in `set_reduction_mode`.

@@ -1,7 +1,7 @@
 """The specification of every loss: float64 PyTorch, slow and obvious, differentiable twice.
 
-The kernels are tested against this file. Nothing here is fused, and nothing is clever: each formula
-stands as it is written in the papers, on whole (N, C) tensors in float64.
+The kernels are tested against this file. Nothing is fused or optimised: each formula is written as
+in the papers, on whole (N, C) tensors in float64.
 
 A class whose logit is -inf in a model is outside that model's classes and contributes nothing.
 """
@@ -56,10 +56,9 @@ def loss(
         keep = target != options.ignore_index
         in_range = (target >= 0) & (target < z.shape[2])
         label = torch.where(in_range, target, 0)
-        # A wrong target on a device where raising would cost a synchronisation poisons its row.
+        # Where raising would cost a device synchronisation, an invalid target makes its row NaN.
         z = torch.where((keep & ~in_range)[:, None], torch.nan, z)
-    # An ignored row is replaced by zeros before anything is computed, so that not even a NaN in it
-    # reaches a loss or a gradient.
+    # An ignored row is replaced by zeros first, so that no NaN in it reaches a loss or a gradient.
     z = torch.where(keep[:, None], z, 0.0)
     z = _saturate(z, logits[0].dtype)
     z = torch.cat([z[:students], z[students:].detach()])
@@ -74,7 +73,7 @@ def loss(
     if options.divergence == DISTILLATION:
         tempered = _saturate(tempered, logits[0].dtype)
     divergence = _divergences(tempered, students, options)
-    # Columns (N, K), (N, K), (N, P); an ignored row holds 0 in each.
+    # Columns (N, K), (N, K), (N, P); 0 in ignored rows.
     columns = [
         torch.stack(terms, dim=1) if terms else z.new_zeros(z.shape[1], 0)
         for terms in (cross_entropy, regularizer, divergence)
@@ -91,14 +90,14 @@ def loss(
 
 
 def _largest(dtype: torch.dtype) -> float:
-    """The largest number that is computed with: the largest float32, for float64 logits float64."""
+    """The largest finite number in the losses: of float32, or of float64 for float64 logits."""
     return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max
 
 
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Z with no finite logit further below its row's largest than the largest number there is.
+    """Raise finite logits that are further below the row's maximum than the largest finite number.
 
-    The gradient does not see it.
+    The gradient passes through.
     """
     lowest = z.detach().amax(-1, keepdim=True) - _largest(dtype)
     return z + torch.where(_inside(z) & (z < lowest), lowest - z, 0.0).detach()
@@ -116,7 +115,7 @@ def _cross_entropy(
         return torch.zeros_like(z[:, 0])
     surprise = -torch.log_softmax(z, dim=1)
     hard = _weighed(surprise.gather(1, label[:, None]).squeeze(1), weight, label)
-    if label_smoothing == 0:  # what has no weight is left out, never 0 * inf
+    if label_smoothing == 0:  # a part of weight 0 is skipped, never 0 * inf
         return hard
     smooth = _weighed(surprise, weight, slice(None))
     beyond = torch.where(smooth == torch.inf, 0.0, (smooth - limit).clamp(min=0.0))
@@ -127,7 +126,7 @@ def _cross_entropy(
 
 
 def _weighed(surprise: Tensor, weight: Tensor | None, classes: Tensor | slice) -> Tensor:
-    """Times the weights of these classes; one of weight 0 adds 0, also where it is at -inf."""
+    """Multiply by the weights of these classes; a class of weight 0 adds 0, even if at -inf."""
     if weight is None:
         return surprise
     lost = (weight[classes] == 0) & (surprise == torch.inf)
@@ -140,12 +139,12 @@ def _inside(z: Tensor) -> Tensor:
 
 
 def _finite_log_softmax(z: Tensor) -> Tensor:
-    """Log softmax, with 0 in place of -inf: its product with a probability of 0 has to be 0."""
+    """Log softmax with 0 in place of -inf, so its product with a probability of 0 is 0."""
     return torch.where(_inside(z), torch.log_softmax(z, dim=-1), 0.0)
 
 
 def _regularizer(z: Tensor, options: LossOptions) -> Tensor:
-    """Entropy of each row, or minus its symmetric KL to uniform, (N,); over the top k if asked."""
+    """Entropy of each row, or minus its symmetric KL to uniform, (N,); whole or top-k."""
     if options.regularizer == NO_REGULARIZER:
         return torch.zeros_like(z[:, 0])
     inside = _inside(z)
@@ -182,12 +181,12 @@ def _divergences(z: Tensor, students: int, options: LossOptions) -> list[Tensor]
 
 
 def _symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(p || q) + KL(q || p), (N,); infinite where a class belongs to one of the models only."""
+    """KL(p || q) + KL(q || p), (N,); infinite if a class belongs to only one of the models."""
     p, q = torch.softmax(a, dim=1), torch.softmax(b, dim=1)
     both = _inside(a) & _inside(b)
     gap = torch.where(both, _finite_log_softmax(a) - _finite_log_softmax(b), 0.0)
     infinite = torch.where((_inside(a) != _inside(b)).any(1), torch.inf, 0.0)
-    # The factor is the constant 2, but it lets the gradient of an infinite row be NaN, as it is.
+    # The factor p + q sums to 2; it makes the gradient of an infinite row NaN, which it has to be.
     return ((p - q) * gap).sum(1) + infinite * (p + q).sum(1)
 
 
@@ -198,7 +197,7 @@ def _mutual_cross_entropy(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _l1(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over the classes of |p - q|, (N,)."""
+    """Sum over classes of |p - q|, (N,)."""
     return (torch.softmax(a, dim=1) - torch.softmax(b, dim=1)).abs().sum(1)
 
 
@@ -206,7 +205,7 @@ def _kl_to_fixed(p: Tensor, p_inside: Tensor, z: Tensor) -> Tensor:
     """KL(p || softmax(z)) with p held fixed, (N,); its gradient softmax(z) - p is always finite."""
     p, log_q = p.detach(), torch.log_softmax(z, dim=1)
     kl = (torch.xlogy(p, p) - torch.where(p == 0, 0.0, p * log_q)).sum(1)
-    kl = kl - kl.detach().clamp(max=0)  # rounding may leave less than 0 of models that agree
+    kl = kl - kl.detach().clamp(max=0)  # rounding may make it negative if the models agree
     infinite = torch.where((p_inside & ~_inside(z)).any(1), torch.inf, 0.0)
     return kl + infinite
 
@@ -220,17 +219,17 @@ def _term_means(
     r: Tensor,  # (K,)
     d: Tensor,  # (P,)
 ) -> Tensor:
-    """Every term and free metric as a mean over the rows that are not ignored, (5K+P+1,)."""
+    """Every term and metric as a mean over the rows that are not ignored, (5K+P+1,)."""
     z = z.detach()
     p = torch.softmax(z, dim=2)
-    broken = p.isnan().any(2)  # (M, N) a row that holds NaN predicts nothing: its metrics are NaN
+    has_nan = p.isnan().any(2)  # (M, N) rows without a prediction, whose metrics are NaN
     ordered = torch.sort(z, dim=2, descending=True, stable=True)
     prediction = ordered.indices[:, :, 0]  # ties: the lowest index
     largest = p.gather(2, ordered.indices)
     confidence = largest[:, :, 0] - (largest[:, :, 1] if z.shape[2] > 1 else 0.0)
     entropy = -(p * _finite_log_softmax(z)).sum(2)
     agrees = (prediction == prediction[:1]).all(0)
-    agreement = torch.where(broken.any(0), torch.nan, agrees.to(z.dtype))
+    agreement = torch.where(has_nan.any(0), torch.nan, agrees.to(z.dtype))
 
     def mean(values: Tensor) -> Tensor:  # over the last dimension
         return torch.where(keep, values, 0.0).sum(-1) / keep.sum()
@@ -238,7 +237,7 @@ def _term_means(
     if label is None:
         ce = accuracy = torch.full_like(ce, torch.nan)
     else:
-        accuracy = mean(torch.where(broken, torch.nan, (prediction == label).to(z.dtype)))[
+        accuracy = mean(torch.where(has_nan, torch.nan, (prediction == label).to(z.dtype)))[
             :students
         ]
     confidence, entropy = mean(confidence)[:students], mean(entropy)[:students]

@@ -1,5 +1,4 @@
-// Python module _C: what is not a tensor op. Build facts, and the constants that Python code must
-// share with csrc/rows.
+// Python module _C: build facts, and the constants that Python code shares with csrc/rows.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -37,7 +36,7 @@ py::dict build_info() {
   return info;
 }
 
-// What exp_nonpos, log_pos and exp_series of rows/math.h are made of; the highest power first.
+// The coefficients of exp_nonpos, log_pos and exp_series in rows/math.h, highest power first.
 template <class S>
 py::dict format() {
   using F = ck::rows::Format<S>;
@@ -74,7 +73,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "build_info", &build_info,
       "How the library was built: compiler, floating-point flags, instruction sets built and "
-      "the best of them here, CUDA architectures, torch built with and oldest torch "
+      "the best one here, CUDA architectures, torch built with and oldest torch "
       "supported, git commit (None outside a repository).");
 
   py::module_ constants = module.def_submodule("constants", "Constants of the row arithmetic.");
@@ -99,7 +98,7 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("Double") = format<double>();
   constants.def(
       "places", [](int64_t classes) { return ck::rows::places(classes); }, py::arg("classes"),
-      "Binary places that exact mode's sums over so many classes keep.");
+      "Binary places of exact mode's sums over this many classes.");
   constants.attr("kExactSpec") = ck::kExactSpec;
   constants.attr("kHashSpec") = ck::kHashSpec;
   constants.attr("kHashPart") = ck::kHashPart;
@@ -109,5 +108,5 @@ PYBIND11_MODULE(_C, module) {
   constants.attr("kHashStep") = ck::kHashStep;
   constants.def(
       "hash_block_key", [](int word, int64_t block) { return ck::rows::block_key(word, block); },
-      py::arg("word"), py::arg("block"), "What the keys of a block of places are times.");
+      py::arg("word"), py::arg("block"), "Factor of the keys of a block of places.");
 }

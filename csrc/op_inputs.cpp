@@ -10,14 +10,14 @@
 namespace ck {
 namespace {
 
-// Logits of a call, and classes of a row in shards: every size and place that is made of them fits
-// an int64.
+// Maximum number of logits of a call, and of classes of a sharded row, so that every derived size
+// and offset fits an int64.
 constexpr int64_t kMostNumbers = int64_t{1} << 48;
 
-// Numbers of one row in a table of a stage.
+// Maximum width of a stage's table.
 constexpr int64_t kMostWidth = (int64_t{1} << 31) - 1;
 
-// Rows whose losses an exact sum holds before it carries.
+// Maximum number of rows whose losses an exact sum can hold without a carry.
 constexpr int64_t kMostExactRows = (int64_t{1} << 31) - 1;
 
 bool product_fits(std::initializer_list<int64_t> sizes, int64_t most) {
@@ -31,7 +31,7 @@ bool product_fits(std::initializer_list<int64_t> sizes, int64_t most) {
   return true;
 }
 
-// Whether every element lies in the tensor's storage, which may have been resized since.
+// Whether every element lies in the tensor's storage, which may have been resized.
 bool is_backed(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = tensor.storage_offset();
@@ -48,7 +48,7 @@ bool is_backed(const Tensor& tensor) {
   return last < bytes / static_cast<int64_t>(tensor.element_size());
 }
 
-// Refuses tensors that are elsewhere, or whose memory was taken away.
+// Rejects tensors on another device, or whose storage was resized.
 void check_place(const char* name, const Tensor& tensor, const Tensor& like) {
   STD_TORCH_CHECK(tensor.device() == like.device(), name,
                   " must be on the same device as the first tensor");
@@ -113,7 +113,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
   STD_TORCH_CHECK(models <= kMaxModels, "logits must hold 1 to ", kMaxModels, " models, got ",
                   models);
   Inputs in;
-  in.loss.isa = active_isa();  // a wrong CHURN_CPU_ISA raises here
+  in.loss.isa = active_isa();  // throws for an invalid CHURN_CPU_ISA
   in.loss.dtype = dtype_of("logits", first);
   in.loss.rows = first.size(stacked ? 1 : 0);
   in.loss.classes = first.size(stacked ? 2 : 1);
@@ -126,7 +126,7 @@ Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor
                   "logits must hold at most ", kMostNumbers, " numbers, got ", models, " x ",
                   in.loss.rows, " x ", in.loss.classes, "; split the batch");
   const auto add = [&](const void* data, int64_t row_stride, int64_t column_stride) {
-    // A single class has no second column; its stride may be anything.
+    // With a single class, the column stride is arbitrary.
     in.loss.logits.push_back({data, row_stride, in.loss.classes == 1 ? 1 : column_stride});
   };
   for (const Tensor& t : logits) {
@@ -235,7 +235,7 @@ void check_scale(const std::vector<Tensor>& gradients, const Tensor& upstream, b
   STD_TORCH_CHECK(is_backed(upstream) && (upstream.scalar_type() == ScalarType::Float ||
                                           upstream.scalar_type() == ScalarType::Double),
                   "upstream must be float32 or float64");
-  std::vector<std::pair<uintptr_t, uintptr_t>> places;  // first byte, byte behind the last
+  std::vector<std::pair<uintptr_t, uintptr_t>> places;  // first byte, byte after the last
   for (const Tensor& g : gradients) {
     const DType dtype = dtype_of("gradients", g);
     check_place("gradients", g, upstream);
@@ -285,7 +285,7 @@ std::vector<HashPiece> read_pieces(const std::vector<Tensor>& pieces,
     const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());
     STD_TORCH_CHECK(bytes <= run[i] || bytes % run[i] == 0,
                     "a piece must hold a whole number of runs");
-    int64_t end = 0;  // of the piece in its tensor
+    int64_t end = 0;  // of the piece within the tensor
     STD_TORCH_CHECK(bytes == 0 || (!__builtin_mul_overflow((bytes - 1) / run[i], step[i], &end) &&
                                    !__builtin_add_overflow(end, first[i], &end) &&
                                    !__builtin_add_overflow(end, std::min(bytes, run[i]), &end) &&

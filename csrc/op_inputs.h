@@ -1,6 +1,6 @@
-// The arguments of the ops, checked. What is checked is what memory safety needs, on any device;
-// the ops of other backends ask for the same checks. Messages for users are
-// churn_kernels/_checks.py's; what is refused here came past it.
+// Checks of the ops' arguments for memory safety, on any device; the ops of other backends use
+// them, too. Checks with messages for users are in churn_kernels/_checks.py; these are for direct
+// calls of the ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,34 +19,34 @@ namespace ck {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// More models than this would not fit a thread's stack.
+// Maximum number of models, whose working memory must fit a thread's stack.
 inline constexpr int kMaxModels = 64;
 
 DType dtype_of(const char* name, const Tensor& tensor);
 ScalarType result_type(DType dtype);
 
-// Refuses an option that is not in [0, count).
+// Rejects an option outside [0, count).
 int64_t code(const char* name, int64_t value, int64_t count);
 
-// The inputs of a loss, and the tensors that keep their memory alive.
+// The inputs of a loss, and the tensors that own their memory.
 struct Inputs {
   LossInputs loss;
   std::optional<Tensor> target, class_weight;
 };
 
-// `shard`: where the logits hold a part of the classes only.
+// `shard`: given if the logits hold only a part of the classes.
 Inputs read_inputs(const std::vector<Tensor>& logits, const std::optional<Tensor>& target,
                    const std::optional<Tensor>& class_weight, const LossOptions& options,
                    const ClassShard* shard = nullptr);
 
-// The value of a loss of each reduction.
+// Shape of the loss for each reduction.
 std::vector<int64_t> loss_shape(const LossInputs& inputs);
 int64_t count(const std::vector<int64_t>& shape);
 
 void check_upstream(const LossInputs& inputs, const Tensor& logits, const Tensor& upstream);
 void check_stats(const LossInputs& inputs, const Tensor& stats);
 
-// The tables of the stages so far, and the tensors that keep their memory alive.
+// The tables of the stages so far, and the tensors that own their memory.
 struct Shard {
   ClassShard classes;
   std::vector<Tensor> tables;

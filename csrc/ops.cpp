@@ -1,4 +1,4 @@
-// The border to torch: op schemas, and dispatch to csrc/cpu of what op_inputs.cpp lets through.
+// The interface to torch: op schemas, and dispatch of checked arguments to csrc/cpu.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -28,11 +28,11 @@ using ck::Shard;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// What `want` asks for, bit by bit.
+// Bits of `want`.
 constexpr int64_t kWantGradients = 1, kWantStats = 2, kWantTerms = 4;
 
-// Runs body on torch's threads. What it throws is thrown again here, once all are done: torch's
-// interface to its threads is one of C.
+// Runs body on torch's threads. Exceptions are rethrown here once all threads are done, because
+// torch's C interface cannot pass them on.
 void run_parallel(int64_t tasks, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   std::exception_ptr failure;
   std::mutex lock;
@@ -60,7 +60,7 @@ Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarTy
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// An uninitialised tensor for gradients; large ones come out of memory kept from earlier calls.
+// An uninitialised tensor for gradients; large ones use memory cached from earlier calls.
 Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes, int64_t bytes) {
   if (bytes < ck::kSmallestBuffer) return new_empty(like, sizes, like.scalar_type());
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -69,7 +69,7 @@ Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes, int64
                                   like.scalar_type(), &ck::give_back_buffer);
 }
 
-// Fresh contiguous gradients in the structure of the logits, and where each student's begins.
+// New contiguous gradients in the structure of the logits, and a pointer to each student's.
 std::vector<Tensor> new_gradients(const std::vector<Tensor>& logits, const ck::LossInputs& in,
                                   std::vector<void*>& pointers) {
   const Tensor& first = logits[0];
@@ -264,8 +264,8 @@ Tensor exact_round(Tensor words) {
   return value;
 }
 
-// (pieces, 2). Each piece's bytes lie in runs of `run` bytes, which begin `step` bytes apart in its
-// tensor, the first one at byte `first`.
+// (pieces, 2). A piece's bytes are runs of `run` bytes that begin `step` bytes apart in its tensor,
+// the first one at byte `first`.
 Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::vector<int64_t> run,
                   std::vector<int64_t> step) {
   need_cpu("pieces", pieces);
@@ -278,7 +278,7 @@ Tensor hash_words(std::vector<Tensor> pieces, std::vector<int64_t> first, std::v
   return words;
 }
 
-// The checks of the ops above, for those of other backends to call with the same arguments.
+// The checks of the ops above, for other backends to call with the same arguments.
 void check_loss(std::vector<Tensor> logits, std::optional<Tensor> target,
                 std::optional<Tensor> class_weight, CK_LOSS_OPTIONS, int64_t want) {
   ck::read_inputs(logits, target, class_weight, CK_PACK_OPTIONS);
@@ -310,7 +310,7 @@ std::string cpu_isa(std::string request) {
   return ck::isa_name(ck::active_isa());
 }
 
-// An op that says so where memory ran out.
+// Wraps an op to report out-of-memory errors.
 template <auto op>
 struct Boxed;
 template <class Result, class... Arguments, Result (*op)(Arguments...)>

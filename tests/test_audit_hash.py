@@ -23,7 +23,7 @@ def test_words_are_what_they_say(dtype, size):
         want = specification(x, first)
         assert audit.hash_words(x, first).tolist() == want
         piece = hashes._whole(x, first)
-        assert hashes.words_without_a_kernel(piece).tolist() == want
+        assert hashes.words_in_pytorch(piece).tolist() == want
 
 
 def test_a_device_without_a_kernel(monkeypatch):
@@ -44,7 +44,7 @@ def test_runs_of_bytes_lie_where_they_say(dtype, columns):
     run, step = (end - begin) * size, width * size
     piece = hashes.Piece(own, begin * size, run, step)
     want = specification(alone)
-    assert hashes.words_without_a_kernel(piece).tolist() == want
+    assert hashes.words_in_pytorch(piece).tolist() == want
     (words,) = torch.ops.churn_kernels.hash_words([own], [begin * size], [run], [step])
     assert words.tolist() == want
 
@@ -202,7 +202,7 @@ def test_sparse_and_quantised_tensors():
         (
             lambda: audit.tensor_hash(torch.empty(3, device="meta")),
             ValueError,
-            "x must hold data, got a meta tensor; pass tensors that do",
+            "x must hold data, got a meta tensor; pass a materialised dense tensor",
         ),
         (
             lambda: audit.hash_words(torch.eye(2).to_sparse()),

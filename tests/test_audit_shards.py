@@ -133,7 +133,7 @@ def test_every_placement_hashes_as_the_whole(tmp_path):
             r"pass x\.redistribute\(placements=\[\.\.\.\]\) with Shard or Replicate instead",
             found["partial"],
         )
-        assert found["first"] == "first must be 0 for a DTensor, which knows its places; got 1"
+        assert found["first"] == "first must be 0 for a DTensor, which knows its offsets; got 1"
 
 
 def test_meshes_of_two_dimensions(tmp_path):

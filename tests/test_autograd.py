@@ -161,7 +161,7 @@ def test_create_graph_is_fine_until_it_is_used(reduction):
         assert_close(a.detach(), b, "gradient", F32)
     message = (
         "double backward is not implemented by the kernel; compute the loss inside "
-        '`with churn_kernels.backend("reference")`, which has derivatives of every kind'
+        '`with churn_kernels.backend("reference")`, which supports all derivatives'
     )
     with pytest.raises(NotImplementedError) as caught:
         graph[0].sum().backward()

@@ -110,9 +110,9 @@ def test_targets_within_their_bounds_are_met(tmp_path):
         "host overhead over one F.cross_entropy": ("2x", "met"),
         "speed of a hash, 200,000,000 uint8": ("80 % of a copy", "met"),
         "recording, share of a training step of 128 images": ("1 %", "met"),
-        "memory beyond inputs and gradients, 100x64": ("128 bytes a row", "met"),
-        "the trainer's step over a bare one, 2 models": ("4 %", "met"),
-        "loss and metrics of a bare step, 2 models": ("2 %", "met"),
+        "memory beyond inputs and gradients, 100x64": ("128 bytes per row", "met"),
+        "trainer step over a bare step, 2 models": ("4 %", "met"),
+        "loss and metrics, share of a bare step, 2 models": ("2 %", "met"),
     }
 
 
@@ -125,9 +125,9 @@ def test_targets_beyond_their_bounds_are_missed(tmp_path):
         "host overhead over one F.cross_entropy": ("4x", "**missed**"),
         "speed of a hash, 200,000,000 uint8": ("40 % of a copy", "**missed**"),
         "recording, share of a training step of 128 images": ("2.5 %", "**missed**"),
-        "memory beyond inputs and gradients, 100x64": ("200 bytes a row", "**missed**"),
-        "the trainer's step over a bare one, 2 models": ("108 %", "**missed**"),
-        "loss and metrics of a bare step, 2 models": ("4 %", "**missed**"),
+        "memory beyond inputs and gradients, 100x64": ("200 bytes per row", "**missed**"),
+        "trainer step over a bare step, 2 models": ("108 %", "**missed**"),
+        "loss and metrics, share of a bare step, 2 models": ("4 %", "**missed**"),
     }
 
 

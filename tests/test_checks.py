@@ -100,7 +100,7 @@ def raises(error, message):
         (
             {"class_weight": torch.ones(5, requires_grad=True)},
             ValueError,
-            "class_weight must not require a gradient, the loss has none for it; pass class_weight",
+            "class_weight must not require a gradient, the losses do not compute one for it; pass ",
         ),
         (
             {"class_weight": torch.ones(5, device="meta")},
@@ -243,7 +243,7 @@ def test_logits(backend, logits, error, message):
         (
             T[:3],
             ValueError,
-            "target must have shape (4,), one class for each row of the logits, got (3,); for a",
+            "target must have shape (4,), one class for each row of the logits, got (3,); pass 4",
         ),
         (
             T[:, None],
@@ -283,13 +283,13 @@ def test_target_out_of_range(backend, wrong, reduction, requires_grad):
 
 
 READING = (
-    "logits of shape (4, 6, 5) in one tensor are those of K = 4 models of N = 6 rows, whose target "
+    "one logits tensor of shape (4, 6, 5) holds K = 4 models' logits of N = 6 rows, whose target "
     "has shape (6,), got {}; for one model's logits of shape (B, T, C), and a target (B, T), pass "
     "[logits]"
 )
 TWO_CLASSES = (
-    "logits must have at least 2 classes where there is a target, got C = 1, whose probability is "
-    "1 whatever the logit; for the single logit z (N, 1) of a binary classifier pass "
+    "logits must have at least 2 classes if there is a target, got C = 1, whose probability is "
+    "always 1; for the single logit z (N, 1) of a binary classifier pass "
     "torch.cat([torch.zeros_like(z), z], -1)"
 )
 LAST = (
@@ -384,8 +384,8 @@ UNBIND = "must be a dense tensor, got a nested one; pass torch.cat("
         (
             lambda: Z.to("meta"),
             ValueError,
-            "must hold numbers, got a tensor of the meta device, which holds none; give the model "
-            "memory with model.to_empty(device='cpu'), and load its weights",
+            "must hold data, got a tensor on the meta device, which has none; allocate the model "
+            "with model.to_empty(device='cpu'), and load its weights",
         ),
     ],
 )
@@ -452,7 +452,7 @@ def test_distillation_loss(backend):
     for wrong in (Z[0], torch.zeros(0, 4, 5), Z[None, None]):
         with raises(ValueError, "teacher_logits must be a tensor of the student's shape, a "):
             ck.distillation_loss(Z, wrong, T, alpha=0.5)
-    with raises(ValueError, "alpha must be in [0, 1], got 1.5; it is a share"):
+    with raises(ValueError, "alpha must be in [0, 1], got 1.5; it is a fraction"):
         ck.distillation_loss(Z, Z, T, alpha=1.5)
     with raises(ValueError, "temperature must be > 0, got -1.0; 1 leaves the logits as they are"):
         ck.distillation_loss(Z, Z, T, alpha=0.5, temperature=-1)
@@ -492,7 +492,7 @@ class TestBackends:
         with (
             raises(
                 ValueError,
-                "backend 'cuda' is not available; this version has no such kernel yet, GPUs have",
+                "backend 'cuda' is not available; this version does not have it, GPUs use",
             ),
             ck.backend("cuda"),
         ):
@@ -523,9 +523,7 @@ class TestBackends:
     def test_triton_takes_cpu_tensors_only_in_its_interpreter(self, monkeypatch):
         monkeypatch.setitem(_backend._OPS, "triton", None)
         monkeypatch.setattr(_backend, "_INTERPRETED", False)
-        message = (
-            "backend 'triton' takes tensors of a CUDA device, got logits on cpu; pass logits.cuda"
-        )
+        message = "backend 'triton' takes CUDA tensors, got logits on cpu; pass logits.cuda"
         with ck.backend("triton"), raises(ValueError, message):
             ck.softmax_entropy(Z)
 

@@ -238,7 +238,7 @@ def test_rows_of_one_class_in_all_processes_are_refused():
     options = LossOptions(mode=3)
     target = torch.zeros(4, dtype=torch.long)
     ops = _class_shards.ShardOps(Meeting(1).at(0))
-    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes where there is a"):
+    with pytest.raises(ValueError, match=r"^logits must have at least 2 classes if there is a"):
         _autograd.evaluate_by_rows(ops, [torch.zeros(4, 1)], target, None, options, False)
 
 
@@ -364,12 +364,12 @@ def test_no_number_of_processes_shows(tmp_path):
 
 
 TOLD = {
-    "rows": "ValueError: number of rows must be the same in every process of class_parallel, got "
-    "4 in process 0 and 3 in process 1; split the classes of the logits, and nothing else",
-    "target": "ValueError: target must be the same in every process of class_parallel, got one of "
+    "rows": "ValueError: number of rows must be the same on every rank of class_parallel, got "
+    "4 on rank 0 and 3 on rank 1; split only the classes of the logits",
+    "target": "ValueError: target must be the same on every rank of class_parallel, got one with "
     "checksum ",
-    "options": "ValueError: divergence_weight must be the same in every process of class_parallel, "
-    "got 1 in process 0 and 2 in process 1; split",
+    "options": "ValueError: divergence_weight must be the same on every rank of class_parallel, "
+    "got 1 on rank 0 and 2 on rank 1; split",
     "range": "TargetError: target must hold class indices in [0, 41), got 41 at row 0; pass "
     "ignore_index for rows without a label",
     "top_k": "ValueError: top_k must be at most the number of classes C = 41, got 42",
@@ -378,19 +378,18 @@ TOLD = {
     "pass logits.float()",
     "reference": "ValueError: class_parallel takes CPU tensors, and runs on backend 'cpu', got "
     "backend 'reference'; choose 'cpu', or build the library",
-    "report": "ValueError: churn_report takes whole rows, got a block of class_parallel; call it "
+    "report": "ValueError: churn_report takes whole rows, got a class_parallel block; call it "
     "outside the block",
-    "confidence": "ValueError: prediction_confidence takes whole rows, got a block of",
-    "calibration": "ValueError: expected_calibration_error takes whole rows, got a block of",
-    "lost": "ValueError: every process of class_parallel must call the same losses in the same "
-    "order, but process 0 of the group has come to another collective; did a call of its raise "
-    "before?",
+    "confidence": "ValueError: prediction_confidence takes whole rows, got a class_parallel block",
+    "calibration": "ValueError: expected_calibration_error takes whole rows, got a class_parallel ",
+    "lost": "ValueError: every rank of class_parallel must call the same losses in the same "
+    "order, but rank 0 of the group is in another collective; did an earlier call on it raise?",
 }
 
 
 REFUSED = (
-    "ValueError: every process of class_parallel must accept its arguments, but process 1 of the "
-    "group refused its own; its error says why"
+    "ValueError: every rank of class_parallel must accept its arguments, but rank 1 of the "
+    "group rejected its own; see its error"
 )
 ALONE = {
     "alone: float64": "ValueError: class_parallel takes float32, float16 or bfloat16",
@@ -478,7 +477,7 @@ def test_every_process_is_told_what_does_not_fit(tmp_path):
 def test_needs_torch_distributed_to_be_initialised():
     message = (
         "churn_kernels.distributed.class_parallel needs an initialised torch.distributed; call "
-        "torch.distributed.init_process_group first, or the losses outside of the block in one "
+        "torch.distributed.init_process_group first, or the losses outside the block in one "
         "process"
     )
     with (

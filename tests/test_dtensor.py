@@ -212,7 +212,7 @@ def of_batches(rank, world):
 @pytest.mark.slow
 def test_batches_of_any_dimensions(tmp_path):
     for classes, shape in run(of_batches, 2, tmp_path / "batches"):
-        assert classes.startswith("logits[0] must hold whole rows, got classes sharded by")
+        assert classes.startswith("logits[0] must hold whole rows, got sharded classes, [")
         assert "with Shard(0) or Replicate()" in classes
         assert shape.startswith("target must have shape (3, 5), one class for each row of the")
 
@@ -351,30 +351,30 @@ def of_other_functions(rank, world):
 
 LOCAL = "to_local()"
 REFUSED = (
-    "ValueError: every process of the mesh must accept its rows, but another one refused its own"
+    "ValueError: every rank of the mesh must accept its rows, but another rank rejected its own"
 )
 TOLD = {
-    "logits": "TypeError: logits[1] must be a DTensor as logits[0] is, got a Tensor; pass "
+    "logits": "TypeError: logits[1] must be a DTensor like logits[0], got a Tensor; pass "
     "torch.distributed.tensor.distribute_tensor(logits[1], mesh, placements), or .to_local()",
-    "first logits": "TypeError: logits[0] must be a DTensor as logits[1] is",
-    "target": "TypeError: target must be a DTensor as logits[0] is",
-    "target alone": "TypeError: logits[0] must be a DTensor as target or class_weight is",
-    "class_weight": "TypeError: class_weight must be a DTensor as logits[0] is",
-    "class_weight alone": "TypeError: logits must be a DTensor as target or class_weight is",
-    "q_logits": "TypeError: q_logits must be a DTensor as p_logits is",
-    "teacher": "TypeError: teacher_logits must be a DTensor as student_logits is",
-    "runs": "TypeError: runs[1] must be a DTensor as runs[0] is",
-    "labels": "TypeError: target must be a DTensor as runs[0] is",
-    "summand": "TypeError: x must be a Tensor, what this process adds to the sum, got a DTensor",
-    "models": "ValueError: teacher_logits must have every model in every process, got [Shard(",
+    "first logits": "TypeError: logits[0] must be a DTensor like logits[1]",
+    "target": "TypeError: target must be a DTensor like logits[0]",
+    "target alone": "TypeError: logits[0] must be a DTensor like target or class_weight",
+    "class_weight": "TypeError: class_weight must be a DTensor like logits[0]",
+    "class_weight alone": "TypeError: logits must be a DTensor like target or class_weight",
+    "q_logits": "TypeError: q_logits must be a DTensor like p_logits",
+    "teacher": "TypeError: teacher_logits must be a DTensor like student_logits",
+    "runs": "TypeError: runs[1] must be a DTensor like runs[0]",
+    "labels": "TypeError: target must be a DTensor like runs[0]",
+    "summand": "TypeError: x must be a Tensor, this process's part of the sum, got a DTensor",
+    "models": "ValueError: teacher_logits must have every model on every rank, got [Shard(",
     "models of a loss": "ValueError: logits must be sharded by rows or replicated, got [Shard(",
-    "sharded runs": "ValueError: runs must have every model in every process, got [Shard(",
-    "classes": "ValueError: logits must hold whole rows, got classes sharded by [Shard(dim=1)] on",
-    "classes of runs": "ValueError: runs[0] must hold whole rows, got classes sharded by",
+    "sharded runs": "ValueError: runs must have every model on every rank, got [Shard(",
+    "classes": "ValueError: logits must hold whole rows, got sharded classes, [Shard(dim=1)] on",
+    "classes of runs": "ValueError: runs[0] must hold whole rows, got sharded classes, [",
     "confidence": "ValueError: logits must hold whole rows, got [Shard(dim=1)] on",
     "partial": "ValueError: logits must be sharded by rows or replicated, got [Partial(sum)] on",
     "partial sum": "ValueError: x must be sharded or replicated, got a DTensor with Partial",
-    "placements": "ValueError: q_logits must lie on the mesh as p_logits does, [Shard(dim=0)] on",
+    "placements": "ValueError: q_logits must have the mesh and placements of p_logits, [Shard(",
 }
 FIRST_ROW = {
     "range": "TargetError: target must hold class indices in [0, 11), got 11 at row 0",
@@ -435,11 +435,11 @@ def of_classes(rank, world):
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_classes(world, tmp_path):
-    group = f"over the processes of class_parallel, {list(range(world))}, got "
+    group = f"over the ranks of class_parallel, {list(range(world))}, got "
     for by_rows, other in run(of_classes, world, tmp_path / "classes"):
         assert by_rows.startswith("logits must be sharded by classes " + group)
         if world == 2:
-            few = "logits must leave each process of class_parallel a class, got 1 sharded over 2 "
+            few = "logits must have at least one class on every rank of class_parallel, got 1 "
             assert other.startswith(few)
         else:
             assert other.startswith("logits must be sharded by classes " + group)

@@ -68,7 +68,9 @@ def test_no_number_of_processes_shows(tmp_path):
         assert sum(len(one["gradient"]) for one in found) == len(CASES[NAIVE])
         if world > 1:
             assert found[0]["group"] == 3.0
-            message = "group must hold this process, got a group without it; call from its members"
+            message = (
+                "group must include this process, got a group without it; call from its members"
+            )
             assert all(one["group"].startswith(message) for one in found[1:])
     assert len(naive) > 1, "the check would not catch a sum that has an order"
 

@@ -328,8 +328,8 @@ class TestBytes:
         [
             (lambda data: b"", "data must be what ExactSum.to_bytes() returned, which begins with"),
             (lambda data: b"PK\x03\x04" + data, "begins with b'CKXS'; got b'PK\\x03\\x04'"),
-            (lambda data: data[:-1], "84 bytes; got 83: was it cut or joined?"),
-            (lambda data: data + data, "84 bytes; got 168: was it cut or joined?"),
+            (lambda data: data[:-1], "84 bytes; got 83: was it truncated or joined?"),
+            (lambda data: data + data, "84 bytes; got 168: was it truncated or joined?"),
             (lambda data: data[:9] + b"\xff" + data[10:], "its checksum is wrong"),
         ],
     )

@@ -279,4 +279,4 @@ class TestChurn:
         record = {"entries": written.entries, "left_out": []}
         page = table.page({"host": HOST, "stages": [], **nothing, "churn": record})
         assert "| exact | on | " in page
-        assert "0 of 2 pairs part; operators that race: none." in page
+        assert "0 of 2 pairs differ; operators that race: none." in page

@@ -96,7 +96,7 @@ class TestPage:
         assert "| fast | off | 90.00 ± 2.00 | 3.70 ± 0.70 | 1 of 28 |" in section(text, "Churn")
         why = section(text, "Why")
         assert "| exact mode | 25.00 |" in why
-        assert "operator; 3 of 4 pairs part; operators that race: aten.mm.default." in why
+        assert "operator; 3 of 4 pairs differ; operators that race: aten.mm.default." in why
 
     def test_why_a_case_has_no_number(self):
         notes = section(table.page(synthetic()), "Notes")

@@ -329,7 +329,7 @@ BAD_REPORTS = {
         ([torch.zeros(0, 3)] * 2,),
         {},
         ValueError,
-        "runs[0] must have at least one row, got shape (0, 3); a share of no rows has no value",
+        "runs[0] must have at least one row, got shape (0, 3); the metrics of no rows are ",
     ),
     "shapes": (
         ([GOOD, torch.zeros(2, 4)],),
@@ -373,7 +373,7 @@ BAD_REPORTS = {
         ([GOOD, GOOD], torch.zeros(4, dtype=torch.int64)),
         {},
         ValueError,
-        "target must have shape (3,), one class for each row of the logits, got (4,); for a",
+        "target must have shape (3,), one class for each row of the logits, got (4,); pass 3",
     ),
     "target device": (
         ([GOOD, GOOD], torch.zeros(3, dtype=torch.int64, device="meta")),
@@ -412,7 +412,7 @@ BAD_REPORTS = {
         ([GOOD, GOOD],),
         {"block_rows": 0},
         ValueError,
-        "block_rows must be at least 1, got 0; pass None to have it chosen",
+        "block_rows must be at least 1, got 0; pass None for the default",
     ),
 }
 

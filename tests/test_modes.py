@@ -70,7 +70,7 @@ def test_unknown_modes(mode):
 def test_exact_mode_takes_no_more_rows_than_its_sum_holds():
     many = torch.zeros(1, 1).expand(2**31, 1)  # one number in memory
     message = (
-        "^mode 'exact' takes fewer than 2\\^31 = 2147483648 rows a call, got 2147483648; split"
+        "^mode 'exact' takes fewer than 2\\^31 = 2147483648 rows per call, got 2147483648; split"
     )
     with pytest.raises(ValueError, match=message):
         ck.softmax_entropy(many, mode="exact")

@@ -185,7 +185,7 @@ def test_wrong_options():
         ck.SymmetricKL(class_weight=torch.ones(7))
     with pytest.raises(ValueError, match=r"^beta must be >= 0, got -2\.0; 0 switches the term off"):
         ck.CodistillationLoss()([A, B], beta=-2.0)
-    message = r"^DistillationLoss\(\) must be given alpha, got none; pass alpha=\.\.\., as "
+    message = r"^DistillationLoss\(\) requires alpha, got none; pass alpha=\.\.\., as in "
     with pytest.raises(TypeError, match=message):
         ck.DistillationLoss()
     with pytest.raises(TypeError, match=r"^beta must be a number, got a tensor; pass"):

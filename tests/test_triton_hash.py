@@ -106,7 +106,7 @@ def test_a_graph_is_refused():
     x = torch.ones(10, device=DEVICE)
     audit.hash_words(x)
     graph = torch.cuda.CUDAGraph()
-    message = "hashes cannot be captured in a CUDA graph; hash outside of the graph"
+    message = "hashes cannot be captured in a CUDA graph; hash outside the graph"
     with torch.cuda.graph(graph):
         x.add_(1.0)
         with pytest.raises(RuntimeError, match=message):

@@ -1,5 +1,5 @@
-"""What every Triton kernel compiles to, found without a GPU: registers, spills, loads, occupancy.
+"""Compiles every Triton kernel without a GPU and reports registers, spills, loads, occupancy.
 
-`python -m benchmarks.compiled` writes benchmarks/results/compiled/, one page a target. With --lint
-it looks for what the code of exact mode must not hold.
+`python -m benchmarks.compiled` writes benchmarks/results/compiled/, a page per target. With --lint
+it searches the code of exact mode for forbidden instructions.
 """

@@ -1,9 +1,9 @@
 """`python -m benchmarks.compiled [--target NAME] [--only GLOB] [--check | --lint] [--keep DIR]`.
 
-Compiles every kernel and writes benchmarks/results/compiled/, or shows part of what would be there.
-With --lint it compiles the kernels of exact mode and says what they hold that they must not; see
-`lint` and, for the compiled library, `host`. Triton's cache is build/triton, so that a second run
-takes seconds for what has not changed.
+Compiles every kernel and writes benchmarks/results/compiled/, or prints some of its tables.
+With --lint it compiles the kernels of exact mode and reports forbidden instructions; see
+`lint` and, for the compiled library, `host`. Triton's cache is build/triton, so a second run
+takes seconds for unchanged kernels.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    # Both are read when Triton is imported, which is in the workers.
+    # Triton reads both when it is imported, in the workers.
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build/triton"))
     targets = options.target or TARGETS
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failures:
         print("\n\n".join(failures), file=sys.stderr)
         print(f"{len(failures)} of {len(jobs)} cases did not compile", file=sys.stderr)
-        if not options.only:  # half a page is no page
+        if not options.only:  # do not write partial pages
             return 1
     if options.lint:
         done = [outcome for _, _, outcome in outcomes if not isinstance(outcome, str)]

@@ -24,23 +24,23 @@ DTYPES = [torch.float32, torch.bfloat16]
 # How the logits lie in memory.
 CONTIGUOUS = "contiguous"
 PADDED = "padded"  # rows begin at multiples of 64 bytes
-OFFSET = "offset"  # the first row begins behind an odd number of elements
+OFFSET = "offset"  # the first row begins after an odd number of elements
 TRANSPOSED = "transposed"
 
-# What is compiled: a loss, or another op on the logits.
+# The compiled op: a loss, or another op on the logits.
 LOSS = "loss"
 CHURN_REPORT = "churn_report"
 EXACT_SUM = "exact_sum"
 HASH = "hash"
 
-# Every kernel whose bits are those of the CPU.
+# Every kernel with the CPU's bits.
 EXACT_GLOBS = ["sm_*/exact*", "sm_*/hash*"]
 
 
 class Case(NamedTuple):
     """An op on logits of one shape, such as `churn_report` of as many runs as `models` says.
 
-    What it is compiled for does not depend on the number of rows.
+    The compiled code does not depend on the number of rows.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Case(NamedTuple):
     report: bool = False
     layout: str = CONTIGUOUS
     op: str = LOSS
-    first: int = 0  # bytes before those that are hashed, which decide how they can be loaded
+    first: int = 0  # offset of the hashed bytes, which decides how they can be loaded
 
     @property
     def label(self) -> str:
@@ -60,7 +60,7 @@ class Case(NamedTuple):
         return f"{self.name}/{self.classes}/{str(self.dtype).removeprefix('torch.')}"
 
     def key(self, target: str) -> str:
-        """Its name on the command line, and its folder among the files that are kept."""
+        """Its name on the command line, and its folder below --keep."""
         return f"{target}/{self.label}"
 
 
@@ -74,7 +74,7 @@ DISTILL = LossOptions(0.5, 0.0, 4.5, divergence=DISTILLATION, teachers=2, temper
 
 
 def option_cases(classes: int) -> Iterator[Case]:
-    """Every option, each on its own, at one number of classes."""
+    """Every option by itself, at one number of classes."""
     yield Case("uniform_skl", PAIR._replace(regularizer=REGULARIZERS["uniform_skl"]), classes)
     yield Case("top_k", PAIR._replace(top_k=10), classes)
     unnormalised = PAIR._replace(top_k=10, renormalize_top_k=False)
@@ -103,7 +103,7 @@ def option_cases(classes: int) -> Iterator[Case]:
 
 
 def exact_cases(classes: int) -> Iterator[Case]:
-    """Exact mode with every option that adds code of its own."""
+    """Exact mode with every option that adds code."""
     for case in option_cases(classes):
         if case.options and case.options.mode == 0 and case.dtype != torch.float64:
             yield case._replace(
@@ -118,7 +118,7 @@ def sum_cases() -> Iterator[Case]:
 
 
 def hash_cases() -> Iterator[Case]:
-    """Hashes of bytes that are loaded 16, 4, 2 and 1 at a time, which is all that differs."""
+    """Hashes that load 16, 4, 2 and 1 bytes at a time, their only difference."""
     for width, first in ((16, 0), (4, 4), (2, 2), (1, 1)):
         yield Case(f"hash_{width}", None, 1000, torch.float32, models=1, op=HASH, first=first)
 

@@ -1,4 +1,4 @@
-"""Machine code as text, NVIDIA's SASS or AMD's assembly, read into what the tables report."""
+"""Parses machine code, NVIDIA's SASS or AMD's assembly, for the tables."""
 
 import re
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from churn_kernels.triton.plan import Plan
 
 
 class Code(NamedTuple):
-    """What a kernel's machine code needs and holds. Bytes are a thread's."""
+    """Resources and instructions of a kernel. Bytes are per thread."""
 
     registers: int
     stack: int  # bytes
@@ -29,7 +29,7 @@ AMD_LINE = re.compile(r"\s+([a-z]\w+)(?:\s+([^;]*))?")
 
 
 def sass_instructions(listing: str) -> list[Instruction]:
-    """The kernel as `cuobjdump -sass` prints it, without what pads its end."""
+    """The kernel as `cuobjdump -sass` prints it, without padding at its end."""
     found = []
     for address, condition, name, operands in SASS_LINE.findall(listing):
         jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
@@ -42,7 +42,7 @@ def sass_instructions(listing: str) -> list[Instruction]:
 
 
 def amd_instructions(assembly: str, kernel: str) -> list[Instruction]:
-    """The kernel's part of an assembly without s_nop; an address is the place in this list."""
+    """The kernel's part of an assembly without s_nop; an address is the index in this list."""
     body = assembly.partition(f"\n{kernel}:")[2].partition("\n.Lfunc_end")[0]
     labels: dict[str, int] = {}
     names: list[tuple[str, str]] = []
@@ -117,7 +117,7 @@ class Kernel(NamedTuple):
     """A compiled kernel: how it is launched, and its code."""
 
     name: str
-    plan: Plan | None  # None: the kernel does not go over logits by a plan
+    plan: Plan | None  # None: the kernel has no plan
     warps: int
     shared: int  # bytes of a program
     code: Code

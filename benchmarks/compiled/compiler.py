@@ -1,7 +1,7 @@
-"""Compiles the kernels of a case for a target that need not be there.
+"""Compiles the kernels of a case for a target that need not be present.
 
-The library launches its kernels on CPU tensors, as it would on a GPU's; Triton is told that the
-target is the current device, and stops where the kernel would start.
+The library launches its kernels on CPU tensors, as it would on GPU tensors; Triton is told that the
+target is the current device, and stops before the kernel would start.
 """
 
 import os
@@ -40,7 +40,7 @@ class Device:
         self.name = name
 
     def get_current_device(self) -> str:
-        """What Triton keeps compiled kernels by."""
+        """Triton's cache key for compiled kernels."""
         return self.name
 
     def get_current_stream(self, device: str) -> int:
@@ -67,7 +67,7 @@ def logits_of(case: Case) -> list[Tensor]:
 
 
 def launch_kernels(case: Case) -> None:
-    """The library's ops as it calls them: loss, gradients of any upstream, scaling; or another."""
+    """Call the library's ops: loss, gradients for any upstream gradient, scaling; or another."""
     logits = logits_of(case)
     if case.op == cases.EXACT_SUM:
         exact_sum.exact_round(exact_sum.exact_words(logits[0]))
@@ -90,7 +90,7 @@ def launch_kernels(case: Case) -> None:
 
 
 def plan_of(kernel: str, arguments: Sequence[Any]) -> Plan | None:
-    """The plan that a kernel which goes over logits was launched for."""
+    """The plan that a kernel over logits was launched for."""
     if kernel not in ("rows_kernel", "gradient_kernel"):
         return None
     spec = next(argument for argument in arguments if isinstance(argument, Spec))
@@ -98,7 +98,7 @@ def plan_of(kernel: str, arguments: Sequence[Any]) -> Plan | None:
 
 
 def compiled_by(launch_all: Callable[[], object], target: str) -> list[tuple[Any, Plan | None]]:
-    """The kernels that `launch_all` launches, each once, with the plan it was launched for."""
+    """The kernels that `launch_all` launches, each once, with its plan."""
     found = {}
     run = JITFunction.run
 
@@ -107,7 +107,7 @@ def compiled_by(launch_all: Callable[[], object], target: str) -> list[tuple[Any
         found.setdefault(compiled.hash, (compiled, plan_of(compiled.name, arguments)))
 
     driver.set_active(Device(target))
-    launch.on_nvidia.cache_clear()  # a process of the library has one kind of GPU
+    launch.on_nvidia.cache_clear()  # the library assumes one kind of GPU per process
     JITFunction.run = compile_only
     try:
         launch_all()
@@ -117,7 +117,7 @@ def compiled_by(launch_all: Callable[[], object], target: str) -> list[tuple[Any
 
 
 def disassemble(compiled: Any) -> str:
-    """The kernel's SASS and resources, beside its cubin in Triton's cache from then on."""
+    """The kernel's SASS and resources, cached next to its cubin in Triton's cache."""
     cubin = Path(compiled.metadata_group[f"{compiled.name}.cubin"])
     listing = cubin.with_suffix(".sass")
     if not listing.exists():
@@ -130,7 +130,7 @@ def disassemble(compiled: Any) -> str:
 
 
 def texts_of(compiled: Any) -> dict[str, str]:
-    """What the kernel compiled to, by kind: Triton's and LLVM's code, assembly, SASS."""
+    """The kernel's compiled code by kind: Triton IR, LLVM IR, assembly, SASS."""
     kinds = ("ttgir", "llir", "ptx", "amdgcn")
     texts = {kind: compiled.asm[kind] for kind in kinds if kind in compiled.asm}
     if "ptx" in texts:
@@ -166,7 +166,7 @@ def compile_case(target: str, case: Case, keep: Path | None) -> list[Kernel]:
 
 
 def lint_case(target: str, case: Case, keep: Path | None) -> list[list[str]]:
-    """What each kernel of a case holds that exact mode must not; see `lint`."""
+    """Findings in each kernel of a case that exact mode forbids; see `lint`."""
     return [
         findings(f"{case.key(target)}: {compiled.name}", texts)
         for compiled, _, texts in kernels_of(target, case, keep)

@@ -1,7 +1,7 @@
-"""What the compiled library must not hold in exact mode, found in its disassembled objects.
+"""Searches the compiled library's disassembled objects for instructions forbidden in exact mode.
 
-The sweeps of exact mode are those that add up in `FixedSum`; a row's scalars and the batch's sums
-are the rest of the library. A finding is "object: function: rule: offending line".
+The sweeps of exact mode are those that accumulate in `FixedSum`; a row's scalars and the batch's
+sums are the rest of the library. A finding is "object: function: rule: offending line".
 """
 
 import json
@@ -21,7 +21,7 @@ BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 EXTENDED = "extended precision"
 
-# Of x86-64 and of ARM, as objdump writes them.
+# Of x86-64 and of ARM, in objdump's syntax.
 ESTIMATE = re.compile(r"v?(rcp|rsqrt)\w*|vexp2\w*|frecp\w*|frsqrt\w*")
 FUSED_MULTIPLY_ADD = re.compile(r"v?fn?m(add|sub)\w*|fml[as]\w*")
 FLOAT64 = re.compile(r"v\w+[ps]d\s|fn?m\w+\s+d\d|fml[as]\s+v\d+\.2d|fml[as]\s+d\d")
@@ -39,7 +39,7 @@ Functions = Mapping[str, Sequence[str]]  # instructions, by demangled name
 
 
 class Object(NamedTuple):
-    """An object file of the library, and what made it."""
+    """An object file of the library, and its source."""
 
     name: str  # its source, and the instruction set if it is compiled once for each
     file: Path
@@ -52,7 +52,7 @@ class Object(NamedTuple):
 
 
 def objects(build: Path = BUILD) -> list[Object]:
-    """The objects that exact mode runs; none where they were not built, or there is no objdump."""
+    """The objects that exact mode runs; none if they were not built, or without objdump."""
     commands = build / "compile_commands.json"
     found: list[Object] = []
     if not commands.exists() or shutil.which("objdump") is None:
@@ -90,12 +90,12 @@ def functions(listing: str) -> dict[str, list[str]]:
 
 
 def of_exact_mode(code: Functions) -> dict[str, Sequence[str]]:
-    """The sweeps that add up in fixed point."""
+    """The sweeps that accumulate in fixed point."""
     return {name: code[name] for name in code if "FixedSum" in name}
 
 
 def command_findings(command: str) -> Iterator[str]:
-    """Of a compiler's command: what lets it fuse, or compute otherwise than is written."""
+    """Findings in a compiler command: flags that allow fusing or inexact arithmetic."""
     contraction = CONTRACTION.findall(command)
     if contraction[-1:] != ["off"]:
         yield f"{FUSED}: compiled without -ffp-contract=off at the end"
@@ -104,7 +104,7 @@ def command_findings(command: str) -> Iterator[str]:
 
 
 def code_findings(code: Functions, fuses: bool) -> Iterator[str]:
-    """Of functions: estimates, fused multiply-adds, x87.
+    """Findings in functions: approximations, fused multiply-adds, x87.
 
     Args:
         code: the functions.
@@ -122,14 +122,14 @@ def code_findings(code: Functions, fuses: bool) -> Iterator[str]:
 
 
 def sweep_of(name: str) -> str:
-    """The class that a function is of, without its instruction set: "Fused<float, 2, FixedSum>"."""
+    """The class of a function, without its instruction set: "Fused<float, 2, FixedSum>"."""
     plain = re.sub(r"\bck::\w+::", "", name)
     found = re.search(r"\b(Fused|General)<(?:[^<>]|<[^<>]*>)*>", plain)
     return found[0] if found else ""
 
 
 def software_findings(code: Functions) -> Iterator[str]:
-    """Of sweeps without the instruction: each rounds its fused multiply-adds by way of float64."""
+    """Findings in sweeps without fma, which must round their multiply-adds through float64."""
     operations: dict[str, list[str]] = {}
     for name, instructions in code.items():
         if sweep := sweep_of(name):
@@ -143,7 +143,7 @@ def software_findings(code: Functions) -> Iterator[str]:
 
 
 def object_findings(one: Object) -> Iterator[str]:
-    """What an object holds that exact mode must not."""
+    """Findings in an object that exact mode forbids."""
     yield from command_findings(one.command)
     code: Functions = functions(disassemble(one.file))
     software = "-DCK_SOFTWARE_FMA" in one.command
@@ -157,5 +157,5 @@ def object_findings(one: Object) -> Iterator[str]:
 
 
 def library_findings(build: Path = BUILD) -> list[str]:
-    """What the library's objects hold that exact mode must not."""
+    """Findings in the library's objects that exact mode forbids."""
     return [f"{one.name}: {line}" for one in objects(build) for line in object_findings(one)]

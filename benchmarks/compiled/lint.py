@@ -1,9 +1,9 @@
-"""What a kernel of exact mode must not hold, found in the text that it compiles to.
+"""Searches the compiled code of exact mode's kernels for forbidden instructions.
 
-Exact mode has the same bits on every backend. So its kernels compute in IEEE arithmetic alone, each
-operation rounded once, to nearest; they keep subnormal numbers; they fuse what the source fuses and
-nothing else; and no sum of floats is left to threads, whose order nobody knows. A spill breaks no
-bit, but the promise of speed. A finding is "kernel: rule: offending line".
+Exact mode has the same bits on every backend. So its kernels use only IEEE arithmetic, each
+operation rounded once, to nearest; they keep subnormal numbers; they fuse only what the source
+fuses; and no floating-point sum runs over threads, whose order is undefined. A spill changes no
+bit, but costs speed. A finding is "kernel: rule: offending line".
 """
 
 import re
@@ -21,9 +21,9 @@ SPILL = "spill"
 Finding = tuple[str, str]  # rule, offending line
 Statement = tuple[str, str]  # of PTX: its operation, all of it
 
-# Of the dialect `math`: what does not round.
+# Operations of the dialect `math` that do not round.
 SAME_EVERYWHERE = {"fma", "absf", "absi"}
-# What lets LLVM do more than one rounding's worth; `nnan` and the like it finds out by itself.
+# Flags that let LLVM deviate from IEEE rounding; it infers `nnan` and the like by itself.
 FREEDOM = re.compile(r"\b(fast|contract|reassoc|afn|arcp)\b|@llvm\.fmuladd\b")
 LLVM_FMA = re.compile(r"\bcall\b[^@\n]*@llvm\.(?:fma\.(?:v(\d+))?f32|nvvm\.fma\.rn\.f)\(")
 LLVM_INSTRUCTION = re.compile(r"\s+(%\S+ = )?(tail |musttail )?[a-z]+ ")
@@ -45,7 +45,7 @@ INTEGER_QUOTIENT = "F2I.FTZ.U32.TRUNC.NTZ"
 
 
 def ttgir_findings(text: str) -> Iterator[Finding]:
-    """Of Triton's own code: functions that estimate, freedom of the compiler, sums of floats."""
+    """Findings in Triton IR: approximate functions, fast-math flags, sums of floats."""
     reduces = 0  # depth of braces within a reduction
     for line in map(str.strip, text.splitlines()):
         found = re.search(r"= math\.(\w+)", line)
@@ -59,13 +59,13 @@ def ttgir_findings(text: str) -> Iterator[Finding]:
             reduces = 1
         elif reduces:
             reduces += line.count("({") - line.count("})")
-            # In float64 rows are counted: whole numbers, whose sum has no order.
+            # float64 sums count rows: integers, whose sum does not depend on order.
             if re.search(r"= arith\.(addf|mulf) .*: (f16|bf16|f32)\b", line):
                 yield ORDER, line
 
 
 def llir_findings(text: str) -> Iterator[Finding]:
-    """Of LLVM's code: freedom that the source did not give."""
+    """Findings in LLVM IR: fast-math flags that the source does not have."""
     for line in text.splitlines():
         if LLVM_INSTRUCTION.match(line) and FREEDOM.search(line.partition(", !dbg")[0]):
             yield FUSED, line.strip()
@@ -89,9 +89,9 @@ def ptx_rules(operation: str) -> Iterator[str]:
     if base in ESTIMATES or "approx" in parts or "full" in parts:
         yield APPROXIMATION
     elif (base in ROUNDED and floating and "rn" not in parts) or OTHER_ROUNDINGS & set(parts):
-        yield ROUNDING  # one that is not named is a licence to fuse
+        yield ROUNDING  # without a rounding mode the operation may be fused
     if base in {"fma", "mad"} and "f64" in parts:
-        yield FUSED  # a row's scalars never are
+        yield FUSED  # a row's scalars are never fused
     if base in TENSOR_CORES or (base in ATOMICS and floating and "add" in parts):
         yield ORDER
 
@@ -103,9 +103,9 @@ def ptx_findings(statements: Iterable[Statement]) -> Iterator[Finding]:
 
 
 def fused_findings(llir: str, statements: Iterable[Statement]) -> Iterator[Finding]:
-    """More fused multiply-adds in PTX than there were before LLVM chose instructions.
+    """Findings of fused multiply-adds in PTX beyond those in LLVM IR.
 
-    LLVM makes none before, unless an instruction says `contract`.
+    LLVM adds none before instruction selection, unless an instruction says `contract`.
     """
     written = sum(int(lanes or 1) for lanes in LLVM_FMA.findall(llir))
     made = {"f32": 1, "f32x2": 2}
@@ -119,7 +119,7 @@ def fused_findings(llir: str, statements: Iterable[Statement]) -> Iterator[Findi
 
 
 def sass_findings(listing: str, statements: Iterable[Statement]) -> Iterator[Finding]:
-    """Of machine code: what the divisions of PTX do not explain."""
+    """Findings in machine code that PTX's divisions do not explain."""
     operations = " ".join({operation for operation, _ in statements})
     quotient_32, quotient_64, quotient_integer = (
         bool(pattern.search(operations)) for pattern in (QUOTIENT_32, QUOTIENT_64, QUOTIENT_INTEGER)
@@ -164,10 +164,10 @@ def sass_findings(listing: str, statements: Iterable[Statement]) -> Iterator[Fin
 
 
 def findings(kernel: str, texts: Mapping[str, str]) -> list[str]:
-    """What a kernel holds that exact mode must not.
+    """Findings in a kernel that exact mode forbids.
 
     Args:
-        kernel: its name, which the findings begin with.
+        kernel: its name, with which the findings begin.
         texts: of the kernel, by kind: "ttgir", "llir", "ptx", "sass", or some of them; "sass" comes
             with "ptx", which explains it.
     """

@@ -1,4 +1,4 @@
-"""Loops of a kernel, found in its control flow: compilers put their blocks in any order."""
+"""Finds a kernel's loops in its control flow, since compilers order blocks arbitrarily."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,12 +9,12 @@ class Instruction(NamedTuple):
 
     address: int
     name: str
-    jump: int | None  # the address it may go on at
-    falls: bool  # it may go on at the next instruction
+    jump: int | None  # target address, if it can jump
+    falls: bool  # control may fall through to the next instruction
 
 
 def reached(start: int, edges: Sequence[Sequence[int]], without: int | None) -> set[int]:
-    """What edges lead to from `start`, itself included, on ways that avoid `without`."""
+    """Nodes reachable from `start`, inclusive, by paths that avoid `without`."""
     found = set() if start == without else {start}
     waiting = list(found)
     while waiting:
@@ -26,10 +26,10 @@ def reached(start: int, edges: Sequence[Sequence[int]], without: int | None) -> 
 
 
 def innermost_loops(instructions: Sequence[Instruction]) -> tuple[int, ...]:
-    """Instructions of each loop that holds no other, in the order of where they begin.
+    """Instructions of each innermost loop, in order of their beginnings.
 
-    A loop begins at an instruction without which nobody reaches one that jumps to it, and holds
-    what leads to that jump.
+    A loop begins at an instruction that dominates a jump back to it, and contains
+    everything that leads to that jump.
     """
     places = {instruction.address: n for n, instruction in enumerate(instructions)}
     ahead: list[list[int]] = [[] for _ in instructions]

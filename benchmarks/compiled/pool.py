@@ -14,7 +14,7 @@ Outcome = list[Kernel] | list[list[str]] | str
 
 
 def compile_one(target: str, case: Case, keep: Path | None, lint: bool) -> Outcome:
-    """What the case compiles to, or the findings in each of its kernels; or why it does not."""
+    """A case's compiled code, or the findings in each of its kernels; or the compile error."""
     from benchmarks.compiled.compiler import compile_case, lint_case  # only workers load Triton
 
     try:

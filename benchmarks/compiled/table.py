@@ -1,4 +1,4 @@
-"""A target's page: a table for each kernel, a line for each case."""
+"""A target's page: one table per kernel, one line per case."""
 
 import re
 from collections.abc import Iterable
@@ -84,7 +84,7 @@ def cells(target: str, case: Case, kernel: Kernel) -> list[str]:
 
 
 def page(target: str, triton: str, compiled: Iterable[tuple[Case, list[Kernel]]]) -> str:
-    """The page of a target, out of what each case compiled to."""
+    """The page of a target, from the compiled code of its cases."""
     tables: dict[str, list[list[str]]] = {}
     for case, kernels in compiled:
         for kernel in kernels:
@@ -95,7 +95,7 @@ def page(target: str, triton: str, compiled: Iterable[tuple[Case, list[Kernel]]]
 
 
 def triton_version(text: str) -> str:
-    """The version of Triton that a page was made with."""
+    """The Triton version of a page."""
     return re.search(r"with Triton (\S+)\.\s", text)[1]
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 class Target(NamedTuple):
     """A GPU generation and the limits of its processors: SMs, or compute units.
 
-    A processor has four schedulers; each has registers of its own, and keeps warps of its own.
+    A processor has four schedulers, each with its own registers and warps.
     """
 
-    backend: str  # Triton's name of it
+    backend: str  # Triton's name for it
     arch: int | str
     warp: int  # threads
     shared: int  # bytes of a processor
@@ -21,7 +21,7 @@ class Target(NamedTuple):
 
 KIB = 1024
 SCHEDULERS = 4
-REGISTER_UNIT = 8  # registers of a thread are handed out by so many
+REGISTER_UNIT = 8  # allocation granularity of a thread's registers
 SHARED_UNIT = 128  # bytes
 
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD Instinct MI300

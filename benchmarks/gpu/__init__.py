@@ -1,1 +1,1 @@
-"""What `make gpu-report` runs on a host with a GPU; see docs/benchmarks.md."""
+"""The stages of `make gpu-report` on a host with a GPU; see docs/benchmarks.md."""

@@ -1,8 +1,8 @@
 """The GPU report: `make gpu-report`, or `python -m benchmarks.gpu FOLDER`.
 
-Builds the library in place, runs the GPU tests, compares with the CPU and takes the timings, within
-nine minutes and without a network, and writes what it found to FOLDER. Nothing else is written but
-in build/ and, by the build, beside the sources.
+Builds the library in place, runs the GPU tests, compares results with the CPU and times the losses,
+within nine minutes and without a network. Writes its results to FOLDER, and otherwise only to
+build/ and, by the build, next to the sources.
 
 Exit status: 0, or 1 if a stage failed, or 2 if there is no GPU to report on.
 """
@@ -19,12 +19,12 @@ from typing import Any
 from benchmarks.gpu import host, stages, table
 from benchmarks.gpu.stages import Deadline, Stage
 
-# All of it, in seconds: nine minutes, less what starting and ending take.
+# Total time in seconds: nine minutes, less startup and shutdown.
 TOTAL = 510.0
 BUILD = 180.0
-CHECKS = 170.0  # tests, parity and churn, side by side
-TIMINGS = 200.0  # what the checks leave for the timings at least
-# A stage that watches its own deadline gets this much less, and ends by itself.
+CHECKS = 170.0  # tests, parity and churn, in parallel
+TIMINGS = 200.0  # minimum that the checks leave for the timings
+# A stage that watches its own deadline gets this much less, so that it ends by itself.
 MARGIN = 8.0
 
 LOG = "log.txt"
@@ -36,7 +36,7 @@ BUILD_TREE = host.ROOT / "build" / "gpu-report"
 
 
 def environment() -> dict[str, str]:
-    """Where everything that caches something is to put it: in the build tree."""
+    """Environment variables that place all caches in the build tree."""
     folders = {
         "TMPDIR": "tmp",
         "TRITON_CACHE_DIR": "triton",
@@ -63,7 +63,7 @@ def environment() -> dict[str, str]:
 
 
 def gpu_tests() -> list[str]:
-    """The files that hold GPU tests: others may need packages that a GPU host does not have."""
+    """The files with GPU tests: other files may need packages that a GPU host lacks."""
     marker = "mark." + "gpu"
     files = sorted((host.ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(host.ROOT)) for path in files if marker in path.read_text()]
@@ -78,10 +78,10 @@ def build_stage() -> Stage:
 
 
 def check_stages(folder: Path, seconds: float) -> list[Stage]:
-    """Tests, parity and churn, and what compiles beforehand the kernels that are timed later."""
+    """Tests, parity, churn, and compilation ahead of the kernels to be timed."""
     options = ["-q", "--color=no", "-m", "gpu and not nightly", "-p", "no:cacheprovider"]
     options += ["--basetemp", BUILD_TREE / "pytest"]
-    if find_spec("xdist"):  # most of the time is the compiler's, and that runs on the CPU
+    if find_spec("xdist"):  # most of the time is compilation, which runs on the CPU
         options += ["-n", min(TEST_PROCESSES, os.cpu_count() or 1)]
     tests = module("pytest", *options, *(gpu_tests() or ["tests"]))
     limit = ["--seconds", max(0.0, seconds - MARGIN)]
@@ -106,17 +106,19 @@ def timing_stage(folder: Path, seconds: float) -> Stage:
 
 
 class Report:
-    """The folder of a report, written after each stage: an early end leaves what there is."""
+    """The folder of a report, written after each stage so that an early end keeps its results."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder, self._facts = folder, facts
         self.outcomes: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*table.RECORDS, table.PAGE, LOG):
-            (folder / name).unlink(missing_ok=True)  # a journal of another run would be continued
+            (folder / name).unlink(
+                missing_ok=True
+            )  # the journal of an earlier run would be resumed
 
     def run(self, group: list[Stage], seconds: float, place: dict[str, str]) -> None:
-        """Run stages side by side, and add what became of them."""
+        """Run stages in parallel, and add their outcomes."""
         outcomes = stages.run(group, seconds, BUILD_TREE, place, host.ROOT)
         self.outcomes += outcomes
         record = {"host": self._facts, "stages": self.outcomes}
@@ -130,7 +132,7 @@ class Report:
 
 
 def report(folder: Path, facts: dict[str, Any], total: float = TOTAL) -> int:
-    """Run every stage; a failing one keeps none of the others from running."""
+    """Run every stage; a failing stage does not stop the others."""
     folder = folder.resolve()
     found, deadline, place = Report(folder, facts), Deadline(total), environment()
     (BUILD_TREE / WARM).unlink(missing_ok=True)
@@ -151,13 +153,13 @@ def report(folder: Path, facts: dict[str, Any], total: float = TOTAL) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--commit", help="what the tree is, where it has no .git to say so")
+    parser.add_argument("--commit", help="the commit, for a tree without .git")
     arguments = parser.parse_args()
     missing = host.missing()
     if missing:
         print("gpu-report: nothing to report on", *missing, sep="\n  ", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the stages' processes end too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the stages' processes, too
     return report(arguments.folder, host.facts(arguments.commit))
 
 

@@ -1,6 +1,6 @@
 """The timings of a GPU report: `python -m benchmarks.gpu.bench JSON`, most important first.
 
-With --warm every case runs one step and nothing is timed: that leaves the compilers' caches warm.
+With --warm every case runs one untimed step, to fill the compilers' caches.
 """
 
 import argparse
@@ -47,27 +47,27 @@ VARIANT_SHAPE = (4096, 8142)
 OVERHEAD_SHAPE = (8, 10)
 CHURN_RUNS, CHURN_SHAPE = 4, (8192, 1000)
 HASH_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
-HASH_TENSORS = (1, 200)  # of so many bytes together:
+HASH_TENSORS = (1, 200)  # with this many bytes in total:
 HASH_BYTES, TINY_BYTES = 2**32, 2**12
 
-# A pair moves at least this much, far more than an L2 cache holds.
+# A pair moves at least this many bytes, far more than an L2 cache holds.
 PAIR_BYTES = 512 * 2**20
-# Inputs and gradients of all the sets that take turns are at least so many L2 caches.
+# Inputs and gradients of all sets are at least this many times the L2 cache.
 L2_CACHES = 8
 MIN_SETS, MAX_SETS = 3, 8
 
 
 class Plan(NamedTuple):
-    """What is measured where; a test measures tiny shapes on the CPU."""
+    """Shapes, devices and durations of the measurements; tests use tiny shapes on the CPU."""
 
     device: str = "cuda"
-    seconds: float = 0.3  # a timing takes about so long
+    seconds: float = 0.3  # approximate duration of a timing
     warm: bool = False
     tiny: bool = False
-    calls: int = 200  # a batch of calls whose wall time is taken
+    calls: int = 200  # in a batch whose wall time is measured
 
     def pair_shape(self, classes: int, dtype: torch.dtype) -> tuple[int, int]:
-        """(N, C): the smallest power of two of rows that moves enough."""
+        """(N, C): the smallest power of two of rows that moves enough bytes."""
         if self.tiny:
             return TINY
         a_row = 4 * classes * dtype.itemsize  # two logits read, two gradients written
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
         return TINY if self.tiny else shape
 
     def sets(self, moved: int) -> int:
-        """How many sets of inputs take turns, so that none is in the L2 cache when it is read."""
+        """Number of input sets that take turns, so that none is in the L2 cache when read."""
         if self.warm:
             return 1
         if self.device == "cpu":
@@ -88,12 +88,12 @@ class Plan(NamedTuple):
 
 class Problem(NamedTuple):
     sets: list[tuple[list[Tensor], Tensor]]  # logits and target of each
-    expected: list[Tensor]  # of the first set: the loss and its gradients in float64
+    expected: list[Tensor]  # the first set's loss and gradients in float64
 
 
 @lru_cache(maxsize=1)
 def problem(variant: Variant, shape: tuple[int, int], plan: Plan) -> Problem:
-    """Batches and what the first one's loss should be; the last are kept, their peers come next."""
+    """Batches and the first one's expected loss; cached for the peers that follow."""
     make = partial(
         batch, shape, variant.dtype, variant.models, variant.teachers, device=plan.device
     )
@@ -140,7 +140,7 @@ def time_peer(peer: Peer, shape: tuple[int, int], plan: Plan) -> dict[str, Any]:
         every = make_pass(steps, plan.device, capturable=not peer.waits)
         timing = timed(every.run, len(steps), plan.device, plan.seconds)
         if not peer.overwrites:
-            for z in logits:  # what a replay writes is what the first step wrote
+            for z in logits:  # a replay must write what the first step wrote
                 if z.requires_grad:
                     z.grad.fill_(torch.nan)
             check(every.run()[0], logits, task.expected)
@@ -157,14 +157,14 @@ def time_peer(peer: Peer, shape: tuple[int, int], plan: Plan) -> dict[str, Any]:
 def time_steps(
     steps: list[Callable[[], Tensor]], moved: int, plan: Plan, capturable: bool = True
 ) -> dict[str, Any]:
-    """Time steps that take turns, and move so many bytes each."""
+    """Time alternating steps that move this many bytes each."""
     every = make_pass(steps, plan.device, capturable)
     timing = timed(every.run, len(steps), plan.device, plan.seconds)
     return {"bytes": moved, "graph": every.graph, "sets": len(steps)} | timing._asdict()
 
 
 def time_copy(moved: int, plan: Plan) -> dict[str, Any]:
-    """Time copies that read and write so many bytes together, between sets that take turns."""
+    """Time copies that read and write this many bytes in total, between alternating sets."""
     sources = [
         torch.ones(moved // 2, dtype=torch.uint8, device=plan.device)
         for _ in range(plan.sets(moved))
@@ -174,13 +174,13 @@ def time_copy(moved: int, plan: Plan) -> dict[str, Any]:
 
 
 def bytes_of(variant: Variant, shape: tuple[int, int]) -> int:
-    """What a loss of the variant moves: logits are read, students' gradients written."""
+    """Bytes that a loss of the variant moves: logits read, students' gradients written."""
     a_set = shape[0] * shape[1] * variant.dtype.itemsize
     return a_set * (2 * variant.models - variant.teachers)
 
 
 def time_hash(dtype: torch.dtype, tensors: int, moved: int, plan: Plan) -> dict[str, Any]:
-    """Time the words of so many tensors, which have so many bytes together."""
+    """Time the words of this many tensors with this many bytes in total."""
     like = {"dtype": dtype, "device": plan.device}
     size = moved // dtype.itemsize // tensors
     sets = [[torch.ones(size, **like) for _ in range(tensors)] for _ in range(plan.sets(moved))]
@@ -192,7 +192,7 @@ def time_hash(dtype: torch.dtype, tensors: int, moved: int, plan: Plan) -> dict[
 
 
 def time_call(make: Callable[[], Callable[[], object]], calls: int, plan: Plan) -> dict[str, Any]:
-    """Wall time of a call, from batches of calls at whose end the host waits for the GPU."""
+    """Wall time of a call, from batches of calls that end with a wait for the GPU."""
     run = make()
     if plan.warm:
         run()
@@ -242,7 +242,7 @@ def _modes() -> tuple[Peer, ...]:
 
 def _variants(plan: Plan) -> Iterator[Case]:
     shape = plan.shape(VARIANT_SHAPE)
-    # In the backward pass any upstream but 1 has to scale gradients that are already written.
+    # With an upstream gradient other than 1, the backward pass scales the written gradients.
     variants = {**VARIANTS, "upstream 0.5": PAIR._replace(upstream=0.5)}
     for name, variant in variants.items():
         facts = {"group": "variants", "variant": name, **names(variant.dtype, shape)}
@@ -253,7 +253,7 @@ def _variants(plan: Plan) -> Iterator[Case]:
 
 
 def _calls(plan: Plan) -> Iterator[Case]:
-    """What is measured by the host's clock: small calls, and the churn report."""
+    """Measurements by the host's clock: small calls, and the churn report."""
     facts = {"group": "overhead", "shape": shape_name(OVERHEAD_SHAPE)}
     for name, loss, models in ((OURS, fused, 2), (CROSS_ENTROPY, cross_entropy, 1)):
         make = partial(small_step, loss, models, plan)
@@ -275,7 +275,7 @@ def _hashes(plan: Plan) -> Iterator[Case]:
 
 
 def cases(plan: Plan) -> list[Case]:
-    """Every case, in the order of its importance, those of one set of inputs side by side."""
+    """Every case, most important first, with the cases of one input set together."""
     grid = [(classes, dtype) for classes in CLASSES for dtype in DTYPES]
     found: list[Case] = []
     for classes, dtype in grid:
@@ -293,7 +293,7 @@ def cases(plan: Plan) -> list[Case]:
 
 
 def failures(entries: list[dict[str, Any]]) -> list[str]:
-    """What of ours failed; a peer that fails is in the record, and no fault of the run."""
+    """Failures of our own cases; a peer's failure is recorded but does not fail the run."""
     return [
         f"{' '.join(str(entry[key]) for key in entry if key != 'failed')}: {entry['failed']}"
         for entry in entries
@@ -312,7 +312,7 @@ def main() -> int:
         torch.cuda.set_per_process_memory_fraction(0.5)
     every = cases(plan)
     journal = Journal(arguments.json, every)
-    with ck.backend("triton"):  # nothing slower may stand in for it
+    with ck.backend("triton"):  # no silent fallback
         status = work(every, journal, Deadline(arguments.seconds), plan.device)
     return status or int(bool(failures(journal.entries)))
 

@@ -1,8 +1,8 @@
-"""What churn a GPU makes by itself, and why: `python -m benchmarks.gpu.churn JSON`.
+"""Churn caused by a GPU alone, and its causes: `python -m benchmarks.gpu.churn JSON`.
 
 The last lines of Table 1 of Bhojanapalli et al. 2021, on scikit-learn's digits: one recipe trained
-again and again with every seed the same, in each reduction mode of the losses, with and without
-PyTorch's deterministic algorithms. Then an audit of the plainest of them.
+repeatedly with identical seeds, in each reduction mode of the losses, with and without
+PyTorch's deterministic algorithms. Then an audit of the simplest of them.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PAIRS, STEPS, REPLAYS = 4, 10, 20
 
 
 def finite(estimate: Estimate) -> list[float | None]:
-    """Mean, low and high as JSON has them."""
+    """Mean, low and high, for JSON."""
     return [number if math.isfinite(number) else None for number in estimate[:3]]
 
 
@@ -73,7 +73,7 @@ def repeat(
 
 
 def why(device: str, pairs: int, steps: int, replays: int, network: str) -> dict[str, Any]:
-    """What an audit of the recipe in the fast mode says."""
+    """The result of an audit of the recipe in fast mode."""
     from churn_trainer.audited import training_of
 
     found = audit.examine(
@@ -105,7 +105,7 @@ def cases(
     steps: int = STEPS,
     replays: int = REPLAYS,
 ) -> list[Case]:
-    """What is trained, in the order of its importance."""
+    """The trainings, most important first."""
     audited = Case({"group": "why"}, partial(why, device, pairs, steps, replays, network))
     first, *others = [
         Case(
@@ -122,7 +122,7 @@ def main() -> int:
     parser.add_argument("json", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0, help="begin no case after so long")
     arguments = parser.parse_args()
-    # PyTorch's deterministic algorithms want it, and cuBLAS reads it once a process.
+    # PyTorch's deterministic algorithms need it, and cuBLAS reads it once per process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     every = cases()
     return work(every, Journal(arguments.json, every), Deadline(arguments.seconds), "cuda")

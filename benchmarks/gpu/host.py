@@ -1,4 +1,4 @@
-"""The machine that is measured: what it lacks, and what its record says about it."""
+"""The measured machine: missing requirements, and its description in a record."""
 
 import platform
 import subprocess
@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def missing() -> list[str]:
-    """What a GPU report needs and this Python does not have, each with what to do; empty if none.
+    """The requirements of a GPU report that this Python lacks, each with its remedy.
 
-    It loads torch and looks for a device, and does not use one.
+    Loads torch and looks for a device, but does not use one.
     """
     python = sys.executable
     if find_spec("torch") is None:
@@ -41,7 +41,7 @@ def missing() -> list[str]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command says in its first line, or None where it cannot."""
+    """The first line of a command's output, or None if it fails."""
     try:
         done = subprocess.run(
             command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
@@ -65,10 +65,10 @@ def _cpu() -> str:
 
 
 def facts(commit: str | None = None) -> dict[str, Any]:
-    """Everything a reader needs to judge the numbers, or to repeat them.
+    """The facts needed to judge or reproduce the numbers.
 
     Args:
-        commit: of the tree, where the tree has no .git that says so.
+        commit: of the tree, if it has no .git.
     """
     import torch
 
@@ -98,6 +98,6 @@ def facts(commit: str | None = None) -> dict[str, Any]:
 
 
 def slug(gpu: str) -> str:
-    """The name of a folder for a GPU: its own name in small letters, digits and hyphens."""
+    """The folder name of a GPU: its name in lower-case letters, digits and hyphens."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in gpu.lower()).split()
     return "-".join(words) or "unknown"

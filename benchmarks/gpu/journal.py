@@ -1,7 +1,7 @@
-"""Cases run one by one until a deadline, each written to disk before the next begins.
+"""Runs cases one by one until a deadline, and writes each to disk before the next begins.
 
-What was measured then survives a crash, and a process that starts again goes on after the case that
-ended the last one.
+So the results survive a crash, and a restarted process resumes after the case that crashed the last
+one.
 """
 
 import json
@@ -18,7 +18,7 @@ from benchmarks.gpu.stages import BROKEN_CONTEXT, STOP, Deadline
 
 
 class Case(NamedTuple):
-    """Something to measure: what it is, as the record says it, and how to."""
+    """A measurement: its description in the record, and the function that runs it."""
 
     facts: dict[str, Any]
     run: Callable[[], dict[str, Any]]
@@ -29,14 +29,14 @@ class Case(NamedTuple):
 
 
 class Journal:
-    """The entries of the cases that ended, and the names of those left, in a JSON file.
+    """The entries of the finished cases, and the names of the remaining ones, in a JSON file.
 
-    An entry is the case's facts with what came out: its results, or `absent` (a package it needs is
+    An entry is the case's description with its results, or `absent` (a package that it needs is
     not importable), or `failed` (why).
 
     Args:
-        path: the file; what it holds already counts as done.
-        cases: all there are.
+        path: the file; cases that it holds already count as done.
+        cases: all cases.
     """
 
     def __init__(self, path: Path, cases: Sequence[Case]) -> None:
@@ -45,7 +45,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = content.get("entries", [])
         names = {case.name for case in cases}
         self._done = names - set(content["left_out"]) if content else set()
-        if running := content.get("running"):  # the process that ran it is gone
+        if running := content.get("running"):  # its process died
             self._end(running["name"], running["facts"] | {"failed": "its process ended"})
         self._write()
 
@@ -63,7 +63,7 @@ class Journal:
         self._end(case.name, case.facts | result)
 
     def give_up(self) -> None:
-        """Leave out the case that was begun."""
+        """Drop the running case."""
         self._write()
 
     def _end(self, name: str, entry: dict[str, Any]) -> None:
@@ -76,11 +76,11 @@ class Journal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".tmp")
         beside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(beside, self._path)  # whoever is killed while writing leaves the last one
+        os.replace(beside, self._path)  # atomic: a kill while writing leaves the old file
 
 
 class _Stopped(BaseException):
-    """The signal to stop: no case may take it for a failure of its own."""
+    """The signal to stop; not an Exception, so that cases do not record it as a failure."""
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _stopped_by_signal() -> Iterator[None]:
 
 
 def _context_works(device: str) -> bool:
-    """Whether the GPU still answers: an illegal access ends it for the whole process."""
+    """Whether the GPU still works: an illegal access breaks it for the whole process."""
     if device == "cpu":
         return True
     try:
@@ -113,13 +113,13 @@ def _outcome(case: Case) -> dict[str, Any]:
         return {"absent": str(error)}
     except torch.OutOfMemoryError:
         return {"failed": "out of memory"}
-    except Exception as error:  # a peer may fail in any way; the others are measured all the same
+    except Exception as error:  # a peer may fail in any way; go on with the others
         first = next(iter(str(error).strip().splitlines()), "")
         return {"failed": f"{type(error).__name__}: {first[:500]}"}
 
 
 def work(cases: Sequence[Case], journal: Journal, deadline: Deadline, device: str) -> int:
-    """Run the cases that the journal does not have yet, until the deadline or the signal to stop.
+    """Run the cases missing from the journal, until the deadline or the signal to stop.
 
     Returns: 0, or `BROKEN_CONTEXT`.
     """

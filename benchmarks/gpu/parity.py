@@ -1,7 +1,7 @@
-"""Whether a GPU computes what the CPU does: `python -m benchmarks.gpu.parity JSON`.
+"""Compares a GPU's results with the CPU's: `python -m benchmarks.gpu.parity JSON`.
 
-Compares loss, terms and gradients with the CPU backend's on the same inputs, in memory that is full
-of NaN wherever nothing has been written yet; and compares bytes where a mode promises them.
+Compares loss, terms and gradients with the CPU backend's on the same inputs, in memory that was
+filled with NaN before the call; and compares bytes where a mode guarantees them.
 """
 
 import argparse
@@ -34,17 +34,17 @@ BIT_SHAPES = ((2048, 1000), (256, 8142), (32, 128256), (4, 1_000_000))
 BIT_DTYPES = (torch.bfloat16, torch.float32)
 HASH_DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 REPLAYS = {"exact": 1000, "run_to_run": 100, "invariant": 100, "fast": 100}
-REPLAY_SECONDS = 5.0  # at most, of a case
+REPLAY_SECONDS = 5.0  # maximum per case
 SETTINGS = ({"VALUES": 16}, {"SWEEP_WARPS": 8})  # of resident rows and of sweeps
 IGNORED = -100
 
 
 class Option(NamedTuple):
-    """Keyword arguments of a loss, and what its inputs hold."""
+    """Keyword arguments of a loss, and properties of its inputs."""
 
     arguments: dict[str, Any]
     models: int = 2
-    teachers: int = 0  # the last so many models, of a distillation
+    teachers: int = 0  # number of trailing models, for distillation
     weighted: bool = False  # by class
     ignored: bool = False  # every third row
     masked: bool = False  # a class at -inf in every model
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
     logits: list[Tensor]
     target: Tensor | None
     class_weight: Tensor | None
-    upstream: Tensor  # (N,) the gradient of a loss a row, where the loss is one
+    upstream: Tensor  # (N,) the upstream gradient of a per-row loss
 
     def to(self, device: str) -> "Inputs":
         move = partial(_moved, device=device)
@@ -119,7 +119,7 @@ def inputs(option: Option, dtype: torch.dtype, shape: tuple[int, int], seed: int
 
 
 def poison(logits: Sequence[Tensor]) -> None:
-    """Fill with NaN, and free, memory like that which a loss will ask for."""
+    """Allocate memory like a loss's outputs, fill it with NaN, and free it."""
     rows = logits[0].shape[0]
     like = [torch.full_like(z, torch.nan) for z in logits]
     small = [
@@ -131,7 +131,7 @@ def poison(logits: Sequence[Tensor]) -> None:
 
 
 class Results(NamedTuple):
-    """What a loss returned, on whichever device computed it."""
+    """The results of a loss, on any device."""
 
     loss: Tensor
     terms: list[Tensor]
@@ -165,7 +165,7 @@ def evaluate(option: Option, given: Inputs, backend: str) -> Results:
 def errors(got: Sequence[Tensor], want: Sequence[Tensor]) -> tuple[dict[str, float | None], bool]:
     """Largest absolute and relative error, and whether each tensor is within its dtype's bound.
 
-    Values that are not finite have to be the same; an error is None where they are not.
+    Non-finite values must be equal; otherwise the error is None.
     """
     absolute = relative = 0.0
     passed = True
@@ -222,15 +222,15 @@ def replay(
     backend: str,
     replays: int,
 ) -> dict[str, Any]:
-    """How often the same call gives other bytes, with other work on the device; "fast" may.
+    """Count repeated calls with different bytes, under concurrent load; "fast" may have some.
 
-    As many replays as asked for, or as REPLAY_SECONDS allow.
+    Runs the requested number of replays, or as many as REPLAY_SECONDS allow.
     """
     option = Option({"alpha": ALPHA, "mode": mode})
     given = inputs(option, dtype, shape).to(device)
     first = evaluate(option, given, backend)
     done = differing = 0
-    # The host's thread that launches the other work has a core to itself.
+    # The host thread that launches the load has its own core.
     with thread_count(1), ck.audit.AXES["contention"](1):
         end = time.monotonic() + REPLAY_SECONDS
         while done < replays and (done == 0 or time.monotonic() < end):
@@ -242,7 +242,7 @@ def replay(
 def launch_settings(
     dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str
 ) -> dict[str, Any]:
-    """Whether exact mode gives the same bytes in other blocks, or with other numbers of warps."""
+    """Whether exact mode gives the same bytes with other block sizes and numbers of warps."""
     plan, launch = map(import_module, ("churn_kernels.triton.plan", "churn_kernels.triton.launch"))
     option = Option({"alpha": ALPHA, "mode": "exact"})
     given = inputs(option, dtype, shape).to(device)
@@ -269,7 +269,7 @@ def launch_settings(
 def alone(
     reduction: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str
 ) -> dict[str, Any]:
-    """Whether a row's loss and gradients are the same bytes alone and in its batch."""
+    """Whether a row's loss and gradients have the same bytes alone and in its batch."""
     option = Option({"alpha": ALPHA, "mode": "invariant", "reduction": reduction})
     given = inputs(option, dtype, shape).to(device)
     batch = evaluate(option, given, backend)
@@ -308,9 +308,9 @@ def churn(device: str, runs: int = 4, shape: tuple[int, int] = (2000, 1000)) -> 
 
 
 def hashes(dtype: torch.dtype, device: str, backend: str, size: int = 1_000_003) -> dict[str, Any]:
-    """Whether hashes are those of the CPU: of numbers at any address, of columns, of many tensors.
+    """Whether hashes equal the CPU's, for any address, for columns and for many tensors.
 
-    Addresses and places decide how the kernel can load the bytes.
+    Addresses and offsets decide how the kernel can load the bytes.
     """
     generator = torch.Generator().manual_seed(0)
     whole = torch.randint(256, (size * dtype.itemsize,), generator=generator, dtype=torch.uint8)
@@ -337,7 +337,7 @@ def hashes(dtype: torch.dtype, device: str, backend: str, size: int = 1_000_003)
 def _grid(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, torch.dtype, tuple[int, int]]]:
     """Every option, dtype and shape; first the plain pair everywhere, then options one by one."""
     first = [("pair", dtype, shape) for shape in shapes for dtype in DTYPES]
-    # Each option meets each shape and each dtype before it meets all combinations of the two.
+    # Each option with each shape and each dtype, before all combinations of the two.
     turns = [(DTYPES[i % len(DTYPES)], shape) for i, shape in enumerate(shapes)]
     then = [(name, dtype, shape) for dtype, shape in turns for name in OPTIONS]
     every = list(product(OPTIONS, DTYPES, shapes))
@@ -351,7 +351,7 @@ def cases(
     bit_shapes: Sequence[tuple[int, int]] = BIT_SHAPES,
     most_replays: int = max(REPLAYS.values()),
 ) -> list[Case]:
-    """What is compared, in the order of its importance."""
+    """The comparisons, most important first."""
     bits, replays = [], []
     for dtype, shape in product(BIT_DTYPES, bit_shapes):
         facts = {"dtype": str(dtype).removeprefix("torch."), "shape": shape_name(shape)}
@@ -365,7 +365,7 @@ def cases(
             number = min(wanted, most_replays)
             run = partial(replay, mode, dtype, shape, device, backend, number)
             replays.append(Case({"check": "replay", "mode": mode, **facts}, run))
-        if backend == "triton" and shape in bit_shapes[:2]:  # rows that are resident, and sweeps
+        if backend == "triton" and shape in bit_shapes[:2]:  # resident rows, and sweeps
             run = partial(launch_settings, dtype, shape, device, backend)
             replays.append(Case({"check": "launch settings", **facts}, run))
     grid = [

@@ -1,6 +1,6 @@
-"""What is compared with the losses on a GPU: PyTorch's own ways and published fused kernels.
+"""The peers of the losses on a GPU: PyTorch and published fused kernels.
 
-The published packages are peers where they are importable; the project does not depend on them.
+The published packages are used if importable; the project does not depend on them.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from benchmarks.table import COMPILED, EAGER, OURS
 class Peer(NamedTuple):
     """A way to compute a loss and its gradients.
 
-    `load` may raise ImportError. A peer that overwrites its logits gets a copy of its own and is
-    timed on what its last call left there; one that waits for the GPU cannot be captured.
+    `load` may raise ImportError. A peer that overwrites its logits gets its own copy, and is
+    timed on the output of its last call; one that waits for the GPU cannot be captured.
     """
 
     name: str
@@ -37,16 +37,16 @@ class Peer(NamedTuple):
 def compiled(loss: Loss, mode: str | None = None) -> Loss:
     """`loss` compiled for one shape: without a reset the compiler gives up after a few shapes."""
     torch._dynamo.reset()
-    # What it tunes is tuned anew in this process, when nothing else runs on the GPU.
+    # Tune again in this process, when nothing else runs on the GPU.
     import_module("torch._inductor.config").autotune_local_cache = False
     return torch.compile(loss, dynamic=False, fullgraph=True, mode=mode)
 
 
 def liger_pair() -> Loss:
-    """CE + entropy + SKL of a pair with gradients to both: all that Liger has a kernel for.
+    """CE + entropy + SKL of a pair with gradients to both: the parts that Liger supports.
 
-    Its divergence gives its second argument no gradient, so each direction is asked for twice, the
-    second time with the models swapped. For the entropy it has no kernel; PyTorch computes it.
+    Its divergence has no gradient for its second argument, so each direction is computed twice, the
+    second time with the models swapped. It has no kernel for the entropy; PyTorch computes it.
     """
     functional = import_module("liger_kernel.transformers.functional")
 
@@ -88,7 +88,7 @@ def quack_cross_entropy() -> Loss:
 
 
 def jsd(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of two softmaxes, what `liger_jsd` computes."""
+    """Jensen-Shannon divergence of two softmaxes, as in `liger_jsd`."""
     log_p, log_q = (F.log_softmax(z, dim=1) for z in logits)
     p, q = log_p.exp(), log_q.exp()
     log_m = ((p + q) / 2).log()

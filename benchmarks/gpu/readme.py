@@ -28,7 +28,7 @@ NOT_MEASURED = "GPU: not yet measured; `make gpu-report` measures it on a host t
 
 
 def newest(results: Path = RESULTS) -> Path | None:
-    """The folder of the latest record, by the date in it."""
+    """The folder of the latest record, by its date."""
     dates = {
         json.loads(path.read_text())["host"]["date"]: path.parent
         for path in results.glob(f"*/{REPORT}")
@@ -37,7 +37,7 @@ def newest(results: Path = RESULTS) -> Path | None:
 
 
 def figures(record: dict[str, Any] | None, where: str = "") -> str:
-    """What README.md says: the loss of a pair at every shape that was measured."""
+    """The text for README.md: the loss of a pair at every measured shape."""
     table = pair_table(record["benchmarks"]["entries"]) if record else {}
     table = {key: row for key, row in table.items() if measured(row.get(OURS))}
     if not table:
@@ -60,7 +60,7 @@ def figures(record: dict[str, Any] | None, where: str = "") -> str:
 def rewritten(text: str, block: str) -> str:
     """`text` with the block between its markers replaced.
 
-    Raises: ValueError where the markers are not there once each, in order.
+    Raises: ValueError unless each marker is there once, in order.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,4 +1,4 @@
-"""Commands that run one after another or side by side, each until its deadline at the latest."""
+"""Runs commands one after another or in parallel, each with a deadline."""
 
 import os
 import shlex
@@ -9,22 +9,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Exit status of a process whose GPU context a case has broken: start it again for the cases left.
+# Exit status of a process whose GPU context is broken: restart it for the remaining cases.
 BROKEN_CONTEXT = 75
-# What a stage is sent at its deadline: pytest then still says what it found.
+# The signal for a stage at its deadline: pytest then still reports its results.
 STOP = signal.SIGINT
 
 PASSED, FAILED, STOPPED = "passed", "failed", "stopped at its deadline"
 
-# What a record keeps of the end of a failing stage's output.
+# Length of a failing stage's output tail in the record.
 OUTPUT_CHARACTERS = 6000
-# How long a stage that did not keep its deadline may take to follow each signal.
+# Seconds that a stage past its deadline may take to react to each signal.
 GRACE = 2.0
 POLL = 0.05
 
 
 class Deadline:
-    """A point in time, so many seconds from now."""
+    """A point in time, this many seconds from now."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -41,8 +41,8 @@ class Deadline:
 class Stage(NamedTuple):
     """A command with a name.
 
-    `journal`: where it writes one; it is then started again after a case that was its end, for the
-    cases left. `required`: where False, how it ends is no fault of the run.
+    `journal`: the journal that it writes, if any; it is then restarted for the remaining cases
+    after a case that crashed it. `required`: if False, its failure does not fail the run.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Stage(NamedTuple):
 
 
 class _Running:
-    """A stage under way: its process, in a session of its own so that its children end with it."""
+    """A running stage: its process, in its own session so that its children end with it."""
 
     def __init__(self, stage: Stage, folder: Path, environment: dict[str, str], root: Path) -> None:
         self.stage, self._environment, self._root = stage, environment, root
@@ -82,19 +82,19 @@ class _Running:
         return path.read_text() if path is not None and path.exists() else ""
 
     def ended(self) -> bool:
-        """Whether it is over; a process that died in one of its cases is started for the others."""
+        """Whether it is over; a process that died in a case is restarted for the others."""
         status = self.process.poll()
         if status is None:
             return False
         died = status == BROKEN_CONTEXT or status < 0
-        # One that dies before it begins a case would do so for ever.
+        # A process that dies before it begins a case would do so forever.
         if died and self._journal() != self._journal_before:
             self._start()
             return False
         return True
 
     def kill(self) -> None:
-        """End it and its children: asked first, so that it can write what it has."""
+        """End it and its children, by a request first, so that it can write its results."""
         for how in (STOP, signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, how)
@@ -108,7 +108,7 @@ class _Running:
 
     def outcome(self, stopped: bool = False) -> dict[str, Any]:
         status = self.process.returncode
-        # One that keeps a journal ends by itself when asked to, with a status that means something.
+        # A stage with a journal ends by itself on request, with a meaningful status.
         stopped = stopped and (status < 0 or self.stage.journal is None)
         verdict = PASSED if status == 0 else STOPPED if stopped else FAILED
         text = self._log.read_text(errors="replace").replace(f"{self._root}{os.sep}", "")
@@ -125,9 +125,9 @@ class _Running:
 def run(
     stages: Sequence[Stage], seconds: float, folder: Path, environment: dict[str, str], root: Path
 ) -> list[dict[str, Any]]:
-    """Run stages side by side until the required ones have ended, or for so many seconds.
+    """Run stages in parallel until the required ones have ended, or for this many seconds.
 
-    Returns: what became of each, in their order.
+    Returns: the outcome of each, in order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = Deadline(seconds)
@@ -152,5 +152,5 @@ def run(
 
 
 def failed(outcomes: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the stages whose end is a fault of the run."""
+    """Names of the stages that fail the run."""
     return [o["name"] for o in outcomes if o["required"] and o["status"] != PASSED]

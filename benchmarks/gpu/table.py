@@ -37,7 +37,7 @@ AUTOTUNED = "torch.compile max-autotune"
 LIGER, QUACK, LIGER_JSD = "Liger", "QuACK", "Liger JSD"
 MODES = ("run_to_run", "invariant", "exact")
 
-# Least share of the copy's bandwidth, in percent, up to so many classes and beyond.
+# Minimum share of the copy's bandwidth, in percent, up to this many classes and beyond.
 SHARE, SHARE_BEYOND, SHARE_CLASSES = 85.0, 60.0, 128256
 SHARE_OF_HASH = 50.0
 SPEEDUP_OVER_COMPILED = 4.0
@@ -56,7 +56,7 @@ EVENTS_NOTE = (
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """What a folder holds; a part that was not reached is empty."""
+    """The contents of a folder; a part that was not reached is empty."""
     empty = {"entries": [], "left_out": []}
     record = json.loads((folder / REPORT).read_text())
     for name, file in PARTS.items():
@@ -79,7 +79,7 @@ def measured(entry: Entry | None) -> bool:
 
 
 def cell(entry: Entry | None, value: Callable[[Entry], float] = lambda entry: entry["ms"]) -> str:
-    """A number of an entry, or why there is none."""
+    """A number of an entry, or the reason why there is none."""
     if entry is None:
         return "not run"
     if "absent" in entry:
@@ -91,7 +91,7 @@ def cell(entry: Entry | None, value: Callable[[Entry], float] = lambda entry: en
 
 
 def ratio(slow: Entry | None, fast: Entry | None) -> float | None:
-    """How many times longer one takes, where both were measured."""
+    """Ratio of two times, if both were measured."""
     return slow["ms"] / fast["ms"] if measured(slow) and measured(fast) else None
 
 
@@ -115,7 +115,7 @@ def extra_bytes_a_row(entry: Entry) -> float:
 
 def memory_cell(entry: Entry | None) -> str:
     if measured(entry) and "extra_bytes" not in entry:
-        return "not run"  # only a GPU's allocator is asked
+        return "not run"  # only measured on a GPU
     return cell(entry, extra_bytes_a_row).removesuffix(BY_EVENTS)
 
 
@@ -162,7 +162,7 @@ def pair_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
 
 
 def modes_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
-    """What the stronger reduction modes cost, on the same sets of inputs as the default."""
+    """Cost of the stronger reduction modes, on the same input sets as the default."""
     table = pair_table(entries)
     found = {
         mode: [ratio(row.get(f"{OURS} {mode}"), row.get(OURS)) for row in table.values()]
@@ -210,7 +210,7 @@ def memory_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
 
 
 def part_section(group: str, title: str, peers: tuple[str, ...]) -> Callable[..., Any]:
-    """A section on a part of the loss that others compute alone."""
+    """A section on a part of the loss that other libraries compute."""
 
     def section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
         lines = [
@@ -237,7 +237,7 @@ def variants_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
 
 
 def calls_section(entries: list[Entry]) -> tuple[str, list[list[str]]]:
-    """Wall times: what a small call costs, and the churn report on either device."""
+    """Wall times: the cost of a small call, and the churn report on either device."""
     lines, targets = [], []
     for (shape,), row in grouped(entries, "overhead", "shape").items():
         found = ratio(row.get(OURS), row.get(CROSS_ENTROPY))
@@ -282,7 +282,7 @@ SECTIONS = {
 
 
 def notes(entries: list[Entry]) -> str:
-    """What each peer said about itself, and why a case has no number."""
+    """The peers' notes, and why a case has no number."""
     said = {f"{e['peer']}: {e['note']}" for e in entries if "note" in e}
     absent = {f"{e.get('peer', e['group'])}: {e['absent']}" for e in entries if "absent" in e}
     failed = [
@@ -295,7 +295,7 @@ def notes(entries: list[Entry]) -> str:
 
 
 def largest(entries: list[Entry], kind: str, error: str) -> str:
-    """The largest error among entries, or the fact that one has none because it is not finite."""
+    """The largest error among entries, or a note that one is not finite."""
     values = [e["errors"][kind][error] for e in entries if kind in e.get("errors", {})]
     if None in values:
         return "not finite"
@@ -303,7 +303,7 @@ def largest(entries: list[Entry], kind: str, error: str) -> str:
 
 
 def calls_that_differ(entries: list[Entry]) -> str:
-    """Of replays: how many gave other bytes than the first call; in the fast mode they may."""
+    """Number of replays with bytes other than the first call's; fast mode may have some."""
     replays = sum(entry.get("replays", 0) for entry in entries)
     differing = sum(entry["differing"] for entry in entries if "replays" in entry)
     return f"{differing} of {replays}" if replays else ""
@@ -336,7 +336,7 @@ def parity_section(parity: dict[str, Any]) -> str:
 
 
 def churn_section(entries: list[Entry]) -> list[str]:
-    """Churn of runs that share every seed, by mode, and what an audit says of it."""
+    """Churn of runs with identical seeds, by mode, and the result of an audit."""
 
     def shown(estimate: list[float | None]) -> str:
         mean, low, high = (math.nan if x is None else 100 * x for x in estimate)
@@ -361,7 +361,7 @@ def churn_section(entries: list[Entry]) -> list[str]:
             rows = [[one["suspect"], shown(one["share"])] for one in entry["shares"]]
             said = (
                 f"An audit of the fast mode: {entry['verdict']}; {entry['parted']} of "
-                f"{entry['pairs']} pairs part; operators that race: "
+                f"{entry['pairs']} pairs differ; operators that race: "
                 f"{', '.join(entry['operators']) or 'none'}.\n"
             )
             table = markdown("Why", ["twin of", "removes, %"], rows) if rows else "## Why\n"
@@ -400,7 +400,7 @@ def machine_line(host: dict[str, Any]) -> str:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The whole report; a part that was not reached is left out, and its stage says why."""
+    """The whole report, without parts that were not reached; their stages say why."""
     entries = record["benchmarks"]["entries"]
     groups = {entry["group"] for entry in entries}
     sections, targets = [], []

@@ -1,4 +1,4 @@
-"""Time of a few steps in a row, as CUDA graphs where they can be captured."""
+"""Times a few steps in a row, as CUDA graphs if they can be captured."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ MIN_REPEATS, MAX_REPEATS = 10, 200
 
 
 class Timing(NamedTuple):
-    """Milliseconds a step: the median over the repeats, and the quartiles."""
+    """Milliseconds per step: the median over the repeats, and the quartiles."""
 
     ms: float
     low: float
@@ -62,7 +62,7 @@ class CapturedPass(Pass):
 
 
 def make_pass(steps: Sequence[Step], device: str, capturable: bool) -> Pass:
-    """A captured pass where there can be one, else a plain one."""
+    """A captured pass if possible, else a plain one."""
     if device == "cpu" or not capturable:
         return Pass(steps)
     try:
@@ -85,7 +85,7 @@ def _on_host(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _on_device(run: Callable[[], object], repeats: int) -> list[float]:
-    """Times between events. The host does not wait in between, so that it stays ahead."""
+    """Times between events. The host does not wait in between, so it stays ahead of the GPU."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -96,7 +96,7 @@ def _on_device(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def timed(run: Callable[[], object], steps: int, device: str, seconds: float) -> Timing:
-    """Time `run`, which is so many steps, for about so many seconds."""
+    """Time `run`, a pass of `steps` steps, for about `seconds`."""
     clock = _on_host if device == "cpu" else _on_device
     estimate = median(clock(run, WARM_UP))
     repeats = round(min(MAX_REPEATS, max(MIN_REPEATS, 1e3 * seconds / max(estimate, 1e-6))))
@@ -108,7 +108,7 @@ def timed(run: Callable[[], object], steps: int, device: str, seconds: float) ->
 def wall_time(
     run: Callable[[], object], device: str, calls: int, repeats: int = MIN_REPEATS
 ) -> Timing:
-    """Time a call costs the host and the device together, from batches of so many calls."""
+    """Time per call on host and device together, from batches of calls."""
 
     def many() -> None:
         for _ in range(calls):

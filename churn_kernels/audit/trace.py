@@ -20,12 +20,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from churn_kernels._files import check, parse_json, read_bytes, write_atomically
+
 FORMAT = 2
 _KIND = "churn_kernels trace"
 
 BEFORE, AGAIN = " before", " again"
 RANDOM = "random state of "
 VALUE = "="
+
+_HEADER = {
+    "hash_spec": int,
+    "tensors": [(str, str, [int])],
+    "optimizer": str,
+    "state": {str: str},
+    "manifest_hash": str,
+    "manifest": {str: Any},
+}
+"""What every reader of a trace takes to be in its first line."""
 
 
 class TraceError(ValueError):
@@ -98,7 +110,7 @@ class Trace:
                 f"a trace must be a file that audit.record wrote, got the folder {path}; name the "
                 "file in it"
             )
-        lines = path.read_bytes().split(b"\n")
+        lines = _lines(path)
         header = _header(path, lines[0])
         steps: list[Step] = []
         resumptions: list[Resumption] = []
@@ -112,8 +124,17 @@ class Trace:
                 what = "was cut off" if last else "does not follow from the lines before it"
                 damage = f"line {index} {what}; nothing after it counts"
                 return cls(path, header, steps, damage, resumptions)
+            goes_on = "resumed_after" in found
+            try:
+                after = {"resumed_after": {len(steps) - 1}, "manifest": dict}
+                own = {"step": {len(steps)}, "hashes": {str: str}}
+                check(found, after if goes_on else own, "it")
+            except ValueError as error:
+                what = f"is no step {len(steps)} of a trace ({error})"
+                damage = f"line {index} {what}; nothing after it counts"
+                return cls(path, header, steps, damage, resumptions)
             chain = found["chain"]
-            if "resumed_after" in found:
+            if goes_on:
                 resumptions.append(Resumption(found["resumed_after"], found["manifest"], chain))
             else:
                 steps.append(Step(found["step"], found["hashes"], chain))
@@ -168,10 +189,8 @@ class Writer:
         writer = cls.__new__(cls)
         writer.kept = kept
         writer._chain = kept[-1].chain if last_is_step else before[-1].chain
-        lines = path.read_bytes().split(b"\n")[: 1 + len(kept) + len(before)]
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(b"\n".join(lines) + b"\n")
-        os.replace(part, path)
+        lines = _lines(path)[: 1 + len(kept) + len(before)]
+        write_atomically(path, b"\n".join([*lines, b""]))
         writer._file = os.open(path, os.O_WRONLY | os.O_APPEND)
         ran_on = {name: header[name] for name in ("manifest_hash", "manifest")}
         writer._write({"resumed_after": step, **ran_on})
@@ -217,6 +236,15 @@ def last_states(steps: Iterable[Step]) -> dict[str, str]:
     return {base_of(name): found for step in steps for name, found in step.hashes.items()}
 
 
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return read_bytes(path).split(b"\n")
+    except ValueError as error:
+        raise TraceError(
+            f"a trace must be a file that audit.record wrote, got: {error}; name another"
+        ) from None
+
+
 def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, separators=(",", ":"), ensure_ascii=True)
 
@@ -228,10 +256,10 @@ def _next_chain(chain: str, text: str) -> str:
 def _checked(line: bytes, chain: str) -> dict[str, Any] | None:
     """What a line holds, with its chain, if it follows from the chain before it."""
     try:
-        found: Any = json.loads(line)
+        found = parse_json(line)
         own = found["chain"]
         text = _text({name: value for name, value in found.items() if name != "chain"})
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return found if own == _next_chain(chain, text) else None
 
@@ -243,9 +271,15 @@ def _header(path: Path, line: bytes) -> dict[str, Any]:
             f"{path} is no trace, or its first line is damaged; pass a file that "
             f"churn_kernels.audit.record wrote"
         )
-    if found["format"] != FORMAT:
+    if found.get("format") != FORMAT:
         raise TraceError(
-            f"{path} was written in format {found['format']}, this version reads {FORMAT}; read it "
-            f"with the version of churn_kernels that wrote it"
+            f"{path} was written in format {found.get('format')}, this version reads {FORMAT}; "
+            f"read it with the version of churn_kernels that wrote it"
         )
-    return found
+    try:
+        return check(found, _HEADER, "the header")
+    except ValueError as error:
+        raise TraceError(
+            f"{path} must hold the trace of a training, got: {error}; pass a file that "
+            f"churn_kernels.audit.record wrote"
+        ) from None

@@ -11,7 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)  // what nobody asked for is out of bounds, though it is there
+#if defined(__SANITIZE_ADDRESS__)  // makes memory that is cached but not lent out of bounds
 #include <sanitizer/asan_interface.h>
 #define CK_FORBID(data, bytes) ASAN_POISON_MEMORY_REGION(data, bytes)
 #define CK_ALLOW(data, bytes) ASAN_UNPOISON_MEMORY_REGION(data, bytes)
@@ -24,7 +24,7 @@ namespace ck {
 namespace {
 
 constexpr int64_t kHugePage = 2 << 20;
-constexpr int64_t kGranule = 64 << 10;  // sizes are rounded up to it, so that more of them match
+constexpr int64_t kGranule = 64 << 10;  // sizes are rounded up to this, so that more of them match
 constexpr int64_t kMostBytes = int64_t{1} << 62;
 
 struct Buffer {
@@ -34,9 +34,9 @@ struct Buffer {
 
 struct Shelf {
   std::mutex mutex;
-  std::vector<Buffer> kept;  // oldest first; has room for all that is lent
+  std::vector<Buffer> kept;  // oldest first; reserved for all lent buffers
   int64_t kept_bytes = 0;
-  std::unordered_map<void*, int64_t> lent;  // sizes of what is in use
+  std::unordered_map<void*, int64_t> lent;  // sizes of the buffers in use
 };
 
 // Never destroyed: tensors may outlive every static object.
@@ -49,7 +49,7 @@ void* fresh(int64_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, kHugePage, bytes) != 0) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(data, bytes, MADV_HUGEPAGE);  // fewer page faults; where refused, nothing is lost
+  madvise(data, bytes, MADV_HUGEPAGE);  // fewer page faults; a failure is harmless
 #endif
   return data;
 }
@@ -75,7 +75,7 @@ void* take_buffer(int64_t bytes) {
     s.kept_bytes -= buffer.bytes;
     s.kept.erase(std::next(found).base());
   } else {
-    s.kept.reserve(s.kept.size() + s.lent.size() + 1);  // giving back must not fail
+    s.kept.reserve(s.kept.size() + s.lent.size() + 1);  // give_back_buffer must not fail
     buffer = {fresh(size), size};
     try {
       s.lent.emplace(buffer.data, buffer.bytes);

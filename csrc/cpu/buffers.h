@@ -1,5 +1,5 @@
-// Memory for gradients, kept from one call for the next. A training step frees its gradients and
-// then asks for the same again; the system would hand out fresh zeroed pages each time, which costs
+// Memory for gradients, cached between calls. A training step frees its gradients and then
+// allocates the same again; the system would provide fresh zeroed pages each time, which costs
 // more than computing the gradients.
 #pragma once
 
@@ -7,17 +7,17 @@
 
 namespace ck {
 
-// Smaller blocks are the ordinary allocator's business: it keeps them itself.
+// Smaller blocks go to the default allocator, which caches them itself.
 inline constexpr int64_t kSmallestBuffer = 1 << 20;
 
-// At most this much memory is kept while nobody uses it.
+// Maximum size of the unused buffers that are kept.
 inline constexpr int64_t kKeptBufferBytes = 256 << 20;
 
-// At least `bytes`, aligned for vectors, in any thread. Contents are whatever they are. Throws
+// At least `bytes` of uninitialised memory, aligned for vectors. Thread-safe. Throws
 // std::bad_alloc.
 void* take_buffer(int64_t bytes);
 
-// Takes back what take_buffer returned, from any thread.
+// Returns a buffer of take_buffer to the cache. Thread-safe.
 void give_back_buffer(void* buffer) noexcept;
 
 }  // namespace ck

@@ -1,4 +1,4 @@
-// What the general sweeps add up of a chunk, by name; A is what a sum is kept in.
+// The general sweeps' sums over a chunk, by name; A is the accumulator type.
 #pragma once
 
 #include "../rows/divergence.h"
@@ -48,7 +48,7 @@ struct ModelChunk {
   }
 };
 
-// One pair's (rows::PairSums64).
+// One pair's sums over a chunk (rows::PairSums64).
 template <class A>
 struct PairChunk {
   rows::PairSums<A> skl;
@@ -57,7 +57,7 @@ struct PairChunk {
   explicit PairChunk(const float* s)
       : skl{A(s[kFirst]), A(s[kSecond]), A(s[kGap]), A(s[kOther])}, mismatch(s[kMismatch]) {}
 
-  // `unit` is what the sums over D are times.
+  // `unit` is the scale of the sums over D.
   void add_to(Sum* out, double unit) const {
     const auto add = [&](const A& sum, Sum& total) {
       Sum part{};
@@ -73,7 +73,7 @@ struct PairChunk {
   }
 };
 
-// All sums of a chunk, in memory of `bytes`.
+// All sums of a chunk, in caller-provided memory of `bytes`.
 template <class A>
 struct Chunk {
   ModelChunk<A>* model;

@@ -23,7 +23,7 @@ void find_extremes(const RowWork& work, int64_t first_class, Sum* out) {
   }
 }
 
-// Fewer classes than k are followed by classes that come after all others.
+// If there are fewer than k classes, the rest is padded with -inf at a class index past the last.
 void find_top_k(const RowWork& work, const LossInputs& in, Sum* out) {
   const RowView& row = work.view();
   const int64_t most = in.options.top_k, k = std::min(most, row.classes);

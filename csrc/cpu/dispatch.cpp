@@ -2,7 +2,7 @@
 
 namespace ck {
 
-// Each instruction set's tables, from its own build of kernels.cpp.
+// The kernel tables of each instruction set, from its own build of kernels.cpp.
 #define CK_DECLARE(isa)                        \
   namespace isa {                              \
   const KernelSet& kernels(DType dtype);       \

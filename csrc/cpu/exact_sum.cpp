@@ -9,19 +9,19 @@ namespace {
 using rows::bits_as;
 using rows::Superaccumulator;
 
-// Mantissas are added up by sign and exponent, an integer addition each, and what a bin holds goes
-// into the accumulator once for many numbers. Neighbours take turns at several sets of bins: they
-// often share an exponent, and would wait for each other's addition.
+// Mantissas are added to bins by sign and exponent, one integer addition each, and the bins are
+// folded into the accumulator once for many numbers. Neighbouring numbers go to different sets of
+// bins: they often share an exponent, and their additions would depend on each other.
 constexpr int kSets = 4;
 constexpr int kBins = 512;
 constexpr int kMantissaBits = 23;
 constexpr uint32_t kMantissa = (1u << kMantissaBits) - 1;
 
-// A bin counts its numbers above the sum of their mantissas.
+// The high bits of a bin count its numbers, the low bits sum their mantissas.
 constexpr int kCountShift = 40;
 constexpr uint64_t kOne = uint64_t{1} << kCountShift;
 
-// Fewer numbers than this are not worth the clearing and folding of bins.
+// With fewer numbers than this, clearing and folding bins does not pay.
 constexpr int64_t kFewest = 512;
 // Numbers between two foldings; below 2^17, or the mantissas of one bin would reach its count.
 constexpr int64_t kBlock = 1 << 16;
@@ -59,7 +59,7 @@ void add_block(const float* x, int64_t size, Superaccumulator& sum) {
     if (exponent > 0) mantissas += static_cast<int64_t>(held >> kCountShift) << kMantissaBits;
     sum.add_at(std::max(exponent, 1) - 1, bin == exponent ? mantissas : -mantissas);
   }
-  // A bin cannot tell an infinity among NaN; few blocks hold either.
+  // A bin cannot distinguish infinities from NaN; few blocks have either.
   for (int64_t i = 0; special && i < size; ++i) {
     if ((bits_as<uint32_t>(x[i]) >> kMantissaBits & 255) == 255) sum.add(x[i]);
   }

@@ -8,7 +8,7 @@
 
 namespace ck {
 
-// The sum of x (size,), normalised; any number of threads, and of numbers, gives the same words.
+// The normalised sum of x (size,); the words do not depend on the number of threads.
 rows::Superaccumulator exact_sum(const float* x, int64_t size, const Parallel& parallel);
 
 }  // namespace ck

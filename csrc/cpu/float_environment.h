@@ -1,5 +1,5 @@
-// Floating point as IEEE 754 has it, whatever the process set: a library built with -ffast-math, or
-// torch.set_flush_denormal, makes subnormal numbers 0.
+// IEEE 754 floating point regardless of the process's settings: a library built with -ffast-math,
+// or torch.set_flush_denormal, may have switched on flushing of subnormal numbers to 0.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace ck {
 
-// Rounds to nearest and keeps subnormal numbers in this thread while it lives.
+// While it lives, this thread rounds to nearest and keeps subnormal numbers.
 class StandardFloats {
  public:
   StandardFloats() : before_(get()) { set(kStandard); }

@@ -1,5 +1,5 @@
-// The sweeps for one or two models side by side in memory, whose gradients take a few scalars a
-// model. The fast path.
+// The fast path: sweeps for one or two models with contiguous columns, whose gradients take a few
+// scalars per model.
 #pragma once
 
 #include "../rows/divergence.h"
@@ -18,12 +18,12 @@ struct Fused {
   using V = Vec<S>;
   static constexpr bool kExact = std::is_same_v<A, FixedSum>;
   static constexpr int kWidth = kLanes<S>;
-  // Far below any exp's range, so that lanes past the end of a row weigh exactly nothing.
+  // Far below exp's range, so that lanes past the end of a row have weight exactly 0.
   static constexpr S kNowhere = S(-1e4);
 
   static const T* logits(const RowView& row, int k) { return static_cast<const T*>(row.logits[k]); }
 
-  static constexpr int kUnroll = 4;  // a maximum has no order, so independent chains are free
+  static constexpr int kUnroll = 4;  // a maximum does not depend on order: use independent chains
 
   static void two_largest(const RowView& row, int64_t begin, int64_t end, double* out) {
     for (int k = 0; k < K; ++k) {
@@ -43,11 +43,11 @@ struct Fused {
     }
   }
 
-  // The largest difference of the two models' logits, and the largest the other way round.
+  // The largest z_0 - z_1 and the largest z_1 - z_0 of the two models' logits.
   static void differences(const RowView& row, int64_t begin, int64_t end, double* out) {
     const T *a = logits(row, 0), *b = logits(row, 1);
     V highest(-std::numeric_limits<S>::infinity()), minus_lowest = highest;
-    const auto step = [&](V x, V y) {  // neither sees a NaN, which a class at -inf in both makes
+    const auto step = [&](V x, V y) {  // both ignore the NaN of a class at -inf in both models
       highest = max(x - y, highest);
       minus_lowest = max(y - x, minus_lowest);
     };
@@ -104,8 +104,8 @@ struct Fused {
     row.exponentials ? sums<true>(row, begin, end, out) : sums<false>(row, begin, end, out);
   }
 
-  // This sweep computes and hardly waits for memory, so it fetches what comes after it: the next
-  // row's logits, and the lines that this row's gradient is going to overwrite.
+  // This sweep is compute-bound, so it prefetches the next row's logits and the cache lines that
+  // this row's gradient will overwrite.
   CK_HD static void fetch_ahead(const RowView& row, int k, int64_t c) {
     __builtin_prefetch(logits(row, k) + c + row.next_row, 0, 2);
     if (row.gradients[k] && !row.stream) {
@@ -113,7 +113,7 @@ struct Fused {
     }
   }
 
-  // d of logit - maximum; exact sums need a number for a class at -inf, too.
+  // d = logit - maximum; exact sums need a finite d for a class at -inf, too.
   CK_HD static V finite(V difference) {
     if constexpr (kExact) return max(V(kLowest<S>), difference);
     return difference;
@@ -124,7 +124,7 @@ struct Fused {
     else total.real += static_cast<double>(n);
   }
 
-  // Flat, because `step` is called twice, and where it is not inlined the sums live in memory.
+  // gnu::flatten, because `step` is called twice and must be inlined to keep sums in registers.
   template <bool kKeep>
   [[gnu::flatten]] static void sums(const RowView& row, int64_t begin, int64_t end, Sum* out) {
     using Wide = typename WideOf<A>::type;
@@ -138,10 +138,10 @@ struct Fused {
     };
     rows::SoftmaxSums<A> model[2]{none(0), none(K - 1)};
     rows::UniformSums<A, Wide> flat[2]{none_uniform(0), none_uniform(K - 1)};
-    const float* pair_scales = scales(K == 2 ? 2 : 0);  // of one model: unused
+    const float* pair_scales = scales(K == 2 ? 2 : 0);  // unused for one model
     rows::PairSums<A> pair{A(pair_scales[kFirst]), A(pair_scales[kSecond]), A(pair_scales[kGap]),
                            A(pair_scales[kOther])};
-    V check(S(0));  // NaN where there is one, of which fixed point knows nothing
+    V check(S(0));  // becomes NaN if a logit is, which fixed point cannot represent
     V maximum[K], peak[K];
     const T* z[K];
     for (int k = 0; k < K; ++k) {
@@ -160,7 +160,7 @@ struct Fused {
       if constexpr (K == 2) {
         const V less = e[0] - e[1], D = d[0] - d[1];
         rows::add_skl(pair, e[0], less, D);
-        if constexpr (!kExact) {  // exact sums have all digits of their differences
+        if constexpr (!kExact) {  // exact sums lose no digits in their differences
           plus(pair.gap, less);
           plus_product(pair.other, e[1], D);
         }
@@ -220,7 +220,7 @@ struct Fused {
   template <class X>
   struct Coefficients {
     X maximum[K], constant[K], slope[K], uniform[K];
-    // Of the pair, for D = d_0 - d_1 and e_0 - e_1 whichever model it is.
+    // The pair's scalars, for D = d_0 - d_1 and e_0 - e_1 in both models.
     X own[K], mean[K], shared[K], minus_other[K];
 
     explicit Coefficients(const RowView& row) {
@@ -256,7 +256,7 @@ struct Fused {
         }
       }
       for (int k = 0; k < K; ++k) {
-        // Of one model exact sums take rows of any reach.
+        // With one model exact sums take rows of any reach.
         if constexpr (kExact && K == 1) d[k] = max(X(static_cast<S>(kWeightless)), d[k]);
         X inner = mul_add(slope[k], d[k], constant[k]), rest = uniform[k];
         if constexpr (K == 2) {
@@ -328,7 +328,7 @@ struct Fused {
       if (misaligned(0, c) == 0) {
         c = full_vectors<true>(row, coefficients, c, end);
 #if defined(__x86_64__)
-        _mm_sfence();  // streamed stores are not ordered with the ones that tell others of them
+        _mm_sfence();  // orders the streamed stores before the ones that signal other threads
 #endif
       }
     }
@@ -337,7 +337,7 @@ struct Fused {
     if (row.target >= begin && row.target < end) fix_target(row);
   }
 
-  // The target's element, fixed in the compute dtype and then rounded once.
+  // The target's element, corrected in the compute dtype and rounded once.
   static void fix_target(const RowView& row) {
     const Coefficients<S> coefficients(row);
     S x[K], e[K], g[K];

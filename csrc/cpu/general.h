@@ -1,7 +1,7 @@
 // The sweeps for every other case: any number of models, temperature, top-k, label smoothing, L1,
-// teachers, classes at -inf, columns that do not lie side by side. A chunk is worked through in
-// blocks that stay in the first-level cache, one short loop per term. A loop whose body stayed a
-// call would keep its sums in memory: gnu::flatten has it inlined.
+// teachers, classes at -inf, strided columns. A chunk is processed in blocks that stay in the L1
+// cache, one short loop per term. gnu::flatten inlines the loop bodies: a call would keep the sums
+// in memory.
 #pragma once
 
 #include <alloca.h>
@@ -28,12 +28,11 @@ struct General {
   static constexpr int kWidth = kLanes<S>;
   static constexpr int kVectors = static_cast<int>(kBlock) / kWidth;
   static constexpr S kInfinity = std::numeric_limits<S>::infinity();
-  // What sums over D of a pair are times, so that they do not overflow; the fixed point of exact
-  // mode has scales of its own.
+  // Scale of the sums over a pair's D, so that they do not overflow; exact mode's fixed point has
+  // its own scales.
   static constexpr S kUnit = kExact ? S(1) : S(0x1p-32);
 
-  // One block of one model. A class at -inf has live = d = e = f = 0; so has what lies past the
-  // end.
+  // One block of one model. Classes at -inf, and lanes past the end, have live = d = e = f = 0.
   struct Block {
     V logit[kVectors], d[kVectors], e[kVectors], tempered[kVectors], live[kVectors];
   };
@@ -72,7 +71,7 @@ struct General {
     });
   }
 
-  // 1 in the row's k largest, 0 elsewhere.
+  // 1 for the row's k largest, 0 elsewhere.
   static V members(const RowView& row, int k, V z, V live, int64_t c) {
     const S threshold = static_cast<S>(row.thresholds[k]);
     const int64_t ties_within = row.last_ties[k] - c;
@@ -93,7 +92,7 @@ struct General {
     return load_first(static_cast<const S*>(row.class_weight) + c, n, S(0));
   }
 
-  // class weight d, a number even where S has none.
+  // class weight d, clamped below to the lowest finite S.
   static V weigh(V weight, V d) { return max(V(std::numeric_limits<S>::lowest()), weight * d); }
 
   static TwoLargest<S> two_largest(const RowView& row, int k, int64_t begin, int64_t end) {
@@ -159,7 +158,7 @@ struct General {
     return blocks;
   }
 
-  // The stack of the calling function, aligned for vectors.
+  // Memory on the caller's stack, aligned for vectors.
 #define CK_STACK(bytes)                                                                  \
   reinterpret_cast<void*>(                                                               \
       (reinterpret_cast<uintptr_t>(alloca((bytes) + kVectorBytes)) + kVectorBytes - 1) / \
@@ -196,7 +195,7 @@ struct General {
       const V less = i.tempered[v] - j.tempered[v], D = i.d[v] * unit - j.d[v] * unit;
       rows::add_skl(sums.skl, i.tempered[v], less, D);
       plus_product(sums.skl.other, j.tempered[v], D);
-      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact masses have all its digits
+      if constexpr (!kExact) plus(sums.skl.gap, less);  // exact mode gets it from the masses
       const V differ = i.live[v] - j.live[v];
       plus_product(sums.mismatch, differ, differ);
     });
@@ -237,7 +236,7 @@ struct General {
           extend(bound[kFirstReach], p * D);
           extend(bound[kSecondReach], (p - q) * D);
           extend(bound[kOtherReach], q * D);
-          // Neither takes the NaN of a class at -inf in both.
+          // Both ignore the NaN of a class at -inf in both models.
           bound[kHighest] = max(i.logit[v] - j.logit[v], bound[kHighest]);
           bound[kMinusLowest] = max(j.logit[v] - i.logit[v], bound[kMinusLowest]);
         });
@@ -333,13 +332,13 @@ struct General {
     return blocks[k].tempered[v] * V(static_cast<S>(row.inverse_masses[k]));
   }
 
-  // Of the pair (i, j), i < j, in the order (0, 1), (0, 2), .., (1, 2), ..
+  // The scalars of pair (i, j), i < j, in the order (0, 1), (0, 2), .., (1, 2), ..
   static const rows::PairScalars& pair_scalars(const RowView& row, int i, int j) {
     const int p = i * (2 * row.models - i - 1) / 2 + j - i - 1;
     return reinterpret_cast<const rows::PairScalars*>(row.pair_scalars)[p];
   }
 
-  // Sign of p_i - p_j, out of the logits: p itself has fewer digits. 0 where `level` is NaN.
+  // Sign of p_i - p_j, from the logits: p itself has fewer digits. 0 where `level` is NaN.
   static V sign(const Block& i, const Block& j, int v, S level) {
     const V D = i.d[v] - j.d[v], at(level);
     const V alive = level == level ? i.live[v] - j.live[v] : V(S(0));
@@ -366,8 +365,8 @@ struct General {
     }
   }
 
-  // Model i's gradient of a block, but for the 1 of the target. The order of operations is that of
-  // Fused, so that exact mode has one result whichever kernel a row takes.
+  // Model i's gradient of a block, without the target's 1. The order of operations is that of
+  // Fused, so that exact mode has the same result with either kernel.
   struct Gradient {
     const RowView& row;
     const int i;
@@ -421,7 +420,7 @@ struct General {
 
     void add_partners(V& inner, V& rest, int v) const {
       for (int j = 0; j < row.models; ++j) {
-        // A model that is not coupled in stays out, whatever it holds: 0 times NaN is NaN.
+        // Skip uncoupled models: 0 times a NaN in them would be NaN.
         const rows::PartnerGradient& partner = partners[j];
         if (j == i) continue;
         if (row.options->divergence == Divergence::kL1) {
@@ -433,7 +432,7 @@ struct General {
           const V e = blocks[i].tempered[v], e_j = blocks[j].tempered[v], none(S(0));
           rest = rows::add_to_rest(rest, e - e_j, e_j, cast(partner.shared), cast(-partner.other));
           if (row.options->divergence != Divergence::kSkl) continue;
-          // Where the class has no weight, what overflows does not count either.
+          // A class of weight 0 adds 0 even if its difference overflows.
           const V away = blocks[i].d[v] - blocks[j].d[v] - cast(partner.mean);
           inner = rows::add_to_inner(inner, where_equal(e, none, none, away), cast(partner.slope));
         }
@@ -441,15 +440,15 @@ struct General {
     }
   };
 
-  // A type of this namespace, so that the heap functions of the standard library are instantiated
-  // for this instruction set alone.
+  // A type in this namespace, so that the standard library's heap functions are instantiated for
+  // this instruction set alone.
   struct Smallest {
     bool operator()(S a, S b) const { return a > b; }
   };
 
   static void top_k(const RowView& row, int model, int64_t k, void* memory, double* threshold,
                     int64_t* last_tie) {
-    S* heap = static_cast<S*>(memory);  // the k largest so far, the smallest of them first
+    S* heap = static_cast<S*>(memory);  // min-heap of the k largest so far
     int64_t held = 0;
     const auto offer = [&](S z) {
       if (held < k) {

@@ -27,7 +27,7 @@ void hash_part(HashSweep sweep, const HashPiece& piece, int64_t begin, int64_t e
 
 void hash(const std::vector<HashPiece>& pieces, uint64_t* words, const Parallel& parallel) {
   const HashSweep sweep = hash_sweep(active_isa());
-  std::vector<int64_t> ends;  // of each piece, in bytes of all of them
+  std::vector<int64_t> ends;  // of each piece, in bytes of the concatenated pieces
   int64_t bytes = 0;
   for (const HashPiece& piece : pieces) ends.push_back(bytes += piece.bytes);
   std::mutex lock;

@@ -8,7 +8,7 @@
 
 namespace ck {
 
-// Bytes of a tensor, in runs that do not follow each other there: byte b of the data is byte
+// A piece of a tensor, contiguous here, strided there: byte b of the data is byte
 // first + b / run * step + b % run of the tensor.
 struct HashPiece {
   const void* data;
@@ -16,7 +16,7 @@ struct HashPiece {
   int64_t first, run, step;
 };
 
-// words: (pieces, kHashWords). Adds each piece's words (rows/hash.h) to its own.
+// words: (pieces, kHashWords). Adds each piece's words (rows/hash.h) to its row.
 void hash(const std::vector<HashPiece>& pieces, uint64_t* words, const Parallel& parallel);
 
 }  // namespace ck

@@ -19,7 +19,7 @@ bool machine_has(Isa isa) {
            __builtin_cpu_supports("f16c");
   }
 #endif
-  return true;  // what is left is part of the architecture that the library was built for
+  return true;  // the rest is part of the architecture that the library was built for
 }
 
 std::string usable_names() {
@@ -38,7 +38,7 @@ Isa named_isa(const std::string& name) {
                               " on this machine, got '" + name + "'; unset it to use the best");
 }
 
-// Threads may read it while another one sets it.
+// Read and set concurrently by threads.
 std::atomic<Isa>& active() {
   static std::atomic<Isa> isa = [] {
     const char* name = std::getenv("CHURN_CPU_ISA");

@@ -1,5 +1,5 @@
-// Compiled once per instruction set (CK_ISA), and once more for the exact mode of one that has no
-// fma: the sweeps of every dtype, as a table.
+// The sweeps of every dtype, as a table. Compiled once per instruction set (CK_ISA), and once more
+// for the exact mode of one without fma.
 #include "kernels.h"
 
 #include <algorithm>
@@ -44,7 +44,7 @@ constexpr KernelSet kernels_of() {
 #if !defined(CK_SOFTWARE_FMA)
 constexpr rows::HashKeys kHashKeys = rows::make_hash_keys();
 
-// The bytes of one part, fewer than it has, from byte `at` of it on.
+// Some bytes of one part of a hash, from its byte `at` on.
 uint64_t part_of(const unsigned char* data, int64_t bytes, int64_t at) {
   uint64_t part = 0;
   for (int64_t i = 0; i < bytes; ++i) part |= static_cast<uint64_t>(data[i]) << 8 * (at + i);
@@ -98,7 +98,7 @@ const KernelSet& kernels(DType dtype) {
 }
 #endif
 
-// The baseline's are built apart, with an fma in software.
+// The baseline's exact kernels are built separately, with fma in software.
 #if defined(__FMA__) || defined(__aarch64__) || defined(CK_SOFTWARE_FMA)
 const KernelSet& exact_kernels(DType dtype) {
   static constexpr KernelSet sets[] = {kernels_of<float, FixedSum>(),

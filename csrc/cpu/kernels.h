@@ -15,39 +15,38 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// A sum while it is added up: fixed point in exact mode (rows/exact.h), until RowWork makes it
-// real.
+// A sum: fixed point in exact mode (rows/exact.h) until RowWork converts it to a real number.
 union Sum {
   double real;
   int64_t fixed;
 };
 
 // Fixed point wraps around: a row whose terms are out of bounds is summed again with another scale,
-// or has no meaning.
+// or is undefined.
 CK_HD void add_fixed(Sum& sum, int64_t x) {
   sum.fixed = static_cast<int64_t>(static_cast<uint64_t>(sum.fixed) + static_cast<uint64_t>(x));
 }
 
-// One row of the problem, as the sweeps see it. Arrays are per model (students first) or per pair.
-// Sums and coefficients are plain arrays in the order of rows/row.h's structs, so that chunks add
-// up in one loop.
+// One row, as the sweeps see it. Arrays are per model (students first) or per pair.
+// Sums and coefficients are plain arrays in the order of rows/row.h's structs, so that chunks are
+// added in one loop.
 struct RowView {
   const LossOptions* options;
   int64_t classes;
   int models, students;
   const void* const* logits;
   const int64_t* column_strides;
-  int64_t next_row;          // elements to the row that comes next; 0: none
-  void* const* gradients;    // students; contiguous; null: none wanted
+  int64_t next_row;          // elements to the next row; 0: none
+  void* const* gradients;    // students; contiguous; null: not wanted
   const void* class_weight;  // (C,) in the compute dtype; null: all ones
   int64_t target;            // -1: no target
   bool stream;               // write gradients past the caches
-  // Exponentials kept from the sums for the gradient, models x exponential_stride in the compute
-  // dtype; null: the gradient computes them again.
+  // Exponentials stored by the sums for the gradient, models x exponential_stride in the compute
+  // dtype; null: the gradient recomputes them.
   void* exponentials;
   int64_t exponential_stride;
   const float* scales;       // fixed-point scale of each sum
-  const float* peaks;        // per model: 1, or 0 where exact sums count the largest class apart
+  const float* peaks;        // per model: 1, or 0 if exact sums handle the largest class separately
   const double* maxima;      // per model
   const double* thresholds;  // per model; of the k largest
   const int64_t* last_ties;  // per model
@@ -83,12 +82,12 @@ enum ModelSum : int {
 enum PairSum : int { kFirst, kSecond, kGap, kOther, kMismatch, kPairSums };
 inline constexpr int kPairScalars = 4, kGradientScalars = 9, kPartnerScalars = 4;
 
-// What scales the sums of exact mode that have no bound. Of a model: the largest |d| over all its
-// classes and over its k largest, and the largest |class weight d|. Of a pair: the largest |term|
-// of its sums, and the largest z_i - z_j and z_j - z_i. Of the pair with the teachers: the largest
-// |d - d_t| of a class that teacher t gives a weight, as kFirstReach; the student's largest exp(d /
-// T) where no teacher gives any, as kSecondReach; and, as kOtherReach, 1 if the teachers are not of
-// one mind where they give any. Models x kModelBounds, then pairs x kPairBounds.
+// Scales of exact mode's unbounded sums. Per model: the largest |d| over all its
+// classes and over its k largest, and the largest |class weight d|. Per pair: the largest |term|
+// of its sums, and the largest z_i - z_j and z_j - z_i. For the pair with the teachers: as
+// kFirstReach the largest |d - d_t| of a class with weight in teacher t; as kSecondReach the
+// student's largest exp(d / T) where no teacher has weight; and as kOtherReach 1 if the teachers
+// differ at a class where any has weight. Models x kModelBounds, then pairs x kPairBounds.
 enum ModelBound : int { kReach, kTopReach, kWeightedReach, kModelBounds };
 enum PairBound : int {
   kHighest,
@@ -107,16 +106,16 @@ struct TopTwo {
 
 struct Kernels {
   // maxima[k] of model k over classes [begin, end). In exact mode the second largest logits follow.
-  // The fused sweeps add the smallest, negated (in exact mode only if the sums need them), and in
+  // The fused sweeps append the negated minima (in exact mode only if the sums need them), and in
   // exact mode the pair's kHighest and kMinusLowest.
   void (*maxima)(const RowView&, int64_t begin, int64_t end, double* maxima);
-  // Exact mode: the largest of each bound over classes [begin, end).
+  // Exact mode: the maximum of each bound over classes [begin, end).
   void (*bounds)(const RowView&, int64_t begin, int64_t end, double* bounds);
   // Adds one chunk's sums to `sums`.
   void (*sums)(const RowView&, int64_t begin, int64_t end, Sum* sums);
   void (*second_sums)(const RowView&, int64_t begin, int64_t end, Sum* sums);
   void (*gradient)(const RowView&, int64_t begin, int64_t end);
-  // The k-th largest logit of one model and its last tie; `heap` has room for k float64.
+  // The k-th largest logit of one model and its last tie; `heap` holds k float64.
   void (*top_k)(const RowView&, int model, int64_t k, void* heap, double* threshold,
                 int64_t* last_tie);
   void (*top_two)(const RowView&, int model, TopTwo*);
@@ -125,18 +124,18 @@ struct Kernels {
   double (*logit)(const RowView&, int model, int64_t index);
 };
 
-// `fused` handles one or two models whose options fold into one sweep; `general` everything. In
-// exact mode both give the same bits; `fused` leaves rows to `general` whose sums need other
-// scales.
+// `fused` handles one or two models whose options fold into one sweep; `general` handles
+// everything. In exact mode both give the same bits; `fused` leaves rows whose sums need other
+// scales to `general`.
 struct KernelSet {
   Kernels fused[2], general;
-  // In place times a factor.
+  // Multiplies by a factor in place.
   void (*scale)(void* data, int64_t begin, int64_t end, double factor);
 };
 
 const KernelSet& kernel_set(Isa isa, DType dtype, bool exact);
 
-// Adds the words of `bytes` bytes (rows/hash.h), of which the first is byte `first` of its tensor.
+// Adds the words of `bytes` bytes (rows/hash.h), starting at byte `first` of the tensor.
 using HashSweep = void (*)(const void* data, int64_t bytes, int64_t first, uint64_t* words);
 HashSweep hash_sweep(Isa isa);
 

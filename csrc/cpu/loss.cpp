@@ -15,11 +15,11 @@ namespace ck {
 
 namespace {
 
-// Gradients larger than this go past the caches: they would push out the logits of the next rows.
+// Gradients larger than this bypass the caches: they would evict the next rows' logits.
 constexpr int64_t kStreamBytes = 32 << 20;
 
-// Sums over the rows of a batch: in float64 from first to last, or, in exact mode, of float32
-// without an order.
+// Sums over the rows of a batch: in float64 from first to last, or, in exact mode,
+// order-independent sums of float32.
 class BatchSums {
  public:
   BatchSums(bool exact, int count) : real_(exact ? 0 : count), exact_(exact ? count : 0) {}
@@ -40,7 +40,7 @@ class BatchSums {
   std::vector<rows::Superaccumulator> exact_;
 };
 
-// Rows and weights that take part, and what "mean" divides by.
+// Number and total weight of the rows that are not ignored, and the divisors of "mean".
 struct Batch {
   int64_t active = 0;
   double weight = 0.0;
@@ -70,7 +70,7 @@ Batch count_rows(const LossInputs& in) {
   return batch;
 }
 
-// Upstream gradient of each row term when the loss's is 1; of one row's loss without a batch.
+// Upstream gradient of each row term for a loss gradient of 1; without a batch, for a row's loss.
 std::vector<double> term_weights(const LossInputs& in, const Batch* batch) {
   const LossOptions& o = in.options;
   const double rows = batch ? static_cast<double>(batch->active) : 1.0;
@@ -86,8 +86,8 @@ std::vector<double> term_weights(const LossInputs& in, const Batch* batch) {
   return weights;
 }
 
-// Sum of terms [begin, end) times their weights, without those that the options switch off: such a
-// term may be infinite. A weight that is 0 because it was divided by infinity counts.
+// Weighted sum of terms [begin, end), skipping terms that the options switch off, which may be
+// infinite. A weight that is 0 because it was divided by infinity is not skipped.
 double weighted(const std::vector<double>& weights, const std::vector<double>& row_weights,
                 const double* terms, int begin, int end) {
   double total = 0.0;
@@ -97,9 +97,10 @@ double weighted(const std::vector<double>& weights, const std::vector<double>& r
   return total;
 }
 
-// The reduced loss of a batch, out of sums over its rows. Those of exact mode are of rows' losses,
-// rounded to float32: whoever adds up `reduction="none"` exactly gets the same bits. Class weights
-// ask for the cross entropy and the rest apart, because "mean" divides them by different numbers.
+// The reduced loss of a batch, from sums over its rows. Exact mode sums the rows' losses rounded
+// to float32, so that an exact sum of `reduction="none"` has the same bits. With class weights the
+// cross entropy and the rest are summed separately, because "mean" divides them by different
+// numbers.
 class Reduced {
  public:
   Reduced(const LossInputs& in, const Batch& batch)
@@ -109,7 +110,7 @@ class Reduced {
         row_weights_(term_weights(in, nullptr)),
         weights_(mean_ ? term_weights(in, &batch) : row_weights_) {}
 
-  // Upstream gradient of each row term when the loss's is 1.
+  // Upstream gradient of each row term for a loss gradient of 1.
   const std::vector<double>& weights() const { return weights_; }
   int sums() const { return in_.options.exact() ? 3 : in_.row_terms(); }
 
@@ -151,8 +152,8 @@ bool streams(const LossInputs& in) {
   return in.rows * in.classes * in.students() * element_size(in.dtype) > kStreamBytes;
 }
 
-// How the rows of one call are shared out. Rows first; where there are too few of them, the chunks
-// of each row. Either way every sum has the same order.
+// Distributes a call over threads: by rows or, if there are too few, by the chunks of each row.
+// Every sum has the same order either way.
 class Schedule {
  public:
   Schedule(const LossInputs& in, const Parallel& parallel) : in_(in), parallel_(parallel) {
@@ -161,7 +162,7 @@ class Schedule {
   }
   bool splits_rows() const { return splits_rows_; }
 
-  // f(first row, last row, part) over parts whose bounds depend on the batch alone.
+  // f(first row, last row, part) over parts whose bounds depend only on the batch.
   void each_part(const std::function<void(int64_t, int64_t, int64_t)>& f) const {
     const int64_t height = part_height();
     const auto body = [&](int64_t begin, int64_t end) {
@@ -175,7 +176,7 @@ class Schedule {
   }
   int64_t parts() const { return (in_.rows + part_height() - 1) / part_height(); }
 
-  // A sweep whose result has no order: one range where the row is one thread's.
+  // An order-independent sweep: a single range if one thread processes the row.
   void sweep(const std::function<void(int64_t begin, int64_t end, int64_t chunk)>& f) const {
     if (!splits_rows_) return f(0, in_.classes, 0);
     each_chunk(f);
@@ -199,7 +200,7 @@ class Schedule {
   bool splits_rows_;
 };
 
-// Scratch of the calling thread, of one size whatever the problem.
+// Scratch memory of the calling thread, of fixed size.
 void* thread_memory() {
   struct alignas(kVectorBytes) Memory {
     char bytes[RowWork::kKeptBytes];
@@ -230,7 +231,7 @@ void add_sums(RowWork& work, const Schedule& schedule, SumSweep sweep) {
   }
 }
 
-// The largest of each of `size` numbers over the classes, into `largest`; it has no order.
+// The maximum of each of `size` numbers over the classes, into `largest`; order-independent.
 template <class Sweep>
 void find_largest(const Schedule& schedule, int size, double* largest, double least, Sweep sweep) {
   std::fill_n(largest, size, least);
@@ -245,7 +246,7 @@ void find_largest(const Schedule& schedule, int size, double* largest, double le
   }
 }
 
-// As find_largest, of the two largest logits of each model: all the largest come first.
+// As find_largest, for the two largest logits of each model; all models' largest come first.
 void find_two_largest(RowWork& work, const Schedule& schedule) {
   const int models = work.view().models;
   double* best = work.maxima();
@@ -325,11 +326,11 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
   const bool per_row = reduction == Reduction::kNone || reduction == Reduction::kTerms;
   const int width = in.row_terms();
   const int reported = out.terms ? in.reported_terms() : 0;
-  // What a result looks like: exact mode has one of each kind.
+  // Exact mode returns canonical results.
   const auto result = [&](double x) {
     return in.options.exact() ? rows::canonical(static_cast<float>(x)) : x;
   };
-  // Per part, and then of all: the sums of the loss, then those of the report.
+  // Per part, then in total: the sums of the loss, followed by those of the report.
   BatchSums total(in.options.exact(), reduced.sums() + reported);
   std::vector<BatchSums> partial(schedule.parts(), total);
 
@@ -372,7 +373,7 @@ void loss_forward(const LossInputs& in, const LossOutputs& out, const Parallel& 
       out.terms[i] = result(total.total(reduced.sums() + i) /
                             (weighted_mean ? batch.weight : static_cast<double>(batch.active)));
     }
-    if (!in.target) {  // no label: cross entropy and accuracy have no value
+    if (!in.target) {  // cross entropy and accuracy are undefined
       const int students = in.students();
       const double nan = std::numeric_limits<double>::quiet_NaN();
       std::fill_n(out.terms, students, nan);

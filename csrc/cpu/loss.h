@@ -16,25 +16,25 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
-// Rows whose classes lie in several shards, of which these inputs are one. Each shard in its turn
-// makes the tables below of its own classes; those of all shards, merged, are what the next stage
-// needs (cpu/class_shard.h). Exact mode alone has such tables: numbers that merge without an order.
+// Marks inputs as one shard of rows whose classes are split. Each stage makes a table of the
+// shard's own classes; the tables of all shards, merged, are the input of the next stage
+// (cpu/class_shard.h). Only exact mode has such tables, because they must merge in any order.
 struct ClassShard {
   int64_t first_class;  // of the shard
-  int64_t classes;      // of whole rows
-  // (N, stage_width) of all shards, one for each stage that is over.
+  int64_t classes;      // of the whole rows
+  // Merged tables (N, stage_width), one for each completed stage.
   std::vector<const void*> tables;
 };
 
 struct LossInputs {
-  Isa isa;  // of the whole call, whatever other threads choose meanwhile
+  Isa isa;  // fixed for the whole call, even if another thread changes it
   DType dtype;
   int64_t rows, classes;
   std::vector<Matrix> logits;  // students first, then teachers
-  const int64_t* target;       // (N,), null for none
+  const int64_t* target;       // (N,), or null
   const void* class_weight;    // (C,) in the compute dtype (float, or double for float64), or null
   LossOptions options;
-  // Null: rows are whole. Else `classes` are the shard's, target and class_weight those of all.
+  // Null: whole rows. Else `classes` is the shard's, but target and class_weight cover all classes.
   const ClassShard* shard;
 
   int64_t all_classes() const { return shard ? shard->classes : classes; }
@@ -53,15 +53,14 @@ struct LossInputs {
   }
   // Terms of one row: cross entropy and regulariser per student, divergence per pair.
   int row_terms() const { return 2 * students() + pair_count(models(), options.teachers); }
-  // float64 numbers a row that backward() needs.
+  // Number of float64 values per row that loss_backward() needs.
   int stats_width() const;
-  // What the forward pass reports: five figures a student, one a pair, and the agreement.
+  // Reported by the forward pass: five values per student, one per pair, and the agreement.
   int reported_terms() const { return 5 * students() + pair_count(models(), options.teachers) + 1; }
 };
 
-// Where results go; null: not wanted. loss has one value, N, or N x row_terms() by reduction, in
-// float64; so have the reported terms. gradients: (N, C) contiguous per student, in the logits'
-// dtype.
+// Outputs; null: not wanted. loss has one value, N, or N x row_terms() by reduction, in float64, as
+// are the reported terms. gradients: (N, C) contiguous per student, in the logits' dtype.
 struct LossOutputs {
   double* loss;
   double* stats;
@@ -69,8 +68,7 @@ struct LossOutputs {
   const std::vector<void*>* gradients;
 };
 
-// Runs body(begin, end) over parts of [0, tasks), at least `grain` tasks each, on `threads`
-// threads.
+// Runs body(begin, end) over parts of [0, tasks) of at least `grain` tasks, on `threads` threads.
 struct Parallel {
   int threads;
   void (*run)(int64_t tasks, int64_t grain,
@@ -87,13 +85,13 @@ void loss_forward(const LossInputs& inputs, const LossOutputs& outputs, const Pa
 void loss_backward(const LossInputs& inputs, const double* stats, const double* upstream,
                    const std::vector<void*>& gradients, const Parallel& parallel);
 
-// How a call would run, for tests and bug reports: "fused avx512 rows cached" says which sweeps,
-// which instruction set, whether threads share out rows or the chunks of one row, and whether
+// How a call would run, for tests and bug reports, such as "fused avx512 rows cached": the sweeps,
+// the instruction set, whether threads split the rows or the chunks of each row, and whether
 // gradients are written through the caches or past them.
 std::string plan(const LossInputs& inputs, const Parallel& parallel);
 
-// In place times a factor, with results as exact mode has them if asked for; returns at once when
-// the factor is 1.
+// Multiplies by a factor in place, if requested with exact mode's canonical results; returns at
+// once if the factor is 1.
 void scale(DType dtype, void* data, int64_t size, double factor, bool exact,
            const Parallel& parallel);
 

@@ -77,7 +77,7 @@ namespace native {
 
 using Bits __attribute__((vector_size(CK_NATIVE_BYTES / 2))) = uint16_t;
 
-// On AVX2 compilers make four instructions of this conversion, and the intrinsic is one.
+// On AVX2 compilers emit four instructions for this conversion; the intrinsic is one.
 CK_HD Native<uint32_t> widened(Bits bits) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return (Native<uint32_t>)_mm256_cvtepu16_epi32((__m128i)bits);
@@ -169,7 +169,7 @@ CK_HD Vec<Compute<T>> load(const T* p) {
   return each<Compute<T>>([&](int i) { return native::load(p + i * kWidth); });
 }
 
-// The first n <= kLanes logits at p, `fill` beyond; nothing past p + n is touched.
+// The first n <= kLanes logits at p, then `fill`; does not read past p + n.
 template <class T>
 CK_HD Vec<Compute<T>> load_first(const T* p, int n, Compute<T> fill) {
   Vec<Compute<T>> x(fill);
@@ -183,7 +183,7 @@ CK_HD Vec<Compute<T>> load_first(const T* p, int n, Compute<T> fill) {
   return x;
 }
 
-// Lanes p[0], p[stride], ...: columns that do not lie side by side.
+// Lanes p[0], p[stride], ...
 template <class T>
 CK_HD Vec<Compute<T>> load_strided(const T* p, int64_t stride, int n, Compute<T> fill) {
   Vec<Compute<T>> x(fill);
@@ -191,7 +191,7 @@ CK_HD Vec<Compute<T>> load_strided(const T* p, int64_t stride, int n, Compute<T>
   return x;
 }
 
-// kStream: past the caches; p is then aligned to the bytes written.
+// kStream: past the caches; p must then be aligned to the bytes written.
 template <bool kStream, class T>
 CK_HD void store(T* p, const Vec<Compute<T>>& x) {
   constexpr int kWidth = CK_NATIVE_BYTES / sizeof(Compute<T>);

@@ -1,4 +1,4 @@
-// Exact mode: the scales of a row's sums, out of its extremes and bounds.
+// Exact mode: the scales of a row's sums, from its extremes and bounds.
 #include <algorithm>
 #include <cmath>
 
@@ -22,13 +22,13 @@ void set_pair(float* scales, int places, const rows::PairExponents& exponents) {
 
 }  // namespace
 
-// The pair's bounds, wherever this row has them from.
+// The pair's bounds, from the fused or the general sweeps.
 const double* RowWork::pair_bounds(int p) const {
   return kernels_ == &set_.general ? &bounds_[view_.models * kModelBounds + p * kPairBounds]
                                    : &maxima_[3 * view_.models];
 }
 
-// The largest |d| of a model; of the fused sweeps, the distance of its smallest logit.
+// The largest |d| of a model; in the fused sweeps, the distance of its smallest logit.
 double RowWork::reach(int k) const {
   if (kernels_ == &set_.general) return bounds_[k * kModelBounds + kReach];
   const double minus_least = maxima_[(in_.options.exact() ? 2 : 1) * view_.models + k];
@@ -82,7 +82,7 @@ void RowWork::set_scales() {
   });
 }
 
-// Of sums over probabilities.
+// Exponents of sums over probabilities.
 void RowWork::set_second_scales() {
   if (!in_.options.exact()) return;
   const int64_t classes = in_.all_classes();

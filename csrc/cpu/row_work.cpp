@@ -21,7 +21,7 @@ double sum_of_weights(const LossInputs& in) {
   return in.options.exact() ? exact.round<double>() : total;
 }
 
-// A class index that was stored as a float64; 0 for a number that is none.
+// A class index stored as a float64; 0 if the number is not an index.
 int64_t to_index(double x) { return std::abs(x) <= 0x1p53 ? static_cast<int64_t>(x) : 0; }
 
 }  // namespace
@@ -193,12 +193,12 @@ void RowWork::finish_sums() {
   for (int k = 0; k < view_.models; ++k) {
     rows::ModelSums& s = model(k);
     if (s.broken != 0.0) s.mass = nan;
-    const double apart = 1.0 - peaks_[k];  // the largest class, where it is counted apart
+    const double apart = 1.0 - peaks_[k];  // 1 if the largest class is handled separately
     s.tail = s.mass - (1.0 - apart);
     s.top_tail = s.top_mass - (1.0 - apart);
     s.mass += apart;
     s.top_mass += apart;
-    // Every class at -inf, or a NaN that the maximum passed over: nothing of the row has a meaning.
+    // Every class is at -inf, or a NaN that the maximum ignored: the row is undefined.
     if (!(maxima_[k] > -std::numeric_limits<double>::infinity()) || std::isnan(s.mass)) {
       s.mass = s.moment = s.top_mass = s.tempered_mass = s.tail = s.top_tail = nan;
     }
@@ -216,7 +216,7 @@ void RowWork::finish_sums() {
 void RowWork::finish_second_sums() {
   if (!in_.options.exact()) return;
   make_real(view_.models * kModelSums, static_cast<int>(sums_.size()));
-  // Fixed point holds no NaN.
+  // Fixed point cannot represent NaN: propagate it from the masses.
   for (int t = view_.students; t < view_.models; ++t) pair(0).first += model(t).mass * 0.0;
 }
 
@@ -288,7 +288,7 @@ void RowWork::report(const double* terms, double* out) const {
   const int pairs = in_.row_terms() - 2 * students;
   std::copy_n(terms, 2 * students, out);
   std::copy_n(terms + 2 * students, pairs, divergence);
-  // A row that holds a NaN predicts nothing.
+  // A row with a NaN has no prediction.
   const double nan = std::numeric_limits<double>::quiet_NaN();
   int64_t winner = -1;
   double agree = 1.0;
@@ -320,7 +320,7 @@ void RowWork::set_gradient(const double* weights) {
       rows::add_regularizer_gradient(g, model(k), o, weights[students + k]);
     }
   }
-  // A row without a meaning has a gradient without one at every class, whatever the weights.
+  // An undefined row gets NaN gradients, even where all weights are 0.
   for (int k = 0; k < students; ++k) {
     if (std::isnan(model(k).mass)) gradient_[k].constant = model(k).mass;
   }
@@ -340,7 +340,7 @@ void RowWork::set_gradient(const double* weights) {
     const bool skl = o.divergence == Divergence::kSkl;
     double mean_i = pair(p).first / model(i).tempered_mass;
     double mean_j = -(skl ? pair(p).other : pair(p).second) / model(j).tempered_mass;
-    // Where the divergence is infinite its gradient has no value.
+    // The gradient of an infinite divergence is NaN.
     if (skl && pair(p).mismatch > 0.0) mean_i = mean_j = std::numeric_limits<double>::quiet_NaN();
     couple(i, j, mean_i, pair(p).gap, divergence_weights[p]);
     couple(j, i, mean_j, -pair(p).gap, divergence_weights[p]);

@@ -1,4 +1,4 @@
-// One row on its way through the sweeps: its scalars, and the arithmetic between two sweeps.
+// One row in the sweeps: its scalars, and the arithmetic between sweeps.
 #pragma once
 
 #include <cstdint>
@@ -24,38 +24,37 @@ class RowWork {
  public:
   explicit RowWork(const LossInputs& inputs);
 
-  // Lets the fused sweeps keep each exponential from the sums to the gradient, in memory that must
-  // outlive the work: kKeptBytes of it, aligned for vectors. Wider rows compute them twice:
-  // fetching them back from the second-level cache takes as long.
+  // Lets the fused sweeps store the exponentials of the sums for the gradient, in kKeptBytes of
+  // memory, aligned for vectors, that must outlive this object. Wider rows compute them twice:
+  // fetching them back from the L2 cache takes as long.
   static constexpr int64_t kKeptBytes = 32 << 10;
   void keep_exponentials(void* memory);
 
-  // Points the work at one row; false if the row is ignored.
+  // Selects a row; false if it is ignored.
   bool start(int64_t row, const std::vector<void*>* gradients, bool stream);
 
   const RowView& view() const { return view_; }
   const Kernels& kernels() const { return *kernels_; }
   int sums_size() const { return static_cast<int>(sums_.size()); }
   double* maxima() { return maxima_.data(); }
-  // As Kernels::maxima has them.
+  // Size of Kernels::maxima's output.
   int maxima_size() const { return static_cast<int>(maxima_.size()); }
   Sum* sums() { return sums_.data(); }
   double* bounds() { return bounds_.data(); }
   int bounds_size() const { return static_cast<int>(bounds_.size()); }
 
-  // Instead of the sweeps: the row as the tables of all shards have it.
+  // Loads the row's results from the merged tables of all shards, instead of running the sweeps.
   void take_tables(int64_t row);
 
   void clear_sums();
   void select_top_k();
-  // After the maxima: leaves rows to the general kernel in which a class is at -inf or two logits
-  // are far apart: products may overflow, and exact sums need scales of their own.
+  // After the maxima: rows with a class at -inf, or with two logits far apart, go to the general
+  // kernel, because products may overflow and exact sums need other scales.
   void choose_kernels();
-  // Whether the row's sums are scaled by its bounds, which the caller is then to find.
+  // Whether the row's sums are scaled by its bounds, which the caller must then compute.
   bool needs_bounds() const { return in_.options.exact() && kernels_ == &set_.general; }
   void set_scales();
-  // After the first sums; true if the row must be summed again by the general kernel, because it
-  // holds a NaN.
+  // After the first sums; true if the row has a NaN and must be summed again by the general kernel.
   bool falls_back();
   void finish_sums();
   void prepare_second_sweep();
@@ -63,7 +62,7 @@ class RowWork {
 
   // [CE per student | R per student | D per pair], unweighted.
   void terms(double* out) const;
-  // This row's reported terms; see LossInputs::reported_terms.
+  // The row's reported terms; see LossInputs::reported_terms.
   void report(const double* terms, double* out) const;
   // Weight of the row's cross entropy; 0 without a target.
   double target_weight() const;
@@ -106,10 +105,10 @@ class RowWork {
 
   const LossInputs& in_;
   const KernelSet& set_;
-  const Kernels* preferred_;  // fused where the options allow it
+  const Kernels* preferred_;  // fused if the options allow it
   const Kernels* kernels_;    // this row's
   double total_weight_;       // sum of class weights, for label smoothing
-  int64_t target_;            // of the row, -1: none; view_.target is its place in the shard
+  int64_t target_;            // of the row, -1: none; view_.target is its index in the shard
   RowView view_;
   std::vector<Sum> sums_;
   std::vector<float> scales_;   // of each sum, 1 without exact mode
@@ -123,7 +122,7 @@ class RowWork {
   std::vector<const void*> logits_;
   std::vector<void*> gradients_;
   std::vector<double> heap_;
-  // Of rows in shards.
+  // For rows in shards.
   std::vector<int64_t> winners_;  // per model: the class of the largest logit
   std::vector<double> target_logits_;
 };

@@ -1,4 +1,5 @@
-// What a sweep adds up in: float lanes whose order is fixed, or 64-bit integers that need none.
+// The accumulators of the sweeps: float lanes in a fixed order, or order-independent 64-bit
+// integers.
 #pragma once
 
 #include <cstring>
@@ -18,8 +19,8 @@ struct FloatSum {
   void add_to(Sum& total) const { total.real += fold(lanes); }
 };
 
-// Of numbers that may be as large as the distance of two logits: in float64, which they do not
-// overflow, and in which a long sum keeps its digits.
+// A float64 sum for numbers as large as the distance of two logits: it does not overflow, and a
+// long sum keeps its digits.
 struct WideSum {
   static constexpr int kWidth = static_cast<int>(CK_NATIVE_BYTES / 8);
   Native<double> lanes[kLanes<float> / kWidth];
@@ -50,7 +51,8 @@ CK_HD void plus_product(FloatSum<S>& sum, const Vec<S>& a, const Vec<S>& b) {
   rows::plus_product(sum.lanes, a, b);
 }
 
-// Integer addition has no order, so the lanes are just as many as are handy. They wrap around.
+// Integer addition is order-independent, so the number of lanes is that of a native register. They
+// wrap around.
 struct FixedSum {
   Native<uint64_t> lanes;
   Vec<float> scale;
@@ -63,15 +65,15 @@ struct FixedSum {
   }
 };
 
-// Adds each lane of x, cut to an integer; |x| <= 2^rows::kMostPlaces. Of others, and of NaN, what
-// is added is any number: rows that hold one are summed again with another scale, or mean nothing.
+// Adds each lane of x, truncated to an integer; |x| <= 2^rows::kMostPlaces. Other values and NaN
+// add an arbitrary number: such rows are summed again with another scale, or are undefined.
 CK_HD void add_integers(Native<uint64_t>& lanes, const Vec<float>& x) {
 #if defined(__AVX512F__)
   const __m512 all = (__m512)x.part[0];
   lanes += (Native<uint64_t>)_mm512_cvttps_epi64(_mm512_castps512_ps256(all));
   lanes += (Native<uint64_t>)_mm512_cvttps_epi64(_mm512_extractf32x8_ps(all, 1));
 #elif defined(__AVX2__)
-  // Added to 1.5 * 2^52, an integer stands in the low bits of a float64.
+  // Adding an integer to 1.5 * 2^52 leaves it in the low bits of the float64.
   const __m256d shift = _mm256_set1_pd(0x1.8p52);
   Native<uint64_t> bits = -4 * (Native<uint64_t>)shift;
   for (const Native<float>& part : x.part) {
@@ -95,7 +97,7 @@ CK_HD void plus_product(FixedSum& sum, const Vec<float>& a, const Vec<float>& b)
   add_integers(sum.lanes, a * sum.scale * b);
 }
 
-// What sums of numbers as large as the distance of two logits are kept in, where others are in A.
+// The accumulator for numbers as large as the distance of two logits; A is that of all others.
 template <class A>
 struct WideOf {
   using type = A;
@@ -105,7 +107,7 @@ struct WideOf<FloatSum<float>> {
   using type = WideSum;
 };
 
-// The largest and the second largest of what was added, lane by lane; equal ones count twice.
+// The largest and second largest added values, lane by lane; equal ones count twice.
 template <class S>
 struct TwoLargest {
   Vec<S> first, second;
@@ -119,7 +121,7 @@ struct TwoLargest {
     add(other.first);
     second = max(second, other.second);
   }
-  // Of all lanes: largest, second largest.
+  // The largest and second largest over all lanes.
   void fold_into(double& largest, double& next) const {
     S a = -std::numeric_limits<S>::infinity(), b = a;
     for (int i = 0; i < kLanes<S>; ++i) {
@@ -140,7 +142,7 @@ CK_HD Vec<float> canonical(const Vec<float>& x) {
 }
 using rows::canonical;
 
-// What is stored of a number that is returned, a lane or many, where sums are kept in A.
+// Converts a returned number, scalar or vector, to its stored form; A is the accumulator type.
 template <class A, class X>
 CK_HD X result(const X& x) {
   if constexpr (std::is_same_v<A, FixedSum>) return canonical(x);

@@ -1,5 +1,5 @@
-// Vec<S>: kLanes<S> values as one, in as many native registers as the instruction set needs. Same
-// lanes, same order of operations everywhere; only the width of a register differs.
+// Vec<S>: a vector of kLanes<S> values, in as many native registers as the instruction set needs.
+// The lanes and the order of operations are the same everywhere; only the register width differs.
 #pragma once
 
 #include <cstdint>
@@ -171,7 +171,7 @@ CK_HD Vec<S> add_to_exponent(const Vec<S>& p, const Vec<S>& shifted) {
   });
 }
 #if defined(__AVX512F__)
-// In two instructions; what is not below the limit has a normal result.
+// Two instructions; results of lanes not below the limit are normal numbers.
 CK_HD Vec<float> power_unless_below(const Vec<float>& x, const Vec<float>& limit,
                                     const Vec<float>& p, const Vec<float>& n, const Vec<float>&) {
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x.part[0], (__m512)limit.part[0], _CMP_NLT_UQ);

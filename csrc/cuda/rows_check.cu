@@ -1,5 +1,5 @@
-// Instantiates csrc/rows for a GPU, one thread a row, so that the headers stay device-clean. The
-// tests compile it and look at registers and spills; nothing links it.
+// Instantiates csrc/rows for a GPU, one thread per row, to check that the headers compile for the
+// device. The tests compile it and check registers and spills; nothing links it.
 #include <cstdint>
 
 #include "../rows/divergence.h"
@@ -127,7 +127,7 @@ __global__ void exact_entropy(const S* z, S* gradient, S* value, int64_t classes
 
 template __global__ void exact_entropy<float>(const float*, float*, float*, int64_t);
 
-// Each thread's numbers lie side by side; the sum so far, and its value in S.
+// Each thread sums consecutive numbers; returns the sum so far, and its value in S.
 template <class S>
 __global__ void sum_exactly(const float* x, int64_t size, Superaccumulator* sums, S* values) {
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;

@@ -10,7 +10,7 @@ namespace rows {
 
 // Symmetric KL: first = sum of e_i D, other = sum of e_j D, second = sum of (e_i - e_j) D and gap =
 // sum of e_i - e_j. The first two give the means of D, and SKL = (second - first gap / mass_i) /
-// mass_j: models that nearly agree have small differences, and nothing large cancels.
+// mass_j: if the models nearly agree, the differences are small and nothing large cancels.
 // L1: first = sum of s e_i, second = sum of s e_j, gap = sum of s (p_i - p_j), which is the value;
 // s = sign(p_i - p_j).
 template <class A>
@@ -31,17 +31,17 @@ CK_HD void add_l1(PairSums<A>& sums, V e_i, V e_j, V less, V sign) {
   plus_product(sums.gap, sign, less);
 }
 
-// p_i - p_j, with the digits that exponentials of nearly equal models still have: the difference of
-// these over the larger mass, and what the model of the smaller mass has more; the row's scalars
-// are in `PairScalars`.
+// p_i - p_j, without cancellation for nearly equal models: the difference of the exponentials over
+// the larger mass, plus a correction for the model with the smaller mass; the row's scalars are in
+// `PairScalars`.
 template <class V>
 CK_HD V probability_difference(V e_i, V e_j, V shared, V more_i, V minus_more_j) {
   return mul_add(shared, e_i - e_j, mul_add(more_i, e_i, minus_more_j * e_j));
 }
 
 // One class of KL(q || p) = sum q (exp(D) - 1 - D), D = log p - log q: no term is negative, and
-// where p is nearly q none is the difference of larger numbers. q is the teachers' mean softmax,
-// below `smallest` as good as 0; log_p = d - log(mass) of the student.
+// none is a difference of large numbers if p is nearly q. q is the teachers' mean softmax, treated
+// as 0 below `smallest`; log_p = d - log(mass) of the student.
 template <class V>
 CK_HD V kl_term(V p, V q, V log_p, V smallest) {
   const V D = log_p - log_pos(max(q, smallest));
@@ -51,8 +51,9 @@ CK_HD V kl_term(V p, V q, V log_p, V smallest) {
   return zero_below(q, smallest, where_near(D, near, far)) + without_q;
 }
 
-// A partner's part in the gradient of a class of model i, e_i inner + rest; `away` = D - mean (L1:
-// sign - mean) and less = e_i - e_j are seen from i, and the row's scalars carry the weights.
+// A partner's contribution to the gradient of a class of model i, e_i inner + rest; `away` =
+// D - mean (L1: sign - mean) and less = e_i - e_j are relative to i, and the row's scalars include
+// the weights.
 template <class V>
 CK_HD V add_to_inner(V inner, V away, V slope) {
   return mul_add(slope, away, inner);

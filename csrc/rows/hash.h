@@ -1,11 +1,12 @@
-// A hash of bits that takes note of their order, and has none to be computed in: a sum.
+// Position-sensitive hash, computed as an order-independent sum.
 //
 //   word[k] = sum over places p of part[p] key(k, p) mod 2^64,  k = 0, 1
 //
-// The parts are a tensor's bytes, four at a time, as unsigned numbers whose lower byte comes first;
-// the last one is filled up with zeros. Byte b is thus worth 2^(8 (b % 4)) key(k, b / 4): what
-// pieces of a tensor have adds up, wherever it was cut. Keys are odd, or their factors are, so that
-// no change of one part is lost; those of a block differ, so that no swap within one is.
+// The parts are a tensor's bytes, four at a time, as little-endian unsigned numbers; the last one
+// is padded with zeros. Byte b contributes with weight 2^(8 (b % 4)) key(k, b / 4), so the words of
+// the pieces of a tensor add up, wherever it is cut. Keys are odd, or their factors are, so that
+// every change of one part is detected; the keys of a block differ, so that every swap within it
+// is.
 #pragma once
 
 #include <array>
@@ -15,7 +16,7 @@
 
 namespace ck {
 
-// Numbers the hashes: where it is the same, so are they, on every machine and backend.
+// Version of the hashes: equal versions give equal hashes on every machine and backend.
 inline constexpr int kHashSpec = 2;
 
 inline constexpr int kHashWords = 2;

@@ -1,4 +1,4 @@
-// What lets one header serve the host compiler, several instruction sets of it, and nvcc.
+// Macros that let one header serve the host compiler, its instruction sets, and nvcc.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -7,8 +7,8 @@
 #define CK_HD inline __attribute__((always_inline))
 #endif
 
-// Every instruction set gets a namespace of its own, so that the linker can never merge a function
-// compiled for AVX-512 with its baseline twin.
+// Every instruction set has its own namespace, so that the linker cannot merge a function compiled
+// for AVX-512 with its baseline version.
 #if !defined(CK_ISA)
 #define CK_ISA portable
 #define CK_PORTABLE 1

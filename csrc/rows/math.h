@@ -1,6 +1,6 @@
 // exp and log of the softmax, for any value type V: float or double on a GPU and in scalar code, a
 // vector of lanes on the CPU. V supplies mul_add, zero_below, add_to_exponent and split_exponent;
-// the scalar versions stand here, the vector ones in cpu/vec.h.
+// the scalar versions are here, the vector versions in cpu/vec.h.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ CK_HD To bits_as(From x) {
   return y;
 }
 
-// a * b + c with one rounding, without the instruction. The product is exact in float64; the sum is
-// rounded to odd there, so that rounding it once more, to float32, cannot meet a false tie.
+// Software a * b + c with one rounding. The product is exact in float64; the sum is rounded to odd
+// there, so that the second rounding, to float32, never sees a false tie.
 CK_HD float software_fma(float a, float b, float c) {
   const double product = static_cast<double>(a) * static_cast<double>(b);
   const double sum = product + static_cast<double>(c);
@@ -33,9 +33,9 @@ CK_HD float software_fma(float a, float b, float c) {
   return static_cast<float>(bits_as<double>(bits));
 }
 
-// a * b + c: one rounding where the target has fma, two where it has not (the x86 baseline, but for
-// its build of exact mode). Every lane of a vector and the scalar twin agree, because both follow
-// the same rule.
+// a * b + c: one rounding if the target has fma, two if it does not (the x86 baseline, except in
+// its build of exact mode). Vector lanes and the scalar version follow the same rule, so they
+// agree.
 CK_HD float mul_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
@@ -48,8 +48,8 @@ CK_HD float mul_add(float a, float b, float c) {
 #endif
 }
 
-// As above; but the portable build, which holds the scalars of a row, rounds twice on every
-// machine, so that these have the same bits everywhere.
+// As above, but the portable build, which computes the scalars of a row, rounds twice on every
+// machine, so that they have the same bits everywhere.
 CK_HD double mul_add(double a, double b, double c) {
 #if (defined(__FMA__) || defined(__aarch64__)) && !defined(CK_PORTABLE)
   return __builtin_fma(a, b, c);
@@ -75,7 +75,7 @@ CK_HD S zero_below(S x, S limit, S value) {
   return x < limit ? S(0) : value;
 }
 
-// Adds to a sum that is kept as floats; fixed point has overloads of its own.
+// Adds to a sum of floats; fixed point has its own overloads.
 template <class V>
 CK_HD void plus(V& sum, V x) {
   sum = sum + x;
@@ -85,7 +85,7 @@ CK_HD void plus_product(V& sum, V a, V b) {
   sum = mul_add(a, b, sum);
 }
 
-// The bit-level format of S, and the numbers that exp and log need in it.
+// The bit-level format of S, and the constants of exp and log.
 template <class S>
 struct Format;
 
@@ -93,14 +93,13 @@ template <>
 struct Format<float> {
   using Int = int32_t;
   static constexpr int kMantissaBits = 23;
-  static constexpr float kShift =
-      0x1.8p23f;  // adding it rounds to an integer, held in the low bits
+  static constexpr float kShift = 0x1.8p23f;   // adding it rounds to an integer, in the low bits
   static constexpr float kExpLowest = -87.0f;  // exp below this is 0: no subnormal ever appears
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr Int kSqrtHalf = 0x3f3504f3;  // bits of sqrt(1/2), where log splits its argument
 
-  // Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9; the term of
-  // the highest power first.
+  // Minimax of (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, relative error of exp 3e-9; highest
+  // power first.
   static constexpr int kExpTerms = 5;
   CK_HD static constexpr float exp_term(int i) {
     constexpr float terms[kExpTerms] = {0x1.6db4eap-10f, 0x1.123bdep-7f, 0x1.55545ep-5f,
@@ -162,7 +161,7 @@ template <class S>
 CK_HD S split_exponent(S x, S& k) {
   using Int = typename Format<S>::Int;
   using U = std::make_unsigned_t<Int>;
-  const U offset = bits_as<U>(x) - U{Format<S>::kSqrtHalf};  // of x < 0 and NaN it wraps around
+  const U offset = bits_as<U>(x) - U{Format<S>::kSqrtHalf};  // wraps around for x < 0 and NaN
   const Int power = static_cast<Int>(offset) >> Format<S>::kMantissaBits;
   k = static_cast<S>(power);
   return bits_as<S>(
@@ -214,7 +213,7 @@ CK_HD V log_pos(V x) {
   return mul_add(k, V(F::kLn2High), f - (half_square - correction));
 }
 
-// log(1 + t) for t >= 0, with the digits of t that 1 + t has no room for.
+// log(1 + t) for t >= 0, accurate for small t.
 template <class V>
 CK_HD V log1p_nonneg(V t) {
   const V one(1.0), sum = one + t;

@@ -1,4 +1,4 @@
-// What one call of the loss computes. The codes are part of the op schema.
+// The options of a loss call. The codes are part of the op schema.
 #pragma once
 
 #include <cstdint>
@@ -18,17 +18,17 @@ struct LossOptions {
   int64_t top_k;  // 0: every class
   bool renormalize_top_k;
   Divergence divergence;
-  int teachers;  // that many of the last models are held fixed
+  int teachers;  // number of trailing models held fixed
   double label_smoothing;
   int64_t ignore_index;
   double temperature;
   Reduction reduction;
-  // The weakest that will do; the CPU keeps kInvariant whichever of the first three is asked for.
+  // The weakest acceptable mode; the CPU computes in kInvariant for each of the first three.
   Mode mode;
 
   CK_HD bool exact() const { return mode == Mode::kExact; }
   CK_HD bool regularizes_top_k() const { return top_k > 0 && regularizer != Regularizer::kNone; }
-  // Divergences whose sums need both models' masses first, hence a sweep of their own.
+  // Divergences whose sums need both models' masses first, hence a second sweep.
   CK_HD bool needs_second_sweep() const {
     return divergence == Divergence::kL1 || divergence == Divergence::kDistill;
   }

@@ -1,5 +1,5 @@
-// The scalars of one row, in float64: the loss terms out of the row's sums, and the coefficients
-// that the gradient sweep multiplies into each class. A few dozen operations, paid once a row.
+// The scalars of one row, in float64: the loss terms from the row's sums, and the coefficients
+// that the gradient sweep multiplies into each class. A few dozen operations per row.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ struct ModelSums {
   double tempered_mass;  // sum exp(d / T)
   double spread;         // sum d
   double excess;         // sum (exp(d) - 1) d
-  double lift;           // sum exp(d) - 1, which is mass - live
+  double lift;           // sum (exp(d) - 1) = mass - live
   double top_mass;       // the same over the k largest
   double top_moment;
   double top_spread;
@@ -29,13 +29,13 @@ struct ModelSums {
   double top_lift;
   double weighted_spread;  // sum class_weight d
   double lost;             // classes at -inf whose weight is not 0
-  double broken;           // not 0 where fixed point met a NaN, which it cannot hold
-  // mass - 1 and top_mass - 1, in exact mode with more digits than the masses have. What else a row
-  // adds up to comes before.
+  double broken;           // not 0 if there was a NaN, which fixed point cannot represent
+  // mass - 1 and top_mass - 1, in exact mode with more digits than the masses. Derived; the sweeps
+  // compute only the members above.
   double tail, top_tail;
 };
 
-// Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in one only.
+// Sums of one pair of models; see divergence.h. `mismatch` counts classes at -inf in only one.
 struct PairSums64 {
   double first, second, gap, other, mismatch;
 };
@@ -45,7 +45,7 @@ struct DifferenceScalars {
   double shared, more_i, minus_more_j;
 };
 
-// What the sweep for L1 takes of a pair: p_i > p_j where d_i - d_j > level.
+// A pair's scalars in the sweep for L1: p_i > p_j where d_i - d_j > level.
 struct PairScalars {
   double level;
   DifferenceScalars difference;
@@ -65,7 +65,7 @@ struct ModelGradient {
   double tempered_constant;
 };
 
-// What a partner j of a model i adds to it; see above.
+// The coefficients that partner j adds to model i; see above.
 struct PartnerGradient {
   double slope, mean, shared, other;
 };
@@ -80,8 +80,8 @@ CK_HD double top_count(const ModelSums& s, int64_t top_k) {
   return s.live < static_cast<double>(top_k) ? s.live : static_cast<double>(top_k);
 }
 
-// (1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy; but that a
-// class of weight 0 adds 0 even where its logit is -inf.
+// (1 - eps) w_y (lse - z_y) + eps / C sum_c w_c (lse - z_c), as torch's cross_entropy, except that
+// a class of weight 0 adds 0 even if its logit is -inf.
 CK_HD double cross_entropy(const ModelSums& s, double d_target, double target_weight,
                            double total_weight, double smoothing, double classes) {
   if (s.mass != s.mass) return s.mass;
@@ -92,8 +92,8 @@ CK_HD double cross_entropy(const ModelSums& s, double d_target, double target_we
   return (1.0 - smoothing) * hard + smoothing * soft;
 }
 
-// SKL(p, U) = E_p d - mean d of n classes. Where the classes weigh much the same, both are nearly
-// the same number; then sum (exp(d) - mass / n) d is the better way to write it.
+// SKL(p, U) = E_p d - mean d of n classes. If the classes have similar weight, the two means nearly
+// cancel; then sum (exp(d) - mass / n) d is more accurate.
 CK_HD double uniform_skl(double mass, double moment, double spread, double excess, double lift,
                          double n) {
   return mass > 0.5 * n ? (excess - lift / n * spread) / mass : moment / mass - spread / n;
@@ -129,7 +129,7 @@ CK_HD void add_regularizer_gradient(ModelGradient& g, const ModelSums& s, const 
                                     double weight) {
   const bool entropic = o.regularizer == Regularizer::kEntropy;
   if (!o.regularizes_top_k() || o.renormalize_top_k) {
-    // dH/dz = -p (d - E_p d); d(-SKL)/dz = -p (d - E_p d) - p + 1/n, over the n classes in play.
+    // dH/dz = -p (d - E_p d); d(-SKL)/dz = -p (d - E_p d) - p + 1/n, over n classes.
     const bool top = o.regularizes_top_k();
     const double mass = top ? s.top_mass : s.mass;
     const double mean = (top ? s.top_moment : s.moment) / mass;
@@ -163,7 +163,7 @@ CK_HD void add_cross_entropy_gradient(ModelGradient& g, const ModelSums& s, doub
   g.target += hard;
 }
 
-// Value of one pair's divergence. KL to the teachers comes ready-made in `first`.
+// Value of one pair's divergence. `first` already holds the KL to the teachers.
 CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelSums& j,
                         const LossOptions& o) {
   double value;
@@ -184,7 +184,7 @@ CK_HD double divergence(const PairSums64& pair, const ModelSums& i, const ModelS
   return value < 0.0 ? 0.0 : value;  // rounding only: a divergence is never negative; NaN stays
 }
 
-// The larger of a pair's masses gives what the two have in common.
+// The coefficients of probability_difference(): the shared part is over the larger mass.
 CK_HD DifferenceScalars difference_scalars(double mass_i, double mass_j, double gap) {
   const double more = gap / (mass_i * mass_j);
   return {1.0 / (mass_i < mass_j ? mass_j : mass_i), gap < 0.0 ? -more : 0.0,
@@ -196,16 +196,16 @@ CK_HD PairScalars pair_scalars(double mass_i, double mass_j, double gap, double 
           difference_scalars(mass_i, mass_j, gap)};
 }
 
-// A mean as the sweeps take it, in S. Where it is the difference to it that counts, so do the
-// digits that S has no room for.
+// A mean rounded to S, as the sweeps use it. The remainder matters where the difference from the
+// mean is small.
 template <class S>
 CK_HD double rounded(double x) {
   return static_cast<double>(static_cast<S>(x));
 }
 
 // The gradient of weight * D_ij with respect to model i: adds to its constant and to the partner's
-// scalars. `mean` = E_i[d_i - d_j] (E_i[sign] for L1) and gap = mass_i - mass_j, seen from i. S is
-// what the sweeps compute in.
+// scalars. `mean` = E_i[d_i - d_j] (E_i[sign] for L1) and gap = mass_i - mass_j, relative to i. S
+// is the compute dtype of the sweeps.
 template <class S>
 CK_HD void add_divergence_gradient(ModelGradient& g, PartnerGradient& partner, double mass_i,
                                    double mass_j, double mean, double gap, double weight,

@@ -8,10 +8,10 @@ namespace ck {
 inline namespace CK_ISA {
 namespace rows {
 
-// What a row of one model comes down to:
+// The sums to which a row of one model reduces:
 //   CE = log(mass) - d_target,  H = log(mass) - moment / mass,
 //   SKL(p, U) = moment / mass - spread / classes; see row.h for rows that are nearly flat.
-// A is what a sum is kept in: V itself, or fixed point.
+// A is the accumulator type: V itself, or fixed point.
 template <class A>
 struct SoftmaxSums {
   A mass;    // sum of e
@@ -24,7 +24,7 @@ CK_HD void add(SoftmaxSums<A>& sums, V e, V d) {
   plus_product(sums.moment, e, d);
 }
 
-// What SKL(p, U) takes besides. B is what a sum of numbers as large as d is kept in.
+// Further sums for SKL(p, U). B is the accumulator type for numbers as large as d.
 template <class A, class B>
 struct UniformSums {
   B spread;  // sum of d
@@ -32,7 +32,7 @@ struct UniformSums {
   A lift;    // sum of e - 1
 };
 
-// `live` is 1, or 0 for a class that does not count; then e and d are 0.
+// `live` is 1, or 0 for an excluded class, whose e and d are 0.
 template <class A, class B, class V>
 CK_HD void add_uniform(UniformSums<A, B>& sums, V e, V d, V live) {
   const V lift = e - live;

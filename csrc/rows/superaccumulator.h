@@ -1,5 +1,5 @@
-// A sum of float32 numbers that has no order: an integer as wide as the range of float32, so that
-// nothing is rounded before the end. Everything is done on bits; a process or a GPU that flushes
+// An order-independent sum of float32 numbers: an integer as wide as the range of float32, so that
+// nothing is rounded before the end. The arithmetic is on bits; a process or a GPU that flushes
 // subnormal numbers to zero gets the same sum.
 #pragma once
 
@@ -12,7 +12,7 @@ namespace ck {
 // The sum in units of 2^-149, the smallest float32, is lane[0] + lane[1] 2^32 + ... + lane[8]
 // 2^256.
 inline constexpr int kSumLanes = 9;
-// Behind the lanes stand the numbers of NaN, +inf and -inf.
+// The counts of NaN, +inf and -inf follow the lanes.
 inline constexpr int kSumNans = kSumLanes, kSumPlusInf = kSumLanes + 1,
                      kSumMinusInf = kSumLanes + 2;
 inline constexpr int kSumWords = kSumLanes + 3;
@@ -36,7 +36,7 @@ struct Encoding {
 struct Superaccumulator {
   int64_t word[kSumWords];
 
-  // A number moves no lane by 2^32 or more: after normalize(), 2^31 - 1 numbers may be added, be it
+  // A number changes no lane by 2^32 or more: after normalize(), 2^31 - 1 numbers may be added,
   // here or in accumulators that are merged.
   CK_HD void add(float x) {
     using F = Encoding<float>;
@@ -64,8 +64,8 @@ struct Superaccumulator {
     for (int i = 0; i < kSumWords; ++i) move(i, other.word[i]);
   }
 
-  // Carries until lanes 0 to 7 lie in [0, 2^32) and lane 8 has the sign: one set of words for one
-  // value.
+  // Carries until lanes 0 to 7 lie in [0, 2^32) and lane 8 has the sign: equal values have equal
+  // words.
   CK_HD void normalize() {
     for (int i = 0; i + 1 < kSumLanes; ++i) {
       move(i + 1, word[i] >> 32);
@@ -73,8 +73,8 @@ struct Superaccumulator {
     }
   }
 
-  // The sum rounded once, to nearest, ties to even; beyond the range of S an infinity. A sum of 0
-  // is +0. NaN if there was one, or infinities of both signs.
+  // The sum rounded once, to nearest, ties to even; an infinity if beyond the range of S. A sum of
+  // 0 is +0. NaN if there was one, or infinities of both signs.
   template <class S>
   CK_HD S round() const {
     using F = Encoding<S>;
@@ -93,7 +93,7 @@ struct Superaccumulator {
   static constexpr int64_t kLow = 0xffffffff;
   static constexpr int kUnit = -149;  // a lane's unit is 2^kUnit
 
-  // Words that are no sum may hold anything: they wrap around, here as on a GPU.
+  // Words that are not a valid sum wrap around, as on a GPU.
   CK_HD void move(int i, int64_t by) {
     word[i] = static_cast<int64_t>(static_cast<uint64_t>(word[i]) + static_cast<uint64_t>(by));
   }
@@ -101,7 +101,7 @@ struct Superaccumulator {
   // A sum's 64 leading bits, the first of them 1 unless the sum is 0.
   struct Leading {
     uint64_t bits;
-    int place;  // of the first bit: it is worth 2^place units
+    int place;  // the first bit is worth 2^place units
     bool more;  // whether a 1 follows the 64
     bool negative;
   };
@@ -114,7 +114,7 @@ struct Superaccumulator {
       for (int64_t& lane : sum.word) lane = static_cast<int64_t>(-static_cast<uint64_t>(lane));
       sum.normalize();
     }
-    // The last lane is as wide as two others.
+    // The last lane has the width of two others.
     const auto limb = [&](int i) {
       return i < 0           ? uint64_t{0}
              : i < kSumLanes ? static_cast<uint64_t>(sum.word[i] & kLow)
@@ -131,18 +131,18 @@ struct Superaccumulator {
     return result;
   }
 
-  // The bits of |sum|; those of numbers beyond the largest one lie above infinity's.
+  // The bits of |sum|; for numbers out of range they are above infinity's.
   template <class F>
   static CK_HD typename F::Bits magnitude(const Leading& sum) {
     using Bits = typename F::Bits;
     constexpr int kDropped = 63 - F::kMantissaBits;
     const int field = sum.place + kUnit + F::kBias;
-    if (field <= 0 || sum.bits == 0) {  // subnormal in float32: whole units, and their bits
+    if (field <= 0 || sum.bits == 0) {  // subnormal in float32: the bits are the number of units
       return static_cast<Bits>(sum.bits >> (63 - sum.place));
     }
     const uint64_t kept = sum.bits >> kDropped, rest = sum.bits << (64 - kDropped);
     const bool up = rest > kHalf || (rest == kHalf && (sum.more || kept & 1));
-    // A mantissa that rounds up to the next power of two carries into the exponent, as it should.
+    // A mantissa that rounds up to the next power of two correctly carries into the exponent.
     return (static_cast<Bits>(field) << F::kMantissaBits) + static_cast<Bits>(kept + up) -
            F::kHidden;
   }

@@ -9,6 +9,7 @@ import typer
 
 from churn_kernels.audit import describe, examine, write_report
 from churn_trainer.audited import training_of
+from churn_trainer.data import pinned
 from churn_trainer.options import (
     ConfigOption,
     SeedOption,
@@ -54,7 +55,7 @@ def audit_run(
     """
     unchanged = "an earlier report is as it was"
     with ending(unchanged, unchanged):
-        (run,) = runs_of(given, config, seed)
+        (run,) = pinned(runs_of(given, config, seed))
         check_folder(out)  # before minutes of work, not after
         build = training_of(run, trust or ())
         build(device)  # what is wrong with it shows now

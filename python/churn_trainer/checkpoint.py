@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from churn_kernels._files import write_atomically
+from churn_kernels._files import make_folder, printable, refuse_link
+from churn_trainer.stored import load_tensors, save_tensors
 
 FORMAT = 2
+"""Files of this format without a checksum are from before there were any."""
+
+EARLIER = ".earlier"
+"""What the name of the checkpoint before the last ends with."""
 
 
 class Checkpoint:
-    """The state of one training, saved now and then.
+    """The state of one training, saved now and then; the state saved before stays beside it.
 
     Args:
         path: its file.
         owner: ids of the runs it belongs to.
         seconds: time between two saves; 0 saves after every step. It changes no number.
+        warn: called with a sentence where a damaged file is passed over.
     """
 
-    def __init__(self, path: Path, owner: list[str], seconds: float = 60.0):
-        self.path, self.owner, self.seconds = path, owner, seconds
+    def __init__(
+        self,
+        path: Path,
+        owner: list[str],
+        seconds: float = 60.0,
+        warn: Callable[[str], None] = lambda sentence: None,
+    ):
+        self.path, self.owner, self.seconds, self.warn = path, owner, seconds, warn
+        self.earlier = path.with_name(path.name + EARLIER)
         self._began = self._saved = time.monotonic()
+        self._last_is_damaged = False
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.path.exists() or self.earlier.exists()
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -46,53 +62,52 @@ class Checkpoint:
         return max(1, int(left / 2 * done / (now - self._began)))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replaces the file by `state`, tensors and plain values. Raises: OSError (full disk)."""
-        save_tensors(self.path, {"format": FORMAT, "owner": self.owner, "state": state})
-        self._saved = time.monotonic()
+        """Adds `state`, tensors and plain values, and forgets all but the one before.
 
-    def load(self) -> dict[str, Any] | None:
-        """The state that was saved last, or None.
-
-        Raises: ValueError if the file is no checkpoint, of another format, or of other runs.
+        Raises: OSError (full disk), ValueError if a link takes the folder's place; what was saved
+            stays.
         """
-        if not self.path.exists():
-            return None
-        content = load_tensors(self.path, f"delete {self.path} to train from the start")
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(
-                f"{self.path} must be a checkpoint of format {FORMAT}, got something else; delete "
-                "it to train from the start"
-            )
-        if content["owner"] != self.owner:
-            raise ValueError(
-                f"{self.path} must be a checkpoint of {', '.join(self.owner)}, got one of "
-                f"{', '.join(content['owner'])}; delete it, or train into another folder"
-            )
-        return content["state"]
+        make_folder(self.path.parent)
+        content = {"format": FORMAT, "owner": self.owner, "state": state}
+        save_tensors(self.path, content, None if self._last_is_damaged else self.earlier)
+        self._saved, self._last_is_damaged = time.monotonic(), False
+
+    def load(self, form: Any = Any) -> dict[str, Any] | None:
+        """The state that was saved last, or None; where that file is damaged, the one before.
+
+        Args:
+            form: of the state, see `churn_kernels._files.check`; another is damage, too.
+        Raises: ValueError if no file is whole, if they are of other runs, or if a symbolic link
+            takes the place of their folder.
+        """
+        refuse_link(self.path.parent)
+        damage: list[str] = []
+        remedy = f"delete {self.path} and {self.earlier.name} to train from the start"
+        whole = {"format": {FORMAT}, "owner": [str], "state": form}
+        for path in filter(Path.exists, (self.path, self.earlier)):
+            try:
+                content = load_tensors(path, remedy, whole)
+            except ValueError as error:
+                damage.append(str(error))
+                continue
+            if content["owner"] != self.owner:
+                raise ValueError(
+                    f"{path} must be a checkpoint of {', '.join(self.owner)}, got one of "
+                    f"{printable(', '.join(content['owner']))}; delete it, or train into another "
+                    "folder"
+                )
+            if damage:
+                self._last_is_damaged = True
+                reason = damage[0].removesuffix(f"; {remedy}")
+                self.warn(f"{reason}; goes on from the checkpoint before it")
+            return content["state"]
+        if damage:
+            raise ValueError(damage[0])
+        return None
 
     def remove(self) -> None:
-        """Deletes the file, which a finished training has no use for, and its folder if empty."""
+        """Deletes what a finished training has no use for, and the folder if it is empty."""
         self.path.unlink(missing_ok=True)
+        self.earlier.unlink(missing_ok=True)
         with suppress(OSError):
             self.path.parent.rmdir()
-
-
-def save_tensors(path: Path, content: Any) -> None:
-    """Tensors and plain values as a file of torch's, written atomically."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_tensors(path: Path, remedy: str) -> Any:
-    """What `save_tensors` wrote, on the CPU. Classes and functions in the file are refused.
-
-    Raises: ValueError with `remedy` if the file is anything else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} must hold tensors and plain values, got: {reason}; {remedy}"
-        ) from None

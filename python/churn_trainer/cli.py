@@ -109,8 +109,8 @@ def train_runs(
         )
         with _telling(wanted) as tell:
             folders = train(wanted, out, options, tell)
-    if any(folder.status != FINISHED for folder in folders):
-        raise typer.Exit(FAILED)
+        if any(folder.status != FINISHED for folder in folders):
+            raise typer.Exit(FAILED)
 
 
 app.command("report")(report_runs)

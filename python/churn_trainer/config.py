@@ -82,6 +82,14 @@ class Data:
 
     name: str = setting("digits", "Name of the data set; `churn-train data` lists them.")
     path: str = setting("", "Local folder, or name on the Hugging Face Hub, in place of the usual.")
+    train_part: str | None = setting(None, "Name of the training part, where it is another.")
+    test_part: str | None = setting(None, "Name of the test part, where it is another.")
+    image: str | None = setting(None, "Column of the images, where it is another.")
+    label: str | None = setting(None, "Column of the labels, where it is another.")
+    skip_broken: bool | None = setting(None, "Leave out images and labels that cannot be used.")
+    content: str | None = setting(
+        None, "Digest of images and labels, which training fills in; other data are refused."
+    )
     train_rows: int = setting(
         0, "Training rows, drawn at random by class; 0: all (300 of the digits)."
     )
@@ -99,6 +107,9 @@ class Data:
             at_least(f"data.{name}", getattr(self, name), 0, "0 is the default")
         for name in ("image_size", "crop_padding", "crop_size"):
             at_least(f"data.{name}", getattr(self, name), 0, "0 is the default", MOST_SIDE)
+        for name in ("train_part", "test_part", "image", "label", "skip_broken", "content"):
+            # "" and false say what leaving it out does, and are to give the same id.
+            object.__setattr__(self, name, getattr(self, name) or None)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -10,7 +11,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from churn_trainer.found import printable
+from churn_kernels._files import printable, read_text, reading
 from churn_trainer.outcomes import Outcome
 from churn_trainer.run_folder import CURVES, LOGITS, RunFolder
 
@@ -20,6 +21,8 @@ COLUMNS = {
     "confidence": "test_confidence",
 }
 """What is averaged, and what a run's file calls it."""
+
+_WANTED = "what the run measured along its training"
 
 
 @dataclass(frozen=True)
@@ -79,37 +82,30 @@ def _read(outcome: Outcome) -> Curves:
 def _table(folder: RunFolder) -> dict[int, list[float]]:
     """Measured epoch -> its numbers, in the order of `COLUMNS`."""
     path = folder.path / CURVES
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            table = {
-                int(row["epoch"]): [float(row[name]) for name in COLUMNS.values()]
-                for row in csv.DictReader(file)
-                if row["test_accuracy"]
-            }
+    with reading(path, _WANTED, _remedy(folder)):
+        table = {
+            int(row["epoch"]): [float(row[name]) for name in COLUMNS.values()]
+            for row in csv.DictReader(io.StringIO(read_text(path), newline=""))
+            if row["test_accuracy"]
+        }
         if not table or not torch.tensor(list(table.values())).isfinite().all():
             raise ValueError("no finite numbers")
         if not 1 <= min(table) <= max(table) < 2**53:
             raise ValueError(f"epochs from {min(table)} to {max(table)}")
         return table
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise _wrong(folder, CURVES, error) from None
 
 
 def _predicted(folder: RunFolder, epochs: Sequence[int], rows: int) -> Tensor:
     """(P, N) classes of the N test rows after those epochs."""
     measured, predicted = folder.predictions_along()
-    if measured.ndim != 1 or predicted.shape != (len(measured), rows):
-        shapes = f"shapes {tuple(measured.shape)} and {tuple(predicted.shape)}"
-        raise _wrong(folder, LOGITS, ValueError(shapes))
-    place = {epoch: number for number, epoch in enumerate(measured.tolist())}
-    try:
+    with reading(folder.path / LOGITS, _WANTED, _remedy(folder)):
+        if measured.ndim != 1 or predicted.shape != (len(measured), rows):
+            raise ValueError(f"shapes {tuple(measured.shape)} and {tuple(predicted.shape)}")
+        place = {epoch: number for number, epoch in enumerate(measured.tolist())}
+        if missing := [epoch for epoch in epochs if epoch not in place]:
+            raise ValueError(f"nothing of epoch {missing[0]}")
         return predicted[[place[epoch] for epoch in epochs]]
-    except KeyError as error:
-        raise _wrong(folder, LOGITS, ValueError(f"nothing of epoch {error}")) from None
 
 
-def _wrong(folder: RunFolder, name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{folder.path / name} must hold what the run measured along its training, got: {error}; "
-        f"delete {folder.path} and train again"
-    )
+def _remedy(folder: RunFolder) -> str:
+    return f"delete {folder.path} and train again"

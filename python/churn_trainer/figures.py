@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
+from churn_kernels._files import printable
 from churn_trainer.curves import Curves
 from churn_trainer.data import digits, split_rows
-from churn_trainer.found import printable
 from churn_trainer.outcomes import Comparison, Outcome, Split, baseline_of, by_setting
 from churn_trainer.svg import GRID, HEAT, INK, MUTED, STYLE, series_color, svg
 from churn_trainer.tables import setting_names

@@ -1,4 +1,4 @@
-"""Numbers as tables and sentences show them: percent with half of the interval."""
+"""Numbers and texts as tables and sentences show them: percent with half of the interval."""
 
 from __future__ import annotations
 

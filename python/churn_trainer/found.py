@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from churn_kernels._files import printable
 from churn_trainer.config import Run
 from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
 
@@ -67,7 +68,7 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
     for folder in folders.values():
         try:
             _sort_in(folder, found)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found.damaged.append(printable(str(error)))
     if not found.finished:
         counts = (
@@ -82,17 +83,6 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
             "with `churn-train train --out FOLDER`"
         )
     return found
-
-
-def printable(text: str, most: int = 300) -> str:
-    """`text` on one line without control characters, cut to `most` characters.
-
-    Settings come from files that anybody may have written, and go to terminals and figures.
-    """
-    clean = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
-    return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def _folders(source: Path | RunFolder) -> list[RunFolder]:
@@ -123,9 +113,6 @@ def _sort_in(folder: RunFolder, found: Found) -> None:
         message = f"{folder.path.name} diverged: {metrics.get('message', '')}; it is in no table"
         found.diverged.append(printable(message))
         return
-    environment = metrics.get("environment")
-    environment = environment if isinstance(environment, dict) else {}
-    device = printable(str(environment.get("device", "cpu")).split(":")[0], 10)
-    threads = environment.get("threads")
-    count = threads if isinstance(threads, int) else None
-    found.finished.append(Finished(run, folder, device, count))
+    environment = metrics.get("environment") or {}
+    device = printable(environment.get("device") or "cpu", 10).split(":")[0]
+    found.finished.append(Finished(run, folder, device, environment.get("threads")))

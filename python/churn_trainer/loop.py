@@ -27,7 +27,7 @@ from churn_trainer.members import Members, build_members
 from churn_trainer.objectives import measured_logits, measured_members, objective
 from churn_trainer.optimizers import make_optimizer
 from churn_trainer.schedule import learning_rate
-from churn_trainer.settings import at_least
+from churn_trainer.state import state_form
 from churn_trainer.surroundings import THREADS, differences, surroundings, threads_kept
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Trained:
         labels: (R, N) int64 of the test rows.
         history: what the callback returned, epoch by epoch.
         diverged: run's place -> what was said; its logits mean nothing.
-        kept: run's place -> the epoch whose weights these are, where validation rows chose it.
+        best_epochs: run's place -> the epoch whose weights these are, where validation rows chose.
         threads: how many computed.
         resumed: each time that it went on from a checkpoint.
     """
@@ -107,7 +107,7 @@ class Trained:
     labels: Tensor
     history: list[Any]
     diverged: dict[int, str]
-    kept: dict[int, int]
+    best_epochs: dict[int, int]
     threads: int
     resumed: list[Resumed]
 
@@ -146,6 +146,7 @@ def fit(
     teachers: Members | None = None,
     measured: Sequence[int] = (),
     on_epoch: Callable[[Epoch], Any] = lambda epoch: None,
+    kept: Callable[[Tensor], Any] = lambda labels: Any,
     checkpoint: Checkpoint | None = None,
     earlier: Checkpoint | None = None,
     trust: Sequence[str] = (),
@@ -169,6 +170,8 @@ def fit(
         teachers: trained members that are distilled, for the same R runs.
         measured: epochs (from 1) after which the test rows are measured.
         on_epoch: called after each epoch; what it returns is kept, what it raises ends it all.
+        kept: called with (R, N) labels of the test rows; the form of what `on_epoch` returns, see
+            `churn_kernels._files.check`.
         checkpoint: where the state is saved.
         earlier: the end of the shorter runs from which these go on, where they have not begun.
         trust: see `build_model`.
@@ -186,8 +189,9 @@ def fit(
     fabric = fabric or make_fabric(runs[0].optimisation.precision)
     training = Loop(runs, dataset, fabric, teachers, trust)
     with threads_kept():
-        state = None if checkpoint is None else checkpoint.load()
-        if state is None and earlier is not None and (state := earlier.load()) is None:
+        form = state_form(training, kept(training.batches.test_labels))
+        state = None if checkpoint is None else checkpoint.load(form)
+        if state is None and earlier is not None and (state := earlier.load(form)) is None:
             raise ValueError(
                 f"{earlier.path} must hold the end of the run that go_on_from names, got no such "
                 "file; train that one again with the same --runs, in a new folder, without "
@@ -433,24 +437,28 @@ class Loop:
         }
 
     def load_state(self, state: dict[str, Any]) -> Resumed:
-        """The reverse of `state`, with the threads it had; tells what else differs."""
-        before = state.get("surroundings", self.surroundings)  # earlier versions did not say
-        at_least("threads of the checkpoint", before[THREADS], 1, "delete it", 4096)
+        """The reverse of `state`, of the form `state_form`, with the threads it had.
+
+        Returns: what else decides bits and differs.
+        """
+        before = state.get("surroundings") or self.surroundings  # earlier versions did not say
         restored = ""
         if before[THREADS] != torch.get_num_threads():
             restored = f"threads are {before[THREADS]} as before, not {torch.get_num_threads()}"
             torch.set_num_threads(before[THREADS])
         self.surroundings = surroundings(self.fabric.device, self.ranks)
         changed = differences(before, self.surroundings)
-        self.resumed = [Resumed(*one) for one in state.get("resumed", [])]
+        self.resumed = [Resumed(*one) for one in state.get("resumed") or []]
         self.resumed.append(Resumed(state["step"], changed, restored))
-        if "best" in state:
+        if state.get("best") is not None:
             self.best.load_state(state["best"])
         self.step = self.first_step = state["step"]
         self.history = state["history"]
         self.diverged = state["diverged"]
         self.members.load_state_dict(state["members"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Its settings are the run's, whatever a file says.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if self.stale is not None:
             self.stale.load_state_dict(state["stale"])
         if self.fabric.is_global_zero:  # the others' zeros add nothing

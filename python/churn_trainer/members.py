@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from typing_extensions import override
 
+from churn_kernels._files import check, exactly
 from churn_kernels.audit.generators import random_state_hash
 from churn_kernels.audit.hashes import tensors_hash
 from churn_trainer.config import Draw, Run
@@ -350,11 +351,10 @@ def _check_equal(name: str, first: nn.Module, second: nn.Module) -> None:
 
 
 def _check_weights(own: dict[str, Tensor], weights: Any) -> None:
-    shapes = {name: tuple(values.shape) for name, values in own.items()}
-    got = {name: tuple(values.shape) for name, values in weights.items()}
-    if got != shapes:
-        odd = sorted(set(shapes.items()) ^ set(got.items()))[0]
+    try:
+        check(weights, exactly(own), "weights")
+    except ValueError as error:
         raise ValueError(
-            f"weights must be those of the run's model, got others, first {odd[0]} {odd[1]}; "
-            "they come from another model or another version of it"
-        )
+            f"weights must be those of the run's model, got others, first {error}; they come from "
+            "another model or another version of it"
+        ) from None

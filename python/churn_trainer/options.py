@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from churn_trainer.config import MOST_RUNS, Run, Seeds
-from churn_trainer.settings import at_least, merged, read_settings
+from churn_trainer.settings import at_least, merged, read_settings, without_none
 
 ConfigOption = Annotated[
     Path | None, typer.Option(help="TOML or JSON file of settings; an option wins over it.")
@@ -88,7 +88,7 @@ def settings_command(command: Callable[..., None]) -> Callable[..., None]:
 def _options(kind: Any, path: tuple[str, ...]) -> typing.Iterator[_Option]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        hint, place = hints[field.name], (*path, field.name)
+        hint, place = without_none(hints[field.name]), (*path, field.name)
         if dataclasses.is_dataclass(hint):
             yield from _options(hint, place)
         elif typing.get_origin(hint) is not dict:  # tables of free form are for files
@@ -102,10 +102,12 @@ def _annotation(option: _Option) -> Any:
     default = option.field.default
     if option.path[0] == "method" and option.field.name != "name":
         shown = "the method's"
+    elif default in (None, "", ()):
+        shown = "none"
     elif isinstance(default, tuple):
-        shown = " ".join(map(str, default)) or "none"
+        shown = " ".join(map(str, default))
     else:
-        shown = str(default).lower() if isinstance(default, bool) else str(default) or "none"
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
     panel = option.path[-2] if option.path[1:] else "run"
     text = f"{option.field.metadata['help']} Default: {shown}."
     kind, flags = option.kind, [f"--{option.flag}"]

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from churn_kernels._files import printable
 from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
 from churn_trainer.config import Data, Model, Optimisation, Run, Seeds
 from churn_trainer.data.hub import HUB
-from churn_trainer.found import Finished, printable
+from churn_trainer.found import Finished
 from churn_trainer.methods import BASELINE, METHODS, Method
 
 METRICS = {

@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from churn_kernels._files import refuse_link
+
 MARKER = "settings.csv"
 """The file by which an earlier report is told from somebody's own folder."""
 
@@ -67,8 +69,10 @@ def check_folder(target: Path) -> None:
 def check_replaceable(target: Path) -> None:
     """Raises unless a report may be written to `target`: a new folder, an empty one, or a report.
 
-    Raises: ValueError if `target` holds anything else, or nothing can be written beside it.
+    Raises: ValueError if `target` is a symbolic link or holds anything else, or nothing can be
+        written beside it.
     """
+    refuse_link(target)
     if target.is_dir() and not (target / MARKER).is_file() and any(target.iterdir()):
         raise ValueError(
             f"out must be a new folder or an earlier report, got {target}, which holds other "
@@ -131,6 +135,8 @@ def _sweep(target: Path) -> None:
     """Puts back or removes what killed processes left beside `target`; living ones hold a lock."""
     left = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{12}}({_EARLIER})?")
     for folder in [path for path in target.parent.iterdir() if left.fullmatch(path.name)]:
+        if folder.is_symlink():  # none of ours, and what it leads to is not ours to lock
+            continue
         if folder.name.endswith(_EARLIER) and not target.exists():
             folder.rename(target)
             continue

@@ -17,11 +17,12 @@ import matplotlib as mpl
 from markupsafe import Markup
 
 import churn_kernels
+from churn_kernels._files import printable
 from churn_trainer.config import Run
 from churn_trainer.curves import Curves, read_curves
 from churn_trainer.figures import Drawing, make_figures
 from churn_trainer.formats import half, percent, probability, signed, value
-from churn_trainer.found import Found, NothingFinished, find_runs, printable
+from churn_trainer.found import Found, NothingFinished, find_runs
 from churn_trainer.outcomes import (
     METRICS,
     Comparison,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
-import zipfile
-import zlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,20 +12,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from churn_kernels._files import write_atomically
-from churn_trainer.checkpoint import load_tensors, save_tensors
+from churn_kernels._files import (
+    check,
+    make_folder,
+    open_lock,
+    optional,
+    parse_json,
+    read_text,
+    reading,
+    write_atomically,
+)
 from churn_trainer.config import Run
 from churn_trainer.output import csv_text
+from churn_trainer.stored import load_arrays, load_tensors, save_arrays, save_tensors
 
 CONFIG, METRICS, LOGITS, CURVES = "config.json", "metrics.json", "logits.npz", "curves.csv"
 WEIGHTS, CHECKPOINT, TRACE, LOCK = "weights.pt", "checkpoint.pt", "steps.trace", ".lock"
 
 FINISHED, DIVERGED = "finished", "diverged"
 
-_BROKEN = (zipfile.BadZipFile, zlib.error)
+
+_METRICS = {
+    "status": {FINISHED, DIVERGED},
+    "message": optional(str),
+    "test": optional({str: float}),
+    "test_rows": optional(int),
+    "environment": optional({"device": optional(str), "threads": optional(int)}),
+}
+"""What `metrics.json` holds."""
 
 
 class Busy(RuntimeError):
@@ -66,17 +80,11 @@ class RunFolder:
 
     def metrics(self) -> dict[str, Any]:
         """What was measured on the test rows, `status`, `message`, and the environment."""
-        try:
-            metrics = json.loads((self.path / METRICS).read_text(encoding="utf-8"))
-            if metrics["status"] not in (FINISHED, DIVERGED):
-                raise ValueError(f"status {metrics['status']!r}")
-            return metrics
-        except FileNotFoundError:
-            raise ValueError(f"{self.path} must hold a run that has ended; train it") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path / METRICS} must hold the metrics of a run, got: {error}; delete it"
-            ) from None
+        if not self.done:
+            raise ValueError(f"{self.path} must hold a run that has ended; train it")
+        path = self.path / METRICS
+        with reading(path, "the metrics of a run", "delete it"):
+            return check(parse_json(read_text(path)), _METRICS)
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """(N, C) float32 logits of what the run predicts on its test rows, and (N,) int64 labels.
@@ -95,23 +103,13 @@ class RunFolder:
         return epochs, predicted
 
     def _arrays(self, *names: str) -> list[Tensor]:
-        path = self.path / LOGITS
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return [torch.from_numpy(arrays[name]) for name in names]
-        except (OSError, ValueError, TypeError, KeyError, EOFError, *_BROKEN) as error:
-            raise ValueError(
-                f"{path} must hold the arrays {' and '.join(names)}, got: {error}; delete "
-                f"{self.path} and train again"
-            ) from None
+        return load_arrays(self.path / LOGITS, names, f"delete {self.path} and train again")
 
     def weights(self) -> list[dict[str, Tensor]]:
         """Each member's state dict. Raises: ValueError if the file holds anything else."""
         remedy = f"delete {self.path} and train again"
-        weights = load_tensors(self.path / WEIGHTS, remedy)
-        if not isinstance(weights, list) or not all(isinstance(part, dict) for part in weights):
-            raise ValueError(f"{self.path / WEIGHTS} must hold a list of state dicts; {remedy}")
-        return weights
+        members = self.run().method.members
+        return load_tensors(self.path / WEIGHTS, remedy, ({str: Tensor},) * members)
 
     def write_curves(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The epochs so far, one row for each."""
@@ -135,17 +133,15 @@ class RunFolder:
             along: epoch -> (N,) the classes predicted after it.
         """
         save_tensors(self.path / WEIGHTS, list(weights))
-        arrays = io.BytesIO()
         kind = np.min_scalar_type(logits.shape[1] - 1)
         predicted = np.stack([classes.numpy() for classes in along.values()]).astype(kind)
-        np.savez(
-            arrays,
-            logits=logits.numpy(),
-            labels=labels.numpy(),
-            epochs=np.array(list(along)),
-            predicted=predicted,
-        )
-        write_atomically(self.path / LOGITS, arrays.getvalue())
+        arrays = {
+            "logits": logits.numpy(),
+            "labels": labels.numpy(),
+            "epochs": np.array(list(along)),
+            "predicted": predicted,
+        }
+        save_arrays(self.path / LOGITS, arrays)
         self.end(FINISHED, metrics)
 
     def end(self, status: str, metrics: Mapping[str, Any]) -> None:
@@ -157,10 +153,11 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Nobody else trains this run inside the block; a killed process lets go.
 
-        Raises: Busy if somebody does.
+        Raises: Busy if somebody does; ValueError if a symbolic link takes the place of the folder
+            or of the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as file:
+        make_folder(self.path)
+        with open_lock(self.path / LOCK) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -171,6 +168,13 @@ class RunFolder:
 
 
 def read_runs(root: Path) -> list[RunFolder]:
-    """The folders of all runs below `root` that finished, by name."""
-    folders = [RunFolder(path.parent) for path in sorted(root.glob(f"*/{METRICS}"))]
-    return [folder for folder in folders if folder.status == FINISHED]
+    """The folders of the runs below `root` that finished, by name; warns of unreadable ones."""
+    finished = []
+    for path in sorted(root.glob(f"*/{METRICS}")):
+        folder = RunFolder(path.parent)
+        try:
+            if folder.status == FINISHED:
+                finished.append(folder)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return finished

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 import tomllib
 import types
 import typing
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
+
+from churn_kernels._files import parse_json, plain, read_text, reading
 
 T = TypeVar("T")
 _KINDS: dict[Any, str] = {
@@ -28,9 +29,6 @@ _KINDS: dict[Any, str] = {
 
 LARGEST = 2**63 - 1
 """Largest whole number of a setting: what a tensor of int64 holds."""
-
-FILE_BYTES = 1 << 20
-"""Largest file of settings."""
 
 SHOWN = 100
 """Characters of a wrong value that a message shows."""
@@ -157,22 +155,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if path.suffix not in (".toml", ".json"):
         raise ValueError(f"a settings file must end in .toml or .json, got {path}; rename it")
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("a folder" if path.is_dir() else "no file")
-        if status.st_size > FILE_BYTES:
-            raise ValueError(f"{status.st_size} bytes, where {FILE_BYTES} hold any settings")
-        text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except FileNotFoundError:
-        raise ValueError(f"the settings file must exist, got {path}; check the path") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{path} must be readable, got: {reason}; check who may read it") from None
-    except (ValueError, RecursionError) as error:  # of either reader, the encoding's, the digits'
-        kind = path.suffix[1:].upper()
-        raise ValueError(f"{path} must hold {kind}, got: {error}; correct it there") from None
+    if not os.path.exists(path):  # whatever the system says of such a name
+        raise ValueError(f"the settings file must exist, got {path}; check the path")
+    if path.is_dir():
+        raise ValueError(f"{path} must be a file of settings, got a folder; name the file in it")
+    with reading(path, path.suffix[1:].upper(), "correct it there"):
+        text = read_text(path)
+        tables = plain(tomllib.loads(text)) if path.suffix == ".toml" else parse_json(text)
     if not isinstance(tables, dict):
         raise ValueError(f"{path} must hold tables of settings, got a {type(tables).__name__}")
     return tables
@@ -251,10 +240,16 @@ def _named(settings: Any) -> dict[str, Any]:
     return table
 
 
+def without_none(hint: Any) -> Any:
+    """X of the type "X | None", any other type as it is."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    return hint
+
+
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value` as the type `hint` asks for; a whole number will do for a float."""
-    if isinstance(hint, types.UnionType):  # "X | None"
-        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    hint = without_none(hint)
     if isinstance(hint, type) and dataclasses.is_dataclass(
         hint
     ):  # in a list; a name can stand for the whole table

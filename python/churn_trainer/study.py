@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from churn_kernels._files import write_atomically
+from churn_kernels._files import make_folder, write_atomically
 from churn_trainer.config import Study
+from churn_trainer.data import pinned
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all
@@ -41,8 +42,10 @@ def run_study(
         retries: how often runs that fail are tried again.
         threads: see `tasks.make_tasks`.
         tell: called as it goes.
-    Raises: ValueError for a data set or model that does not exist, or a split that cannot be made.
+    Raises: ValueError for a data set or model that does not exist, a split that cannot be made, or
+        a `root` that is a symbolic link.
     """
+    make_folder(root)
     write_atomically(root / STUDY, json.dumps(study.to_mapping(), indent=1).encode() + b"\n")
     options = replace(options or Options(), curve_points=study.curve_points)
     train_all(study.all_runs(), root, workers, options, retries=retries, threads=threads, tell=tell)
@@ -54,8 +57,9 @@ def report_study(study: Study, *roots: Path) -> Report:
     Args:
         study: which runs.
         roots: folders of the runs' folders, one for each device where there are several.
-    Raises: NothingFinished if no run finished.
+    Raises: NothingFinished if no run finished, ValueError if the data are not there any more.
     """
+    (study,) = pinned([study])
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
     return make_report(folders, study.level, title=study.title, first=first)

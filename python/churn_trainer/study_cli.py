@@ -252,7 +252,7 @@ def _telling() -> Iterator[Any]:
                 bars[first.id] = progress.add_task(description, total=first.optimisation.epochs)
             elif event.kind == "epoch" and first.id in bars:
                 progress.update(bars[first.id], completed=event.epoch)
-            elif event.kind in ("skipped", "resumed", "diverged", "failed"):
+            elif event.kind in ("skipped", "resumed", "diverged", "failed", "damaged"):
                 several = f" and {len(event.runs) - 1} more" if len(event.runs) > 1 else ""
                 line = f"{event.kind} {first.id}{several}  {event.detail}".rstrip()
                 console.print(escape(line), highlight=False, soft_wrap=True)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from churn_kernels._files import printable
 from churn_kernels.intervals import Estimate
 from churn_trainer.formats import probability
-from churn_trainer.found import printable
 from churn_trainer.outcomes import METRICS, Comparison, Outcome, Setting, by_setting
 from churn_trainer.paper import Printed, printed
 from churn_trainer.settings import to_mapping

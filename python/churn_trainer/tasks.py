@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from churn_trainer.config import Run
-from churn_trainer.data import load_dataset
+from churn_trainer.data import load_dataset, pinned
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.settings import at_least
 from churn_trainer.train import Event, Options, kinds_of, runs_together, taken_up, train
@@ -139,6 +139,7 @@ def train_all(
     at_least("retries", retries, 0, "0 gives up after the first failure")
     for number in threads:
         at_least("threads", number, 1, "1 computes with one thread", 1024)
+    runs = pinned(runs)
     ended = [run for run in runs if RunFolder(root / run.id).done]
     if ended:
         tell(Event("skipped", ended))

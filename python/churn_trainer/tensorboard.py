@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from churn_kernels._files import make_folder
+
 FOLDER = "tensorboard"
 
 
@@ -14,7 +16,7 @@ class TensorBoard:
 
     Args:
         folder: the run's.
-    Raises: ValueError if TensorBoard is not installed.
+    Raises: ValueError if TensorBoard is not installed, or a link takes its folder's place.
     """
 
     def __init__(self, folder: Path):
@@ -25,6 +27,7 @@ class TensorBoard:
                 "tensorboard must be installed to write its event files, got no such package; "
                 "pip install tensorboard, or leave --tensorboard out"
             ) from None
+        make_folder(folder / FOLDER)
         self._make = lambda epoch: SummaryWriter(str(folder / FOLDER), purge_step=epoch)
         self._writer: Any = None
 

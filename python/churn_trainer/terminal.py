@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from churn_kernels._files import printable
 from churn_trainer.run_folder import Busy
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -55,7 +56,7 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 def fail(message: str, status: int) -> NoReturn:
     """Ends the command with a message and a status."""
     Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/red] {escape(message)}", highlight=False
+        f"[red]error:[/red] {escape(printable(message, 2000))}", highlight=False
     )
     raise typer.Exit(status)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 
 import churn_kernels as ck
+from churn_kernels._files import check, exactly, optional, read_bytes, write_atomically
 from churn_kernels.metrics import expected_calibration_error, prediction_confidence
 from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Run, measured_epochs
-from churn_trainer.data import hold_out, load_dataset, split_rows
+from churn_trainer.data import hold_out, load_dataset, pinned, split_rows
 from churn_trainer.data.batches import check_minibatch, fewest_rows
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Resumed, Trained, fit, make_fabric
@@ -49,7 +49,7 @@ class Event:
     Attributes:
         kind: `runs` have "started", "resumed" from a checkpoint, ended an "epoch", "finished",
             "diverged", were "skipped" because they had ended before, or "failed" in a study (see
-            `tasks`).
+            `tasks`); or a file of theirs is "damaged", and they go on without it.
         runs: which.
         epoch: its number, from 1.
         detail: more about it.
@@ -108,7 +108,8 @@ def train(
     run that diverges is recorded as such, and the others go on.
 
     Args:
-        runs: what to train. Runs that are there twice are trained once.
+        runs: what to train. Runs that are there twice are trained once. Their ids come to cover
+            the data's content (`data.pinned`).
         root: folder of the runs' folders; of several hosts, one they share.
         options: see `Options`.
         tell: called as it goes, in the first process.
@@ -118,7 +119,7 @@ def train(
         Busy: another process is training one of the runs.
         OSError: a file cannot be written; what was finished stays.
     """
-    options, runs = options or Options(), list(runs)
+    options, runs = options or Options(), pinned(runs)
     kinds = kinds_of(runs)
     for kind in kinds:
         keep = options.keep_checkpoint or not taken_up(kinds).isdisjoint(run.id for run in kind)
@@ -213,7 +214,7 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
         group = kind[start : start + size]
         if not any(run in pending for run in group):
             continue
-        if not _checkpoint_path(root, group).exists():  # else they go on as they were
+        if not _checkpoint(root, group).exists:  # else they go on as they were
             group = [run for run in group if run in pending]
         with ExitStack() as locks:
             if fabric.is_global_zero:
@@ -223,10 +224,11 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
             fabric.barrier()
 
 
-def _checkpoint_path(root: Path, group: Sequence[Run]) -> Path:
-    if len(group) == 1:
-        return root / group[0].id / CHECKPOINT
-    return root / ".together" / f"{fingerprint([run.id for run in group])}.pt"
+def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
+    ids = [run.id for run in group]
+    if len(ids) == 1:
+        return Checkpoint(root / ids[0] / CHECKPOINT, ids, **options)
+    return Checkpoint(root / ".together" / f"{fingerprint(ids)}.pt", ids, **options)
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
@@ -262,10 +264,10 @@ class _Group:
         checkpoint = self._checkpoint(self.runs)
         shorter = [run for run in (run.earlier() for run in self.runs) if run is not None]
         trace = folders[0].path / TRACE if self.options.trace else None
-        if trace is not None and shorter and not checkpoint.path.exists():
+        if trace is not None and shorter and not checkpoint.exists:
             begun = self.root / shorter[0].id / TRACE
             if begun.exists() and self.fabric.is_global_zero:
-                shutil.copyfile(begun, trace)
+                write_atomically(trace, read_bytes(begun))
         began = time.perf_counter()
         optimisation = self.runs[0].optimisation
         trained = fit(
@@ -275,6 +277,7 @@ class _Group:
             teachers=teachers,
             measured=measured_epochs(optimisation.epochs, self.options.curve_points),
             on_epoch=self._on_epoch,
+            kept=self._kept,
             checkpoint=checkpoint,
             earlier=self._checkpoint(shorter) if shorter else None,
             trust=self.options.trust,
@@ -285,12 +288,18 @@ class _Group:
             board.close()
         if self.fabric.is_global_zero:
             self._write(trained, time.perf_counter() - began)
-            if not self.options.keep_checkpoint:
+            if self.options.keep_checkpoint:
+                checkpoint.earlier.unlink(missing_ok=True)
+            else:
                 checkpoint.remove()
 
     def _checkpoint(self, runs: list[Run]) -> Checkpoint:
-        path = _checkpoint_path(self.root, runs)
-        return Checkpoint(path, [run.id for run in runs], self.options.checkpoint_seconds)
+        return _checkpoint(
+            self.root,
+            runs,
+            seconds=self.options.checkpoint_seconds,
+            warn=lambda sentence: self.tell(Event("damaged", runs[:1], detail=sentence)),
+        )
 
     def _on_resume(self, resumed: Resumed) -> None:
         self.tell(Event("resumed", self.runs, detail=resumed.sentence))
@@ -349,6 +358,18 @@ class _Group:
         self.tell(Event("epoch", self.runs, epoch.number, f"cross entropy {mean:.4f}"))
         return rows, None if epoch.logits is None else epoch.logits.argmax(dim=-1)
 
+    def _kept(self, labels: Tensor) -> Any:
+        """The form of what `_on_epoch` returns, see `churn_kernels._files.check`."""
+
+        def measured(value: Any, where: str) -> None:
+            check(value, {""} if value == "" else float, where)
+
+        row: dict[str, Any] = {"epoch": int, "learning_rate": float, "train_cross_entropy": float}
+        row |= {f"test_{name}": measured for name in MEASURED}
+        if self.runs[0].data.validation_rows:
+            row |= {f"validation_{name}": float for name in VALIDATED}
+        return (exactly(row),) * len(self.runs), optional(labels)
+
     def _write(self, trained: Trained, seconds: float) -> None:
         measured = [
             number for number, (_, seen) in enumerate(trained.history, 1) if seen is not None
@@ -370,8 +391,8 @@ class _Group:
                 "test_rows": len(labels),
                 "environment": self._environment(seconds, trained),
             }
-            if place in trained.kept:
-                metrics["epoch"] = trained.kept[place]
+            if place in trained.best_epochs:
+                metrics["epoch"] = trained.best_epochs[place]
             along = {number: trained.history[number - 1][1][place] for number in measured}
             folder.finish(metrics, logits, labels, weights, along)
             self.tell(Event("finished", [run], detail=f"accuracy {test['accuracy']:.2%}"))

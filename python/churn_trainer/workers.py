@@ -23,6 +23,7 @@ from churn_trainer.tasks import Ended, Task
 from churn_trainer.train import Event, Options
 
 PRELOADED = [
+    "churn_trainer.server",
     "churn_trainer.tasks",
     "lightning_fabric",
     "sklearn.datasets",
@@ -90,7 +91,7 @@ class LocalWorkers:
             task, process, _ = self._running[ready]
             try:
                 told = ready.recv()
-            except EOFError:
+            except (EOFError, OSError):  # OSError: it died in the middle of a message
                 process.join()
                 told = Ended(_death(process.exitcode))
             if isinstance(told, Ended):
@@ -239,6 +240,8 @@ def _collected(task: Task, root: Path, options: Options) -> list[Event | Ended]:
 
 
 def _death(status: int | None) -> str:
+    if status == -signal.SIGKILL:
+        return "its process was killed by SIGKILL, which is what a system does without memory"
     if status is not None and status < 0:
-        return f"its process was killed by {signal.Signals(-status).name}"
+        return f"its process was killed by signal {-status} ({signal.strsignal(-status)})"
     return f"its process ended with status {status}"

@@ -123,7 +123,10 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--config", "seeds.toml"), "seeds must be a table of settings, got 3"),
         (("--data-train-rows", 5), "train_rows must be in [10, 1787], got 5"),
         (("--data-validation-rows", 55), "validation_rows must be 0 or in [10, 50], got 55; every"),
-        (("--config", "x.toml"), "x.toml must hold TOML, got: a folder; correct it there"),
+        (
+            ("--config", "x.toml"),
+            "x.toml must be a file of settings, got a folder; name the file in it",
+        ),
         (("--config", "deep.json"), "the number of hidden layers must be at most 1000, got 3000"),
         (("--seed", "1" * 400), "seeds.split must be within 2^63, got a number of 400 digits"),
         (("--learning-rate", "1" * 400), "learning_rate must be a finite number above 0, got inf"),

@@ -1,8 +1,5 @@
 """Data sets, their files and their splits."""
 
-import importlib
-import io
-import pickle
 import sys
 import time
 
@@ -11,17 +8,9 @@ import torch
 from churn_trainer.config import Data, Optimisation, Run, Synthetic
 from churn_trainer.data import DATASETS, digits, hold_out, images, load_dataset, split_rows
 from churn_trainer.data.dataset import Dataset
+from image_files import colour_of, picture, write_folder
 from PIL import Image
 from small_study import batches
-
-
-def picture(colour, width=32, height=32):
-    return Image.new("RGB", (width, height), colour)
-
-
-def colour_of(label, index):
-    return (20 * label, index, 255 - index)
-
 
 # Digits and splits --------------------------------------------------------------------------------
 
@@ -83,6 +72,25 @@ def test_unknown_data_is_refused_with_the_nearest():
         load_dataset(Data(name="cifar"))
     with pytest.raises(ValueError, match=r"got '0000'; `churn-train data` describes them"):
         load_dataset(Data(name="0000"))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("digits", "train_part"),
+        ("gaussian", "skip_broken"),
+        ("folder", "label"),
+        ("folder", "image"),
+    ],
+)
+def test_settings_that_a_data_set_has_no_use_for_are_refused(tmp_path, name, setting):
+    write_folder(tmp_path)
+    value = True if setting == "skip_broken" else "x"
+    data = Data(name=name, path=str(tmp_path), image_size=8, **{setting: value})
+    with pytest.raises(
+        ValueError, match=rf"data.{setting} must be left out of {name}, .*; drop it"
+    ):
+        load_dataset(data)
 
 
 # Synthetic ----------------------------------------------------------------------------------------
@@ -158,12 +166,8 @@ def test_drawn_data_follow_from_their_seed(name):
 # Image folders ------------------------------------------------------------------------------------
 
 
-def write_folder(root, classes=("cat", "dog"), count=3, width=32, height=32, suffix="png"):
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for index in range(count):
-            picture(colour_of(label, index), width, height).save(root / name / f"{index}.{suffix}")
-    return root
+def folder(path, **settings):
+    return load_dataset(Data(name="folder", path=str(path), image_size=8, **settings))
 
 
 def test_a_folder_of_images_by_class(tmp_path):
@@ -187,6 +191,84 @@ def test_a_folder_with_its_own_test_part(tmp_path):
     assert dataset.fetch(torch.arange(10)).shape == (10, 3, 16, 16)
 
 
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "testing"), ("TRAIN", "val"), ("train", "Valid")],
+)
+def test_parts_are_recognised_however_they_are_written(tmp_path, train, test):
+    write_folder(tmp_path / train)
+    write_folder(tmp_path / test, count=2)
+    dataset = folder(tmp_path)
+    assert (dataset.classes, dataset.test_start, len(dataset.labels)) == (2, 6, 10)
+
+
+def test_of_several_parts_to_test_on_test_goes_first_and_any_can_be_chosen(tmp_path):
+    for name, count in (("train", 3), ("val", 2), ("test", 1), ("fold 7", 4)):
+        write_folder(tmp_path / name, count=count)
+    sizes = {test: len(folder(tmp_path, test_part=test).labels) for test in (None, "val", "fold 7")}
+    assert sizes == {None: 8, "val": 10, "fold 7": 14}
+    dataset = folder(tmp_path, train_part="fold 7", test_part="train")
+    assert (dataset.test_start, len(dataset.labels)) == (8, 14)
+    with pytest.raises(ValueError, match=r"data.train_part must be a folder of .*, got 'all'; it"):
+        folder(tmp_path, train_part="all")
+    with pytest.raises(
+        ValueError, match=r"another part than data.train_part, got '.*train' for both"
+    ):
+        folder(tmp_path, train_part="train", test_part="train")
+
+
+@pytest.mark.parametrize("names", [("trainset", "testset"), ("fold 1", "fold 2", "fold 3")])
+def test_parts_of_other_names_do_not_become_classes(tmp_path, names):
+    for name in names:
+        write_folder(tmp_path / name)
+    message = r"must be classes, got .*, each with 'cat' and 'dog' in it, like parts; name two with"
+    with pytest.raises(ValueError, match=message):
+        folder(tmp_path)
+    dataset = folder(tmp_path, train_part=names[0], test_part=names[1])
+    assert (dataset.classes, dataset.test_start) == (2, 6)
+
+
+def test_folders_with_the_names_of_parts_can_be_said_to_be_classes(tmp_path):
+    for name in ("train", "bus"):
+        write_folder(tmp_path / name, classes=("front", "side"))
+    with pytest.raises(
+        ValueError, match=r"or neither, got .*; a training part '.' says that all a"
+    ):
+        folder(tmp_path)
+    assert folder(tmp_path, train_part=".").classes == 2
+    (tmp_path / "train").rename(tmp_path / "tram")
+    with pytest.raises(
+        ValueError, match=r"like parts; .* say data.train_part '.' if they are clas"
+    ):
+        folder(tmp_path)
+    assert folder(tmp_path, train_part=".").classes == 2
+
+
+def test_a_class_that_is_a_link_to_nothing_is_named(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "cow").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cow must lead to a folder, got a broken link; mend or"):
+        folder(tmp_path)
+
+
+def test_classes_may_have_folders_of_their_own(tmp_path):
+    for name, inside in (("cat", ("front", "side")), ("dog", ("front", "back"))):
+        write_folder(tmp_path / name, classes=inside)
+    assert folder(tmp_path).classes == 2
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_a_file_in_both_parts_is_refused(tmp_path, link):
+    write_folder(tmp_path / "train")
+    write_folder(tmp_path / "test")
+    path = tmp_path / "test" / "dog" / "other.png"
+    getattr(path, link)(tmp_path / "train" / "dog" / "1.png")
+    with pytest.raises(
+        ValueError, match=r"share no file, got .*test/dog/other.png in both; remove"
+    ):
+        folder(tmp_path)
+
+
 def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
     write_folder(tmp_path, count=9)
     data = Data(name="folder", path=str(tmp_path), image_size=8, flip=True)
@@ -203,7 +285,7 @@ def test_images_too_many_for_memory_are_read_when_used(tmp_path, monkeypatch):
         for part, same in zip(one.train(step), other.train(step), strict=True):
             assert torch.equal(torch.as_tensor(part), torch.as_tensor(same))
     (tmp_path / "cat" / "0.png").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match=r"cat/0.png is gone; it was changed since .*: restore it"):
         late.fetch(torch.tensor([0]))
 
 
@@ -244,6 +326,10 @@ def test_wrong_folders_are_explained(tmp_path):
     write_folder(tmp_path / "half" / "train")
     with pytest.raises(ValueError, match=r"must have train/ and one of test, .* or neither, got"):
         load(tmp_path / "half")
+    write_folder(tmp_path / "both" / "Train")
+    write_folder(tmp_path / "both" / "training")
+    with pytest.raises(ValueError, match=r"one folder for a part, got Train and training; say whi"):
+        load(tmp_path / "both")
     write_folder(tmp_path / "half" / "test", classes=("cat", "cow"))
     with pytest.raises(ValueError, match=r"same classes, got 2 and 2; in one only: cow, dog"):
         load(tmp_path / "half")
@@ -251,96 +337,6 @@ def test_wrong_folders_are_explained(tmp_path):
     bad.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"1.png must be an image, got something else; remove"):
         load(tmp_path / "bad")
-
-
-# Hugging Face datasets ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    """A data set of CIFAR-10's columns, in both formats that `datasets` writes."""
-    datasets = pytest.importorskip("datasets")
-    datasets.disable_progress_bars()
-    root = tmp_path_factory.mktemp("hub")
-    features = datasets.Features(
-        {
-            "img": datasets.Image(),
-            "label": datasets.ClassLabel(names=[f"class {label}" for label in range(10)]),
-        }
-    )
-
-    def part(count):
-        rows = {
-            "img": [picture(colour_of(row % 10, row)) for row in range(count)],
-            "label": [row % 10 for row in range(count)],
-        }
-        return datasets.Dataset.from_dict(rows, features=features)
-
-    parts = datasets.DatasetDict({"train": part(40), "test": part(20)})
-    parts.save_to_disk(root / "arrow")
-    (root / "parquet").mkdir()
-    for name, rows in parts.items():
-        rows.to_parquet(root / "parquet" / f"{name}-00000-of-00001.parquet")
-    return root
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.parametrize("kind", ["arrow", "parquet"])
-def test_a_local_hugging_face_folder(cifar, kind, hub_cache):
-    data = Data(name="cifar10", path=str(cifar / kind))
-    dataset = load_dataset(data)
-    assert dataset.shape == (3, 32, 32)
-    assert dataset.classes == 10
-    train, test = split_rows(dataset, data, 0)
-    assert (len(train), len(test)) == (40, 20)
-    rows = torch.tensor([3, 45])
-    assert dataset.labels[rows].tolist() == [3, 5]
-    assert dataset.fetch(rows)[:, :, 9, 9].tolist() == [
-        list(colour_of(3, 3)),
-        list(colour_of(5, 5)),
-    ]
-
-
-def test_of_several_variants_in_a_folder_the_right_one_is_read(cifar, hub_cache, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    parts = datasets.load_from_disk(str(cifar / "arrow")).rename_column("img", "image")
-    for variant, count in (("cropped_digits", 12), ("full_numbers", 5)):
-        (tmp_path / "svhn" / variant).mkdir(parents=True)
-        for name, rows in parts.items():
-            some = rows.select(range(count))
-            some.to_parquet(tmp_path / "svhn" / variant / f"{name}-00000-of-00001.parquet")
-    dataset = load_dataset(Data(name="svhn", path=str(tmp_path / "svhn")))
-    assert (dataset.test_start, len(dataset.labels)) == (12, 24)
-
-
-def test_hugging_face_data_that_does_not_fit_is_explained(cifar, hub_cache, tmp_path):
-    arrow = str(cifar / "arrow")
-    with pytest.raises(
-        ValueError, match=r"must have a column 'image', got \['img', 'label'\]; ren"
-    ):
-        load_dataset(Data(name="svhn", path=arrow))
-    with pytest.raises(ValueError, match=r"must have the part 'validation', got \['test', 'train"):
-        load_dataset(Data(name="imagenet", path=arrow))
-    with pytest.raises(
-        ValueError, match=r"data.path must name a folder .* inaturalist2018, got ''"
-    ):
-        load_dataset(Data(name="inaturalist2018"))
-    with pytest.raises(ValueError, match=r"image_size must be above 0 for huggingface, got 0"):
-        load_dataset(Data(name="huggingface", path=arrow))
-    with pytest.raises(ValueError, match=r"must hold dataset_dict.json, or Parquet .* got neither"):
-        load_dataset(Data(name="cifar10", path=str(tmp_path)))
-    with pytest.raises(
-        ValueError, match=r"data set 'no/such' must be a folder or a name on the Hub"
-    ):
-        load_dataset(Data(name="cifar10", path="no/such"))
 
 
 def test_validation_rows_are_drawn_by_class_out_of_the_training_rows():
@@ -381,58 +377,6 @@ def test_without_a_network_the_hub_s_data_end_at_once(tmp_path, monkeypatch):
     assert asked == [(hub.constants.ENDPOINT, 5.0)]
     assert not datasets.config.HF_HUB_OFFLINE
     assert not hub.constants.HF_HUB_OFFLINE
-
-
-def test_a_class_count_that_does_not_match_is_explained(cifar, hub_cache, tmp_path):
-    datasets = pytest.importorskip("datasets")
-    parts = datasets.load_from_disk(str(cifar / "arrow")).rename_column("label", "fine_label")
-    parts.save_to_disk(tmp_path / "renamed")
-    with pytest.raises(ValueError, match=r"must have 100 classes, got 10; is it the right data"):
-        load_dataset(Data(name="cifar100", path=str(tmp_path / "renamed")))
-
-
-def test_a_missing_package_names_the_command(monkeypatch):
-    def refuse(name, package=None):
-        if name == "datasets":
-            raise ImportError(name)
-        return real(name, package)
-
-    real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    message = r"needs the package datasets, .*; pip install 'churn-kernels\[trainer\]'"
-    with pytest.raises(ValueError, match=message):
-        load_dataset(Data(name="cifar10"))
-
-
-class Hostile:
-    """Unpickled, it creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def test_a_stranger_s_files_run_no_code(tmp_path, hub_cache):
-    witness = tmp_path / "witness"
-    folder = tmp_path / "evil"
-    folder.mkdir()
-    (folder / "evil.py").write_text(f"open({str(witness)!r}, 'w')\n")
-    (folder / "train.pkl").write_bytes(pickle.dumps(Hostile(witness)))
-    with pytest.raises(ValueError, match=r"must hold dataset_dict.json, or Parquet files"):
-        load_dataset(Data(name="cifar10", path=str(folder)))
-    write_folder(tmp_path / "images")
-    (tmp_path / "images" / "cat" / "0.png").write_bytes(pickle.dumps(Hostile(witness)))
-    with pytest.raises(ValueError, match="must be an image, got something else"):
-        load_dataset(Data(name="folder", path=str(tmp_path / "images"), image_size=8))
-    for name in ("train", "test"):
-        (folder / f"{name}.parquet").write_bytes(pickle.dumps(Hostile(witness)))
-    with pytest.raises(ValueError, match="that can be read, got"):
-        load_dataset(Data(name="cifar10", path=str(folder)))
-    assert not witness.exists()
-    pickle.load(io.BytesIO(pickle.dumps(Hostile(witness)))).close()
-    assert witness.exists()  # it would have shown
 
 
 def test_torchvision_is_not_needed():

@@ -71,7 +71,7 @@ def interrupted(runs, tmp_path, monkeypatch, saves, **options):
 
 def assert_same_bits(one, other):
     assert torch.equal(one.logits, other.logits)
-    assert one.kept == other.kept
+    assert one.best_epochs == other.best_epochs
     states = one.members.state_dict(), other.members.state_dict()
     for first, second in zip(*(state.values() for state in states), strict=True):
         assert torch.equal(first, second)
@@ -217,9 +217,8 @@ def test_each_goes_on_with_its_bits(settings, model, tmp_path, monkeypatch):
     ]
     whole = fit(runs, DIGITS)
     for saves in (1, 5):  # within an epoch, and after some best one
-        resumed, _ = interrupted(runs, tmp_path, monkeypatch, saves)
+        resumed, _ = interrupted(runs, tmp_path / str(saves), monkeypatch, saves)
         assert_same_bits(resumed, whole)
-        (tmp_path / "state.pt").unlink()
 
 
 @pytest.mark.parametrize("method", ["skl-entropy", "ce-stale", "2-distillation"])
@@ -286,7 +285,7 @@ def test_the_best_epoch_on_validation_rows_is_kept():
         trained = fit(some, DIGITS, measured=range(1, 13), on_epoch=told.append)
         for place in range(2):
             if best == "last":
-                assert trained.kept == {}
+                assert trained.best_epochs == {}
                 assert torch.equal(trained.logits[place], told[-1].logits[place])
                 continue
             scores = []
@@ -295,7 +294,7 @@ def test_the_best_epoch_on_validation_rows_is_kept():
                 loss = torch.nn.functional.cross_entropy(logits.double(), labels)
                 wrong = (logits.argmax(-1) != labels).double().mean()
                 scores.append(float(loss if best == "cross_entropy" else wrong))
-            kept = trained.kept[place]
+            kept = trained.best_epochs[place]
             assert scores[kept - 1] == pytest.approx(min(scores), rel=1e-6)
             assert kept < 12  # else the last would do
             assert torch.equal(trained.logits[place], told[kept - 1].logits[place])

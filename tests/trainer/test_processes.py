@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,6 +132,61 @@ def until(condition, process=None):
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None
         time.sleep(0.02)
+
+
+def descendants(pid):
+    """The living processes that a process and its children have started."""
+    children = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(folder.name))
+    found, pending = [], [pid]
+    while pending:
+        started = children.get(pending.pop(), [])
+        found += started
+        pending += started
+    return found
+
+
+# A study whose workers take a minute to import what it is, before they take up their task.
+SLOW = """
+import sys, time
+from pathlib import Path
+from churn_trainer.tasks import Task
+from churn_trainer.train import Options
+from churn_trainer.workers import LocalWorkers
+from small_study import small_run
+
+if __name__ == "__mp_main__":
+    Path(sys.argv[1]).touch()
+    time.sleep(60)
+if __name__ == "__main__":
+    workers = LocalWorkers(2)
+    for number in range(2):
+        workers.start(Task(number, (small_run(),)), Path("nowhere"), Options())
+    for _ in workers.wait():
+        pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_study_whatever_they_do(end, tmp_path):
+    script, started = tmp_path / "study.py", tmp_path / "started"
+    script.write_text(SLOW)
+    study = subprocess.Popen([sys.executable, script, started], env=environment())
+    try:
+        until(started.exists, study)
+        others = descendants(study.pid)
+        assert len(others) >= 3  # the server and its workers
+    finally:
+        study.send_signal(end)
+        study.wait()
+    ended = time.monotonic()
+    until(lambda: not set(others) & {int(path.name) for path in Path("/proc").glob("[0-9]*")})
+    assert time.monotonic() - ended < 20
 
 
 @pytest.mark.slow

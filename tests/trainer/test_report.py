@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from churn_trainer import cli, report
 from churn_trainer.config import Data, Model
-from churn_trainer.found import printable
 from churn_trainer.paper import printed, printed_numbers
 from churn_trainer.run_folder import RunFolder
 from small_study import Page, copied, first_split, independent, rows_of, small_run, table
 from typer.testing import CliRunner
 
+from churn_kernels._files import printable
 from churn_kernels.intervals import jackknife_interval, leave_one_run_out, run_mean
 from churn_kernels.metrics import churn_report
 

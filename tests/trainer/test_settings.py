@@ -211,7 +211,6 @@ def test_a_wrong_file_names_the_setting_and_the_nearest(values, message):
         ("run.toml", b"a = " + b"[" * 100_000, "run.toml must hold TOML, got: .*; correct it th"),
         ("run.json", b"[" + b"1" * 5000 + b"]", "run.json must hold JSON, got: .*digits.*; corre"),
         ("run.toml", b"a = " + b"1" * 5000, "run.toml must hold TOML, got: .*digits.*; correct"),
-        ("run.toml", b"#" * 2**21, "run.toml must hold TOML, got: 2097152 bytes, where 1048576 ho"),
     ],
 )
 def test_a_file_that_is_no_settings_is_refused(name, content, message, tmp_path):
@@ -222,15 +221,21 @@ def test_a_file_that_is_no_settings_is_refused(name, content, message, tmp_path)
 
 def test_what_is_no_file_or_cannot_be_read_is_named(tmp_path):
     (tmp_path / "x.toml").mkdir()
-    with pytest.raises(ValueError, match=r"x.toml must hold TOML, got: a folder; correct it"):
+    with pytest.raises(ValueError, match=r"x.toml must be a file of settings, got a folder; name"):
         read_settings(tmp_path / "x.toml")
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(ValueError, match=r"pipe.json must hold JSON, got: no file; correct it"):
+    with pytest.raises(
+        ValueError, match=r"pipe.json must hold JSON, got: .*is no regular file; corr"
+    ):
         read_settings(tmp_path / "pipe.json")
     (tmp_path / "loop.json").symlink_to("loop.json")
-    with pytest.raises(ValueError, match=r"loop.json must be readable, got: .*; check who may"):
+    with pytest.raises(
+        ValueError, match=r"settings file must exist, got .*loop.json; check the path"
+    ):
         read_settings(tmp_path / "loop.json")
-    with pytest.raises(ValueError, match=r"toml must be readable, got: File name too long; check"):
+    with pytest.raises(
+        ValueError, match=r"settings file must exist, got .*xxx.toml; check the path"
+    ):
         read_settings(tmp_path / ("x" * 300 + ".toml"))
 
 

@@ -89,8 +89,8 @@ def test_another_seed_gives_other_numbers(result, tmp_path):
 
 
 def test_an_unknown_data_set_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"data.name must be one of digits, .* got 'mnist'"):
-        local_study(small_study(data=Data(name="mnist")), tmp_path)
+    with pytest.raises(ValueError, match=r"data.name must be one of digits, .* got 'imagenette'"):
+        local_study(small_study(data=Data(name="imagenette")), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [STUDY]
 
 

@@ -1,10 +1,12 @@
 """Many runs as tasks: order, failures, kills, and the workers that do them."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 from dataclasses import replace
 from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,17 +31,19 @@ import os, pathlib, signal
 import torch
 
 class Net(torch.nn.Module):
-    def __init__(self, shape, classes, killed=""):
+    def __init__(self, shape, classes, killed="", starved=False):
         super().__init__()
         self.layer = torch.nn.Linear(64, classes)
         self.norm = torch.nn.BatchNorm1d(classes)  # not to be stacked: each run is a task
-        self.killed, self.steps = killed, 0
+        self.killed, self.starved, self.steps = killed, starved, 0
 
     def forward(self, inputs):
         if self.training and len(inputs) > 20:  # a step, not the trainer's check on zeros
             self.steps += 1
             if self.killed and self.steps == 3 and not os.path.exists(self.killed):
                 pathlib.Path(self.killed).touch()
+                if self.starved:
+                    torch.empty(1 << 60)
                 os.kill(os.getpid(), signal.SIGKILL)
         return self.norm(self.layer(inputs.flatten(1)))
 """
@@ -248,7 +252,11 @@ def test_a_killed_worker_takes_nothing_with_it(deadly, tmp_path, threads):
     assert train_all(runs, root, LocalWorkers(2), options, tell=told.append) == {}
     assert (tmp_path / "killed-1").exists()
     assert [(event.runs[0], event.detail) for event in told if event.kind == "failed"] == [
-        (runs[1], "its process was killed by SIGKILL; attempt 1 of 3, again later")
+        (
+            runs[1],
+            "its process was killed by SIGKILL, which is what a system does without memory; "
+            "attempt 1 of 3, again later",
+        )
     ]
     assert {folder.run().id for folder in read_runs(root)} == {run.id for run in runs}
     # The killed run has gone on from its checkpoint: the bits are those of one never killed.
@@ -256,6 +264,38 @@ def test_a_killed_worker_takes_nothing_with_it(deadly, tmp_path, threads):
     (folder,) = train([whole], tmp_path / "whole", options)
     killed = RunFolder(root / runs[1].id)
     assert torch.equal(killed.logits()[0], folder.logits()[0])
+
+
+def test_a_worker_without_memory_is_tried_again(deadly, tmp_path):
+    starved, other = deadly(2, killed=(0,))
+    options = {**starved.model.options, "starved": True}
+    starved, told = replace(starved, model=replace(starved.model, options=options)), []
+    failed = train_all(
+        [starved, other],
+        tmp_path,
+        LocalWorkers(1),
+        Options(trust=("deadly_net",)),
+        tell=told.append,
+    )
+    assert failed == {}
+    ((run, detail),) = [(event.runs[0], event.detail) for event in told if event.kind == "failed"]
+    assert run == starved
+    assert "can't allocate memory" in detail
+    assert detail.endswith("; attempt 1 of 3, again later")
+
+
+@pytest.mark.parametrize("part", [b"", b"\x00", b"\x00\x00\x01\x00half"])
+def test_a_worker_that_dies_in_the_middle_of_a_message_takes_nothing_with_it(part):
+    workers, task = LocalWorkers(1), Task(0, (small_run(),))
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), part)
+    theirs.close()
+    process = SimpleNamespace(join=lambda: None, exitcode=-11)
+    workers._running[ours] = _Working(task, process, None)
+    ((told, ended),) = workers.wait()
+    assert told == task
+    assert ended == Ended("its process was killed by signal 11 (Segmentation fault)")
+    assert not workers._running
 
 
 def test_a_run_whose_every_attempt_fails_is_given_up_alone(deadly, tmp_path):

@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 from churn_trainer import checkpoint as checkpoints
-from churn_trainer import loop, run_folder
+from churn_trainer import loop, run_folder, stored
 from churn_trainer import train as training
-from churn_trainer.checkpoint import Checkpoint, load_tensors, save_tensors
+from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Model, Optimisation, Seeds
 from churn_trainer.data import digits
 from churn_trainer.loop import Loop, fit
 from churn_trainer.models import build_model
 from churn_trainer.run_folder import Busy, RunFolder, read_runs
 from churn_trainer.settings import to_toml
+from churn_trainer.stored import save_tensors
 from churn_trainer.train import Options, train
 from small_study import small_run
 
@@ -255,7 +256,7 @@ cli.app()
 
 
 def step_of(folder):
-    return load_tensors(folder.path / "checkpoint.pt", "")["state"]["step"]
+    return Checkpoint(folder.path / "checkpoint.pt", [folder.path.name]).load()["step"]
 
 
 def kill_when_it_has_moved_on(line, folder):
@@ -317,14 +318,14 @@ def test_killed_before_any_file_is_in_place_the_run_ends_all_the_same(
     whole = train(runs, tmp_path / "whole")
     write = run_folder.write_atomically
 
-    def die_before(path, content):
+    def die_before(path, content, earlier=None):
         if path.name == file and path.parent.name == runs[-1].id:
             (path.parent / f".{path.name}.partial").write_bytes(content[:7])
             raise Killed
-        write(path, content)
+        write(path, content, earlier)
 
     monkeypatch.setattr(run_folder, "write_atomically", die_before)
-    monkeypatch.setattr(checkpoints, "write_atomically", die_before)
+    monkeypatch.setattr(stored, "write_atomically", die_before)
     with pytest.raises(Killed):
         train(runs, tmp_path / "runs")
     monkeypatch.undo()
@@ -377,12 +378,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be a checkpoint of b, got one of a; delete it, or"):
         Checkpoint(path, ["b"]).load()
     save_tensors(path, {"format": 0})
-    with pytest.raises(ValueError, match="checkpoint of format 2, got something else; delete"):
+    with pytest.raises(ValueError, match=r"got: it\['format'\] must be 2, and is int 0; delete"):
         Checkpoint(path, ["a"]).load()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"must hold tensors and plain values, got: .*; delete"):
         Checkpoint(path, ["a"]).load()
-    path.unlink()
+    Checkpoint(path, ["a"]).remove()
     assert Checkpoint(path, ["a"]).load() is None
 
 
@@ -435,7 +436,7 @@ def test_hostile_files_run_no_code(tmp_path):
     with pytest.raises(ValueError, match=r"must hold tensors and plain values, got: .*; delete"):
         folder.weights()
     torch.save("text", folder.path / "weights.pt")
-    with pytest.raises(ValueError, match="must hold a list of state dicts; delete"):
+    with pytest.raises(ValueError, match="got: it must be 1 values, and is str 'text'; delete"):
         folder.weights()
     assert not witness.exists()
     pickle.load(io.BytesIO(pickle.dumps(Hostile(witness)))).close()

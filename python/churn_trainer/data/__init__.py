@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,12 +12,21 @@ from torch import Tensor
 
 from churn_trainer.config import Data, Draw
 from churn_trainer.data.dataset import Dataset
+from churn_trainer.data.folder import load_folder
 from churn_trainer.data.hub import HUB, load_hub
-from churn_trainer.data.images import load_folder
+from churn_trainer.data.images import Pictures
 from churn_trainer.data.synthetic import gaussian, multi_view, prototypes
 from churn_trainer.settings import derive_seed, one_of
 
-DATASETS: dict[str, tuple[str, Callable[[Data], Dataset]]] = {
+
+class _HasData(Protocol):
+    @property
+    def data(self) -> Data: ...
+
+
+_S = TypeVar("_S", bound=_HasData)
+
+DATASETS: dict[str, tuple[str, Callable[[Data], Dataset | Pictures]]] = {
     "digits": ("1797 handwritten digits of 8 x 8 pixels, with scikit-learn", lambda _: digits()),
     "folder": ("images in folders by class, below data.path", load_folder),
     **{
@@ -37,15 +48,27 @@ DATASETS: dict[str, tuple[str, Callable[[Data], Dataset]]] = {
 }
 """Name -> (what it is, how it is loaded)."""
 
+_FILES = {
+    "folder": ("train_part", "test_part", "skip_broken"),
+    **dict.fromkeys(HUB, ("train_part", "test_part", "skip_broken", "image", "label")),
+}
+"""Those that are read from files, which may change, and what can be said of these.
+
+The others follow from their settings.
+"""
+
 
 def load_dataset(data: Data) -> Dataset:
     """The data set that `data` names.
 
+    Every image is decoded once before this returns, or was when the same files were read before.
+
     Raises: ValueError for an unknown name, a missing package, folder or file, or files that do not
-    hold what they should.
+    hold what they should, or not what they held when `data.content` was filled in.
     """
-    one_of("data.name", data.name, DATASETS, "`churn-train data` describes them")
-    dataset = DATASETS[data.name][1](data)
+    opened = _opened(data)
+    dataset = opened.load() if isinstance(opened, Pictures) else opened
+    _check_content(data, dataset.content)
     if (data.crop_padding or data.crop_size or data.flip) and not dataset.is_image:
         raise ValueError(
             f"data.crop_padding, crop_size and flip must be left out of {data.name}, whose inputs "
@@ -57,6 +80,52 @@ def load_dataset(data: Data) -> Dataset:
             f"shape {dataset.shape} and crop_padding {data.crop_padding}; make it smaller"
         )
     return dataset
+
+
+def pinned(settings: Iterable[_S]) -> list[_S]:
+    """Runs, or studies, with `data.content`: from then on their ids are those of these very data.
+
+    Raises: ValueError, as `load_dataset`.
+    """
+    settings = list(settings)
+    contents = {data: _content(data) for data in dict.fromkeys(one.data for one in settings)}
+    return [
+        dataclasses.replace(  # type: ignore[type-var]
+            one, data=dataclasses.replace(one.data, content=contents[one.data])
+        )
+        for one in settings
+    ]
+
+
+def _opened(data: Data) -> Dataset | Pictures:
+    one_of("data.name", data.name, DATASETS, "`churn-train data` describes them")
+    for name in ("train_part", "test_part", "skip_broken", "image", "label"):
+        if getattr(data, name) is not None and name not in _FILES.get(data.name, ()):
+            raise ValueError(
+                f"data.{name} must be left out of {data.name}, which has no such thing, got "
+                f"{getattr(data, name)!r}; drop it"
+            )
+    try:
+        return DATASETS[data.name][1](data)
+    except OSError as error:
+        raise ValueError(
+            f"the data set {data.name} must be readable, got: {error}; mend what it names"
+        ) from None
+
+
+def _content(data: Data) -> str | None:
+    content = _opened(data).content if data.name in _FILES else None
+    _check_content(data, content)
+    return content
+
+
+def _check_content(data: Data, content: str | None) -> None:
+    if data.content is not None and data.content != content:
+        raise ValueError(
+            f"data.content must be that of {data.path or data.name}, {content}, got "
+            f"{data.content}; the data are not those that the settings were written for: restore "
+            "them, or leave data.content out"
+        )
 
 
 def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]:

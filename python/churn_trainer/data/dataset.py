@@ -23,6 +23,7 @@ class Dataset:
         test_start: rows from this one on are the data set's own test rows; 0: it has none.
         in_memory: whether fetching is a copy; else minibatches are fetched one ahead.
         default_rows: training rows where nothing is said and there are no test rows; 0: 4/5 of all.
+        content: digest of labels and inputs; None where they follow from the settings.
     """
 
     title: str
@@ -35,6 +36,7 @@ class Dataset:
     test_start: int = 0
     default_rows: int = 0
     in_memory: bool = True
+    content: str | None = None
 
     def __post_init__(self) -> None:
         if not self.default_rows:

@@ -1,131 +1,201 @@
-"""Image files: squares of one size out of pictures of any, and folders of them by class."""
+"""Many labelled image files as a data set: read, checked before training, named by content."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from churn_trainer.config import Data
+from churn_kernels._files import printable
 from churn_trainer.data.dataset import Dataset
+from churn_trainer.data.decode import open_image, to_square
+from churn_trainer.data.verdicts import Verdict, recall, remember, stamp
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"})
-TEST_FOLDERS = ("test", "val", "validation")
 IN_MEMORY_BYTES = 1 << 30
 """Images that take no more than this together are read once; others at each use."""
 
+MOST_NAMED = 100
+"""Broken images that one message names."""
 
-def to_square(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
-    """(3, size, size) uint8: the shorter side scaled to `size`, the middle cut out, in RGB.
+_BLOCK = 64
+"""Rows that a thread reads at a time, when all are read."""
 
-    An image that is `size` x `size` keeps its pixels.
+_Take = Callable[[int, np.ndarray[Any, Any]], None]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """N encoded images and their labels, those of the training part first.
+
+    Attributes:
+        title: what a reader calls them.
+        labels: of each, in [0, classes); None where it has none.
+        classes: C.
+        size: side of the squares they are brought to.
+        read: the bytes of one image's file. Raises: OSError or ValueError that says what is wrong.
+        name: what a reader finds a row by.
+        test_start: as `Dataset.test_start`.
+        skip_broken: leave out what cannot be used, rather than refuse all.
+        files: everything that `read` reads, where known.
+        column: which images of these files, where they hold several.
     """
-    image = image.convert("RGB")
-    width, height = image.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        width, height = max(size, round(width * scale)), max(size, round(height * scale))
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.crop((left, top, left + size, top + size))
-    return np.asarray(image).transpose(2, 0, 1)
 
+    title: str
+    labels: Sequence[int | None]
+    classes: int
+    size: int
+    read: Callable[[int], bytes]
+    name: Callable[[int], str]
+    test_start: int = 0
+    skip_broken: bool = False
+    files: Callable[[], Sequence[Path]] = field(default=tuple)
+    column: str = ""
 
-def image_fetch(
-    count: int, size: int, open_image: Callable[[int], Image.Image]
-) -> tuple[Callable[[Tensor], Tensor], bool]:
-    """`Dataset.fetch` and `in_memory`, for pictures that `open_image` opens by their number."""
-    pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="images")
+    @property
+    def in_memory(self) -> bool:
+        """Whether the squares are kept, once read."""
+        return len(self.labels) * 3 * self.size**2 <= IN_MEMORY_BYTES
 
-    def read(rows: Sequence[int]) -> Tensor:
-        squares = pool.map(lambda row: to_square(open_image(row), size), rows)
-        return torch.from_numpy(np.stack(list(squares)))
+    @property
+    def content(self) -> str:
+        """`Verdict.content`: two data sets that train alike have one, wherever they are."""
+        return self._survey(None).content if self.in_memory else self._verdict.content
 
-    if count * 3 * size * size <= IN_MEMORY_BYTES:
-        everything = read(range(count))
-        pool.shutdown()
-        return everything.__getitem__, True
-    return lambda rows: read(rows.tolist()), False
+    def load(self) -> Dataset:
+        """The data set, every image of which has been decoded once.
 
+        Raises: ValueError naming the files or rows that cannot be used, unless they are to be left
+        out, and where nothing else is left.
+        """
+        if self.in_memory:
+            shape = (len(self.labels), 3, self.size, self.size)
+            squares = np.empty(shape, np.uint8)
+            verdict = self._survey(squares.__setitem__)
+            rows = self._usable(verdict)
+            kept = torch.from_numpy(squares if len(rows) == len(squares) else squares[rows])
+            fetch: Callable[[Tensor], Tensor] = kept.__getitem__
+        else:
+            verdict = self._verdict
+            rows = self._usable(verdict)
+            pool = _pool()
 
-def load_folder(data: Data) -> Dataset:
-    """Images below `data.path`: CLASS/FILE, or train/CLASS/FILE beside test/ (val/, validation/).
+            def fetch(places: Tensor) -> Tensor:
+                wanted = [rows[place] for place in places.tolist()]
+                return torch.from_numpy(np.stack(list(pool.map(self._square, wanted))))
 
-    Raises: ValueError if there is no such folder, it holds no images by class, its two parts do
-    not have the same classes, or `data.image_size` is not said.
-    """
-    root = Path(data.path)
-    if not data.path or not root.is_dir():
-        raise ValueError(
-            f"data.path must be a folder of images, got {data.path!r}; it needs a folder per class"
+        about = f"{self.size} x {self.size} pixels, {self.classes} classes"
+        missing = f", {len(verdict.broken)} left out" if verdict.broken else ""
+        return Dataset(
+            title=f"{self.title} ({about}{missing})",
+            labels=torch.tensor([self.labels[row] for row in rows]),
+            classes=self.classes,
+            shape=(3, self.size, self.size),
+            fetch=fetch,
+            in_memory=self.in_memory,
+            is_image=True,
+            test_start=sum(row < self.test_start for row in rows),
+            content=verdict.content,
         )
-    if not data.image_size:
-        raise ValueError(
-            "data.image_size must be above 0 for a folder, got 0; say the pixels a side"
-        )
-    train = root / "train" if (root / "train").is_dir() else root
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if (train == root) != (test is None):
-        raise ValueError(
-            f"data.path must have train/ and one of {', '.join(TEST_FOLDERS)}, or neither, got "
-            f"{root}; move the classes' folders into them"
-        )
-    files, labels, classes = _by_class(train)
-    test_start = 0
-    if test is not None:
-        more, more_labels, test_classes = _by_class(test)
-        if classes != test_classes:
-            odd = sorted(set(classes) ^ set(test_classes))
+
+    @cached_property
+    def _verdict(self) -> Verdict:
+        """That of every image decoded, as remembered from before."""
+        reading = (PIL.__version__, self.size, self.column, self.classes, self.test_start)
+        name = stamp(self.files(), *reading, self.labels)
+        verdict = recall(name)
+        if verdict is None:
+            verdict = self._survey(lambda row, square: None)
+            remember(name, verdict)
+        return verdict
+
+    def _survey(self, take: _Take | None) -> Verdict:
+        """Reads every row, and decodes it where `take` takes its square."""
+        digest = hashlib.sha256(struct.pack("<q", self.test_start))
+        broken: dict[int, str] = {}
+        count = len(self.labels)
+        blocks = [range(at, min(at + _BLOCK, count)) for at in range(0, count, _BLOCK)]
+
+        def examine(rows: range) -> list[tuple[bytes, str]]:
+            return [self._examine(row, take) for row in rows]
+
+        with _pool() as pool:
+            for rows, examined in zip(blocks, pool.map(examine, blocks), strict=True):
+                for row, (own, wrong) in zip(rows, examined, strict=True):
+                    label = self.labels[row]
+                    digest.update(struct.pack("<q", -1 if label is None else label) + own)
+                    if wrong:
+                        broken[row] = wrong
+        return Verdict(digest.hexdigest()[:32], broken)
+
+    def _examine(self, row: int, take: _Take | None) -> tuple[bytes, str]:
+        """The digest of a row's bytes, and what is wrong with it."""
+        try:
+            content = self.read(row)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else None
+            return bytes(32), f"cannot be read: {reason}" if reason else str(error)
+        own, wrong = hashlib.sha256(content).digest(), self._wrong_label(row)
+        if take is not None and not wrong:
+            try:
+                take(row, to_square(open_image(content), self.size))
+            except ValueError as error:
+                wrong = str(error)
+        return own, wrong
+
+    def _wrong_label(self, row: int) -> str:
+        label = self.labels[row]
+        if label is None:
+            return "has no label"
+        if not 0 <= label < self.classes:
+            return f"must have a label in [0, {self.classes}), got {label}"
+        return ""
+
+    def _usable(self, verdict: Verdict) -> list[int]:
+        """The rows to keep."""
+        if verdict.broken and not self.skip_broken:
+            named = [
+                printable(f"{self.name(row)} {wrong}")
+                for row, wrong in islice(verdict.broken.items(), MOST_NAMED)
+            ]
+            more = len(verdict.broken) - len(named)
+            named += [f"and {more} more"] * (more > 0)
             raise ValueError(
-                f"{train} and {test} must have the same classes, got {len(classes)} and "
-                f"{len(test_classes)}; in one only: {', '.join(odd[:5])}"
+                f"{self.title} must hold images with labels, got {len(verdict.broken)} of "
+                f"{len(self.labels)} that cannot be used: {'; '.join(named)}; remove or mend them, "
+                "or leave them out with data.skip_broken (--data-skip-broken)"
             )
-        test_start, files, labels = len(files), files + more, labels + more_labels
-    size = data.image_size
-    fetch, in_memory = image_fetch(len(files), size, lambda row: _open(files[row]))
-    return Dataset(
-        title=f"{root.name} ({size} x {size} pixels, {len(classes)} classes)",
-        labels=torch.tensor(labels),
-        classes=len(classes),
-        shape=(3, size, size),
-        fetch=fetch,
-        in_memory=in_memory,
-        is_image=True,
-        test_start=test_start,
-    )
-
-
-def _by_class(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Files, their labels, and the classes in the order of their names."""
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        own = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not own:
+        rows = [row for row in range(len(self.labels)) if row not in verdict.broken]
+        test = sum(row >= self.test_start for row in rows)
+        if not rows or (self.test_start and test in (0, len(rows))):
             raise ValueError(
-                f"every folder of {folder} must hold images of its class, got none in {name!r}; "
-                f"it looks for {', '.join(sorted(SUFFIXES))}"
+                f"{self.title} must have rows to train and to test on, got {len(verdict.broken)} "
+                f"of {len(self.labels)} that cannot be used; choose other parts or columns"
             )
-        files += own
-        labels += [label] * len(own)
-    if len(classes) < 2:
-        raise ValueError(
-            f"{folder} must have a folder for each of two classes or more, got {len(classes)}; "
-            "is it the right one?"
-        )
-    return files, labels, classes
+        return rows
+
+    def _square(self, row: int) -> np.ndarray[Any, Any]:
+        """Raises: ValueError naming an image that changed, OSError where a disk fails."""
+        try:
+            return to_square(open_image(self.read(row)), self.size)
+        except (FileNotFoundError, ValueError) as error:
+            reason = "is gone" if isinstance(error, FileNotFoundError) else error
+            raise ValueError(
+                f"{printable(self.name(row))} {reason}; it was changed since the training began: "
+                "restore it, and the same command goes on"
+            ) from None
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} must be an image, got something else; remove the file") from None
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="images")
