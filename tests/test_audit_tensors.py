@@ -117,7 +117,7 @@ def test_a_model_without_data_is_refused(tmp_path):
     model = nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with (
-        pytest.raises(ValueError, match="x must hold data, got a meta tensor; pass tensors that"),
+        pytest.raises(ValueError, match="x must hold data, got a meta tensor; pass a materialised"),
         ck.audit.record(tmp_path / "a", model, optimizer),
     ):
         pass
