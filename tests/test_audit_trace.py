@@ -65,7 +65,7 @@ def test_two_hundred_damaged_traces_and_two_hundred_of_odd_content(tmp_path, cap
             {"tensors": [["w", "x", 3]]},
             r"\['tensors'\]\[0\]\[2\] must be a list, and is int 3; pass",
         ),
-        ({"format": None}, "was written in format None, this version reads 1; read it with the"),
+        ({"format": None}, "was written in format None, this version reads 2; read it with the"),
     ],
 )
 def test_a_header_that_is_none(change, message, tmp_path):
