@@ -214,7 +214,9 @@ class Variant:
     """One row of a study's table: a method, and what else is different for it."""
 
     method: Method = field(default_factory=Method)
-    name: str = setting("", "What `study --method` calls it; the method's name if left out.")
+    name: str = setting(
+        "", "What `study --method`, tables and figures call it; the method's if left out."
+    )
     changes: dict[str, Any] = setting(
         {}, "Tables of data, model or optimisation: what differs from the study's."
     )
@@ -234,16 +236,6 @@ class Variant:
             one_of(f"fixed of {self.name}", source, SOURCES)
         for table in self.changes:
             one_of(f"changes of {self.name}", table, ("data", "model", "optimisation"))
-
-    @property
-    def label(self) -> str:
-        """What tables and figures call it."""
-        changed = [
-            f"{name} {str(value).lower() if isinstance(value, bool) else value}"
-            for table in self.changes.values()
-            for name, value in table.items()
-        ]
-        return ", ".join([self.method.label, *changed, *(f"same {one}" for one in self.fixed)])
 
 
 @dataclass(frozen=True)
@@ -312,6 +304,17 @@ class Study(Settings):
             [self.run(variant, split, run) for run in range(self.runs)]
             for split in range(self.splits)
         ]
+
+    def own_names(self) -> dict[str, str]:
+        """`Run.together` -> the name of a method that has one of its own.
+
+        Of methods that differ only in what is fixed it is that with least fixed.
+        """
+        named: dict[str, Variant] = {}
+        for variant in sorted(self.methods, key=lambda one: len(one.fixed)):
+            run = dataclasses.replace(self.run(variant, 0, 0), repeat=0)
+            named.setdefault(run.together, variant)
+        return {key: one.name for key, one in named.items() if one.name != one.method.name}
 
     def all_runs(self) -> list[Run]:
         """Every run of the study."""

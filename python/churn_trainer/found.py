@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from churn_kernels import _printable
 from churn_trainer.config import Run
 from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
+
+STUDY = "study.json"
+"""A study's settings, beside the folders of its runs."""
 
 
 class NothingFinished(ValueError):
@@ -89,9 +93,7 @@ def printable(text: str, most: int = 300) -> str:
 
     Settings come from files that anybody may have written, and go to terminals and figures.
     """
-    clean = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
+    clean = _printable.printable(text)
     return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

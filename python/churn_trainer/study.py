@@ -9,13 +9,11 @@ from pathlib import Path
 
 from churn_kernels._files import write_atomically
 from churn_trainer.config import Study
+from churn_trainer.found import STUDY
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all
 from churn_trainer.train import Event, Options
-
-STUDY = "study.json"
-"""The study's settings, beside its runs."""
 
 
 def run_study(
@@ -58,4 +56,6 @@ def report_study(study: Study, *roots: Path) -> Report:
     """
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
-    return make_report(folders, study.level, title=study.title, first=first)
+    return make_report(
+        folders, study.level, title=study.title, first=first, names=study.own_names()
+    )
