@@ -188,6 +188,12 @@ def test_few_pairs_tell_little(twin, plain, too_few, certain):
     assert ('class="accent"' in drawn) == certain
 
 
+def test_a_training_that_diverges_has_no_share():
+    share = share_of([math.nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
+    assert text.of_share(share).startswith("no share: a distance is not finite; 4 of 4 pairs")
+    assert "<circle" not in figures.shares([share])
+
+
 @pytest.mark.parametrize("count", [4, 8, 16])
 @pytest.mark.parametrize("spread", [0.3, 2.0])
 def test_intervals_of_innocent_twins_hold_0(count, spread, threads):

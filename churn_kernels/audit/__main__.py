@@ -205,7 +205,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _selftest(options: argparse.Namespace) -> int:
     trials = selftest()
-    print("\n".join(map(text.of_trial, trials)))
+    print(text.as_text(map(text.of_trial, trials)))
     return SAME if all(trial.passed for trial in trials) else DIFFERENT
 
 

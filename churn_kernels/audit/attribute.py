@@ -59,7 +59,7 @@ class Share:
 
     @property
     def too_few(self) -> bool:
-        """Whether the pairs that part are too few for any share to be excluded."""
+        """Whether the pairs exclude no share: too few part, or a distance is not finite."""
         return self.share.low == -math.inf and self.share.high == 1
 
     @property
@@ -205,7 +205,10 @@ def _distances(pairs: list[Pair]) -> Tensor:
 
 def _share(name: str, pairs: list[Pair], base: Tensor) -> Share:
     """What is gone of the mean square, of which as much is left as `ratio_interval` says."""
-    left = ratio_interval(_distances(pairs).square(), base.square(), LEVEL)
+    squares = _distances(pairs).square()
+    if not (squares.isfinite().all() and base.isfinite().all()):
+        return Share(name, Estimate(math.nan, -math.inf, 1.0, math.nan), pairs)
+    left = ratio_interval(squares, base.square(), LEVEL)
     low, high = 1 - left.high, 1 - left.low
     if low == high == 1:
         low = high = math.nan  # no distance is left in any pair

@@ -7,7 +7,7 @@ from churn_kernels.audit.attribute import Share
 from churn_kernels.audit.operators import Differences, Finding
 from churn_kernels.audit.pairs import Pair
 from churn_kernels.audit.svg import Drawing
-from churn_kernels.audit.text import bucket, percent
+from churn_kernels.audit.text import bucket, mean_share
 
 WIDE, NARROW = 900, 350
 LEFT, RIGHT, TOP, BOTTOM = 78, 20, 26, 40
@@ -128,7 +128,7 @@ def shares(found: list[Share], width: int = WIDE) -> str:
         drawing.text(x(share), height - 14, f"{share:.0%}", "middle", "muted")
     for place, one in enumerate(found):
         y = (26 if beside else 40) + row * place
-        said = "too few pairs" if one.too_few else percent(one.share.mean)
+        said = mean_share(one)
         if beside:
             drawing.text(left - 14, y + 4, _cut(one.suspect, left - 20), "end")
             drawing.text(right + 14, y + 4, said, "start")

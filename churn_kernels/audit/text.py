@@ -200,12 +200,21 @@ def of_share(share: Share) -> str:
 
 def share_and_interval(share: Share) -> str:
     """A share with what its interval allows to say of it."""
+    if math.isnan(share.share.mean):
+        return f"{mean_share(share)}: a distance is not finite"
     if share.too_few:
         few = len(share.pairs) < FEWEST_PAIRS
-        return f"too few pairs{f', {FEWEST_PAIRS} are needed' if few else ' part'}"
+        return f"{mean_share(share)}{f', {FEWEST_PAIRS} are needed' if few else ' part'}"
     mean, low, high = map(percent, share.share[:3])
     interval = "" if math.isnan(share.share.low) else f" [{low}, {high}]"
     return f"{mean}{interval}{'' if share.certain else ', may be chance'}"
+
+
+def mean_share(share: Share) -> str:
+    """A share, where the pairs tell one."""
+    if math.isnan(share.share.mean):
+        return "no share"
+    return "too few pairs" if share.too_few else percent(share.share.mean)
 
 
 def percent(share: float) -> str:

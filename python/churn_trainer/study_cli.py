@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from churn_kernels._printable import printable
 from churn_trainer.config import Run, Study
 from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
@@ -255,7 +256,7 @@ def _telling() -> Iterator[Any]:
             elif event.kind in ("skipped", "diverged", "failed"):
                 several = f" and {len(event.runs) - 1} more" if len(event.runs) > 1 else ""
                 line = f"{event.kind} {first.id}{several}  {event.detail}".rstrip()
-                console.print(escape(line), highlight=False, soft_wrap=True)
+                console.print(escape(printable(line)), highlight=False, soft_wrap=True)
 
         yield tell
 
