@@ -326,6 +326,10 @@ def test_numbers_in_words():
     nowhere = Estimate(-0.01, -0.03, 0.01, 0.01)
     shrinking = ck.audit.Amplification(1, 1, pairs, nowhere, None)
     assert "shrinks at a rate of 0.010 [-0.010, 0.030] per step" in text.of_amplification(shrinking)
+    lone = ck.audit.Amplification(1, 1, pairs, Estimate(0.1, *[float("nan")] * 3), None)
+    assert "every 6.9 steps, by one flip alone" in text.of_amplification(lone)
+    quiet = ck.audit.Axis("threads", ck.audit.Finding("none", -1, [], [], [], 4))
+    assert text.of_axis(quiet).endswith("in 4 replays, too few to bound how often there is one")
     few = ck.audit.Attribution(1, (), pairs, Estimate(1e-7, -2e-7, 4e-7, 1e-8), [], {})
     assert "end 1.00e-07 [0.00e+00, 4.00e-07] apart" in text.of_attribution(few)
 
@@ -493,6 +497,20 @@ def test_files_that_do_not_work(form, content, message, tmp_path, monkeypatch, c
     assert main(["run", form]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message.replace("target.py, got", f"{form[:-6]}, got") in line
+
+
+def test_a_replay_s_target_that_raises_is_one_line_below_the_difference(tmp_path, capsys):
+    paths = []
+    for name, steps in (("a", 1), ("b", 2)):
+        training = audit_targets.training()
+        with ck.audit.record(tmp_path / name, training.model, training.optimizer) as recorder:
+            recorder.observe(loss=torch.tensor(float(steps)))
+            training.step(1)
+        paths.append(str(tmp_path / name))
+    assert main(["diff", *paths, "--replay", f"{FILE}:broken"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("the runs part ways in step 1: loss\n")
+    assert re.fullmatch(r"churn-audit: .*:broken raised KeyError: .*traceback\n", err)
 
 
 def test_a_trace_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):

@@ -101,7 +101,7 @@ def page(found: Examination, target: str) -> str:
         _growth(found.amplification, found),
         _stress(found),
         _ran_on(found),
-        _section("Words", "What they mean here", _named_all(GLOSSARY)),
+        _section("Words", "What they mean on this page.", _named_all(GLOSSARY)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -117,7 +117,7 @@ def _what_to_do(found: Examination) -> str:
     stopped = {part: escape(why) for part, why in found.stopped.items()}
     return _section(
         "What to do now",
-        "Which switch or flag, and what it costs, by what was measured here",
+        "Which switch or flag, and what it costs, by what was measured here.",
         f"<ul>{said}</ul>",
         f'<p class="note">Stopped early:</p>{_named_all(stopped)}' if stopped else "",
     )

@@ -175,7 +175,7 @@ def of_axis(axis: Axis) -> str:
         return f"skipped: {axis.skipped}"
     if axis.finding:
         if not axis.shows:
-            return f"no difference in {axis.finding.replays} replays"
+            return no_difference(axis.finding)
         module = axis.finding.operation.module if axis.finding.operation else ""
         return of_finding(axis.finding) + (f" (module {module})" if module else "")
     assert axis.pair is not None
@@ -233,6 +233,8 @@ def of_amplification(found: Amplification) -> str:
         rate += f", twice as large every {math.log(2) / growth.mean:.1f} steps"
     if math.isnan(growth.mean):
         rate = "does not grow"
+    elif math.isnan(growth.low):
+        rate += ", by one flip alone"
     lines = [f"one unit in the last place, flipped before step {found.inject_at}, {rate}"]
     if found.absorbed:
         lines.append(f"{found.absorbed} of {len(found.pairs)} flips are rounded away")

@@ -154,8 +154,8 @@ def _examples(one: Outcome, place: Place) -> Drawing:
     return place.drawing(
         "examples",
         f"Examples of churn, {one.label}",
-        f"Rows of the test set that {len(places)} trainings predict differently, with each "
-        "prediction's class and confidence; blue cells are wrong. Chosen for the number of "
+        f"Rows of the test set ({split.name}) that {len(places)} trainings predict differently, "
+        "with each prediction's class and confidence; blue cells are wrong. Chosen for the number of "
         f"different classes, then for confidence. {100 * share:.1f} % of the test rows are "
         "predicted differently by at least two of these trainings.",
         draw,
@@ -376,7 +376,8 @@ def _matrices(outcomes: list[Outcome], place: Place) -> Drawing:
         "pairs",
         "Churn between every two runs",
         f"Rows and columns are the runs {where}, in the order of runs.csv; a cell is the share of "
-        "test rows on which the two disagree. A dark row is a run that went its own way.",
+        "test rows on which the two disagree. A row unlike the "
+        "others is a run that went its own way.",
         draw,
     )
 

@@ -349,7 +349,9 @@ def _splits(members: list[Finished], damaged: list[str]) -> dict[Any, Split]:
         key = (one.run.seeds.split if _drawn(one.run) else 0, digest, tuple(logits.shape))
         by_rows.setdefault(key, []).append((one, logits, labels))
     return {
-        key: _split(runs, f"split seed {key[0]}" if _drawn(runs[0][0].run) else "the one split")
+        key: _split(
+            runs, f"split seed {key[0]}" if _drawn(runs[0][0].run) else "the data set's own split"
+        )
         for key, runs in by_rows.items()
     }
 

@@ -213,7 +213,7 @@ def _headline(compared: list[Comparison], where: str, level: float) -> list[str]
     if not helped:
         known = any(one.change["churn"].high == one.change["churn"].high for one in compared)
         tried = "the one method" if len(compared) == 1 else f"none of {len(compared)} methods"
-        says = "does not help" if len(compared) == 1 else "helps"
+        says = "is not shown to help" if len(compared) == 1 else "is shown to help"
         if not known:
             tried, says = "there are too few runs", "to tell whether a method helps"
         return [f"{where}Churn is {_with_half(churn)} % with the {base.label}; {tried} {says}."]

@@ -192,8 +192,12 @@ def test_the_first_line_says_what_helped_and_what_it_costs(made):
 @pytest.mark.parametrize(
     ("changes", "p", "says"),
     [
-        ([(0.001, 0.0), (0.01, 0.0), (-0.001, 0.0)], 0.01, "none of 3 methods helps."),
-        ([(-0.01, 0.0)] * 3, 0.2, "none of 3 methods helps."),  # no corrected test confirms it
+        ([(0.001, 0.0), (0.01, 0.0), (-0.001, 0.0)], 0.01, "none of 3 methods is shown to help."),
+        (
+            [(-0.01, 0.0)] * 3,
+            0.2,
+            "none of 3 methods is shown to help.",
+        ),  # no corrected test confirms it
         ([(math.nan, 0.0)] * 3, 0.2, "there are too few runs to tell whether a method helps."),
     ],
 )
