@@ -155,8 +155,8 @@ def _examples(one: Outcome, place: Place) -> Drawing:
         "examples",
         f"Examples of churn, {one.label}",
         f"Rows of the test set ({split.name}) that {len(places)} trainings predict differently, "
-        "with each prediction's class and confidence; blue cells are wrong. Chosen for the number of "
-        f"different classes, then for confidence. {100 * share:.1f} % of the test rows are "
+        "with each prediction's class and confidence; blue cells are wrong. Chosen for the number "
+        f"of different classes, then for confidence. {100 * share:.1f} % of the test rows are "
         "predicted differently by at least two of these trainings.",
         draw,
         "Figure 1",
