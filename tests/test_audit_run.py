@@ -300,9 +300,12 @@ def test_the_advice_names_switches_flags_and_costs(threads):
         log = found.finding.log
         finding = ck.audit.Finding(verdict, 0, log, log, [], 2)
         assert words in advice_of(found, finding=finding)
+    said = advice_of(found, axes=[], attribution=None)
+    assert said.startswith("Nothing has to be done: replays have the same bits")
+    assert "Run with --replays 61 " in said
     quiet = dataclasses.replace(found.finding, replays=100)
     rest = {"axes": [], "attribution": None, "amplification": None}
-    assert advice_of(found, finding=quiet, **rest).startswith("Nothing has to be done")
+    assert advice_of(found, finding=quiet, **rest).endswith("with and without stress.")
 
 
 def test_sources_are_seen_from_the_working_folder(tmp_path, monkeypatch):

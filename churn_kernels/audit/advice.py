@@ -45,8 +45,9 @@ GLOSSARY = {
 
 def advice(found: Examination) -> list[str]:
     """What to do now, the most telling first; plain text."""
-    said = [*_of_shares(found), *_of_finding(found), *_of_axes(found), *_of_numbers(found)]
-    return said or ["Nothing has to be done: replays have the same bits, with and without stress."]
+    said = [*_of_shares(found), *_of_finding(found), *_of_axes(found)]
+    nothing = "Nothing has to be done: replays have the same bits, with and without stress."
+    return [*(said or [nothing]), *_of_numbers(found)]
 
 
 def _of_shares(found: Examination) -> list[str]:

@@ -193,6 +193,11 @@ class Run(Settings):
         return fingerprint(dataclasses.replace(self, seeds=Seeds()))
 
     @property
+    def recipe(self) -> str:
+        """What repetitions and runs of other seeds share: every other setting."""
+        return dataclasses.replace(self, repeat=0).together
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The sources of randomness that this run draws from: a seed that nothing reads is none."""
         draws = {
@@ -306,14 +311,13 @@ class Study(Settings):
         ]
 
     def own_names(self) -> dict[str, str]:
-        """`Run.together` -> the name of a method that has one of its own.
+        """`Run.recipe` -> the name of a method that has one of its own.
 
         Of methods that differ only in what is fixed it is that with least fixed.
         """
         named: dict[str, Variant] = {}
         for variant in sorted(self.methods, key=lambda one: len(one.fixed)):
-            run = dataclasses.replace(self.run(variant, 0, 0), repeat=0)
-            named.setdefault(run.together, variant)
+            named.setdefault(self.run(variant, 0, 0).recipe, variant)
         return {key: one.name for key, one in named.items() if one.name != one.method.name}
 
     def all_runs(self) -> list[Run]:

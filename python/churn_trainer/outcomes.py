@@ -142,9 +142,9 @@ class Outcome:
         return 1 if self.method.measured == "member" else self.method.members
 
     @property
-    def together(self) -> str:
-        """`Run.together` of its runs, of the first where they are repetitions."""
-        return dataclasses.replace(next(iter(self.splits.values())).runs[0], repeat=0).together
+    def recipe(self) -> str:
+        """`Run.recipe` of its runs."""
+        return next(iter(self.splits.values())).runs[0].recipe
 
     @property
     def runs(self) -> int:
@@ -227,7 +227,7 @@ def measure(
 
     Args:
         finished: the runs.
-        names: `Run.together` -> a name of its own.
+        names: `Run.recipe` -> a name of its own.
     Returns: the outcomes, by setting and in the order of the table of methods; and a sentence for
         each run whose logits cannot be used.
     """
@@ -243,7 +243,7 @@ def measure(
         setting, method = members[0][0], members[0][1].run.method
         if splits := _splits([one for _, one in members], damaged):
             outcome = Outcome(setting, method, splits)
-            name = names.get(outcome.together, "")
+            name = names.get(outcome.recipe, "")
             outcomes.append(dataclasses.replace(outcome, name=name))
     outcomes.sort(key=lambda one: (str(one.setting), rank(one.method.name), str(one.method)))
     return outcomes, damaged
@@ -313,7 +313,7 @@ def _compared(
     return [
         (
             device,
-            next((one for one in methods if one.together == first.together), None),
+            next((one for one in methods if one.recipe == first.recipe), None),
             methods,
         )
         for device, methods in devices.items()

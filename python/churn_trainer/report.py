@@ -86,7 +86,7 @@ def make_report(
         level: coverage of the intervals, in (0, 1).
         title: what the runs are for.
         first: a run of what all others are compared with; None: in each setting its baseline.
-        names: `Run.together` -> a method's own name; None: what studies beside the runs say.
+        names: `Run.recipe` -> a method's own name; None: what studies beside the runs say.
     Raises: ValueError if there is no such folder or `level` is out of range, NothingFinished if no
         run can be read.
     """

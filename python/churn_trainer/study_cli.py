@@ -99,7 +99,7 @@ def study(
         options = Options(
             accelerator=accelerator, checkpoint_seconds=checkpoint_seconds, trust=trust or ()
         )
-        with _telling() as tell:
+        with _telling(wanted) as tell:
             run_study(
                 wanted,
                 out / RUNS,
@@ -165,7 +165,7 @@ def sources(
                 checkpoint_seconds=checkpoint_seconds,
                 trust=trust or (),
             )
-            with _telling() as tell:
+            with _telling(wanted) as tell:
                 run_study(
                     wanted,
                     root,
@@ -240,16 +240,18 @@ def _cores() -> int:
 
 
 @contextmanager
-def _telling() -> Iterator[Any]:
+def _telling(study: Study) -> Iterator[Any]:
     """Shows a bar for each stack under way, and a line for what did not go as it should."""
     console = Console(stderr=True)
+    names = study.own_names()
     bars: dict[str, Any] = {}
     with Progress(*progress_columns(), console=console, transient=True) as progress:
 
         def tell(event: Event) -> None:
             first = event.runs[0]
             if event.kind == "started":
-                description = f"{first.method.label} x {len(event.runs)}"
+                name = printable(names.get(first.recipe, first.method.label))
+                description = f"{escape(name)} x {len(event.runs)}"
                 bars[first.id] = progress.add_task(description, total=first.optimisation.epochs)
             elif event.kind == "epoch" and first.id in bars:
                 progress.update(bars[first.id], completed=event.epoch)

@@ -266,6 +266,7 @@ def test_a_study_s_file_expands_to_its_runs(tmp_path):
     assert study.runs_of(same_order)[1][0].seeds.order != first.order
     assert [run.repeat for run in study.runs_of(same)[0]] == [1, 2, 3]
     assert len({run.seeds for run in study.runs_of(same)[0]}) == 1
+    assert study.run(same, 0, 1).recipe == study.run(baseline, 1, 0).recipe
 
 
 def test_a_study_can_be_written_and_read(tmp_path):
