@@ -15,7 +15,7 @@ from churn_kernels import _ops
 from churn_kernels.audit import data, figures, text
 from churn_kernels.audit.__main__ import main
 from churn_kernels.audit.advice import advice
-from churn_kernels.audit.blame import source_of
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.examine import _try_axis
 from churn_kernels.audit.page import page
 from churn_kernels.intervals import Estimate
@@ -296,6 +296,7 @@ def test_the_advice_names_switches_flags_and_costs(threads):
     for verdict, words in (
         ("input", "Seed the loader"),
         ("sequence", "Look for a branch that depends on time"),
+        ("memory", "Fill what torch.empty made before it is read"),
     ):
         log = found.finding.log
         finding = ck.audit.Finding(verdict, 0, log, log, [], 2)
@@ -310,14 +311,10 @@ def test_the_advice_names_switches_flags_and_costs(threads):
 
 def test_sources_are_seen_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def seen(source):
-        return source_of(ck.audit.Operation("x", (), (), "", "", "", source))
-
-    assert seen(f"{tmp_path}/my/train.py:3") == "my/train.py:3"
-    assert seen(f"backward of {tmp_path}/train.py:3") == "backward of train.py:3"
-    assert seen("/elsewhere/train.py:3") == "/elsewhere/train.py:3"
-    assert seen(f"{tmp_path}2/train.py:3") == f"{tmp_path}2/train.py:3"
+    assert seen_from_here(f"{tmp_path}/my/train.py:3") == "my/train.py:3"
+    assert seen_from_here(f"backward of {tmp_path}/train.py:3") == "backward of train.py:3"
+    assert seen_from_here("/elsewhere/train.py:3") == "/elsewhere/train.py:3"
+    assert seen_from_here(f"{tmp_path}2/train.py:3") == f"{tmp_path}2/train.py:3"
 
 
 def test_numbers_in_words():

@@ -3,7 +3,7 @@
 import math
 
 from churn_kernels.audit.attribute import EVERYTHING, FEWEST_PAIRS, Attribution, Share
-from churn_kernels.audit.blame import source_of
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.examine import Examination
 
 SWITCHES = {
@@ -85,7 +85,7 @@ def _of_finding(found: Examination) -> list[str]:
     """What to change in the training."""
     if found.operators:
         one = found.finding.operation
-        place = f" (the first at {source_of(one)})" if one and one.source else ""
+        place = f" (the first at {seen_from_here(one.source)})" if one and one.source else ""
         switch = "deterministic algorithms"
         return [
             f"Replace {', '.join(found.operators)}{place}. An operator of PyTorch: "
@@ -102,6 +102,10 @@ def _of_finding(found: Examination) -> list[str]:
         "sequence": [
             "Look for a branch that depends on time, on the order of a set, or on a generator that "
             "no seed fixes: the replays call different operators at the place shown."
+        ],
+        "memory": [
+            "Fill what torch.empty made before it is read: the operator reads memory that nothing "
+            "has written, whose bits are chance."
         ],
         "unexplained": [
             "Raise --replays: the operators are hashed one by one in a replay, which takes the "

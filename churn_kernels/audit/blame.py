@@ -11,7 +11,6 @@ import torch
 
 import churn_kernels
 from churn_kernels._printable import from_here, printable
-from churn_kernels.audit.operators import Operation
 
 _OURS = tuple(str(Path(module.__file__ or "").parent) for module in (torch, churn_kernels))
 _PYTHON = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
@@ -35,9 +34,9 @@ def place_of(error: BaseException) -> str:
     return next((f"{from_here(one.filename)}:{one.lineno}" for one in (*own, *frames)), "")
 
 
-def source_of(operation: Operation) -> str:
-    """File and line that called an operator, the file as seen from the working folder."""
-    before, backward, path = operation.source.rpartition("backward of ")
+def seen_from_here(source: str) -> str:
+    """The source of an `Operation`, its file as seen from the working folder."""
+    before, backward, path = source.rpartition("backward of ")
     return before + backward + from_here(path)
 
 

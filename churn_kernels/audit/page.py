@@ -8,7 +8,7 @@ from churn_kernels.audit import figures, text
 from churn_kernels.audit.advice import GLOSSARY, advice
 from churn_kernels.audit.amplify import Amplification
 from churn_kernels.audit.attribute import LEVEL, Attribution
-from churn_kernels.audit.blame import source_of
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.examine import Examination
 from churn_kernels.audit.manifest import manifest_hash
 from churn_kernels.audit.operators import Finding
@@ -155,7 +155,7 @@ def _operation(finding: Finding) -> list[str]:
         "place": f"{finding.index + 1} of {len(finding.log)} operations",
         "module": one.module or "none",
         "phase": one.phase or "outside of the model",
-        "source": source_of(one) or "unknown",
+        "source": seen_from_here(one.source) or "unknown",
         "tensors": one.tensors,
     }
     return [_named_all({name: f"<code>{escape(fact)}</code>" for name, fact in facts.items()})]

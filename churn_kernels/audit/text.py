@@ -7,7 +7,7 @@ from churn_kernels._printable import printable
 from churn_kernels.audit.advice import advice
 from churn_kernels.audit.amplify import Amplification
 from churn_kernels.audit.attribute import FEWEST_PAIRS, Attribution, Share
-from churn_kernels.audit.blame import source_of
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.compare import Comparison
 from churn_kernels.audit.examine import Axis, Examination
 from churn_kernels.audit.manifest import manifest_hash
@@ -126,7 +126,8 @@ def evidence(found: Finding) -> list[str]:
         return []
     lines = [
         f"  operation {found.index + 1} of {len(found.log)}; {one.phase or 'outside of the model'}"
-        f"{', module ' + one.module if one.module else ''}; {source_of(one) or 'unknown source'}",
+        f"{', module ' + one.module if one.module else ''}; "
+        f"{seen_from_here(one.source) or 'unknown source'}",
         f"  {one.tensors}",
     ]
     many = len(found.outputs) > 1
