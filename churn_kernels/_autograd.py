@@ -338,7 +338,8 @@ def _one_by_one(
 def _not_implemented(what: str) -> NotImplementedError:
     return NotImplementedError(
         f"{what} is not implemented by the kernel; compute the loss inside "
-        f'`with churn_kernels.backend("reference")`, which supports all derivatives'
+        f'`with churn_kernels.backend("reference")`, which supports all derivatives, or '
+        f"detach what needs no gradient"
     )
 
 

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 from torch import Tensor, strided
 
+from churn_kernels._printable import excerpt
+
 DEEPEST = 32
 """Levels of tables and lists that a file may have within each other."""
 
@@ -86,17 +88,6 @@ def open_lock(path: Path) -> IO[bytes]:
 # Reading ------------------------------------------------------------------------------------------
 
 
-def printable(text: str, most: int = 300) -> str:
-    """`text` on one line without control characters, cut to `most` characters.
-
-    What files hold, which anybody may have written, goes to terminals and figures.
-    """
-    clean = "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
-    return clean if len(clean) <= most else clean[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
 @contextmanager
 def reading(path: Path, wanted: str, remedy: str) -> Iterator[None]:
     """Whatever the block raises becomes a ValueError that names file, reason and remedy.
@@ -114,7 +105,7 @@ def reading(path: Path, wanted: str, remedy: str) -> Iterator[None]:
     except FileNotFoundError:
         raise ValueError(f"{path} must hold {wanted}, got: no such file; {remedy}") from None
     except Exception as error:
-        reason = printable(str(error).strip().partition("\n")[0]) or type(error).__name__
+        reason = excerpt(str(error).strip().partition("\n")[0]) or type(error).__name__
         raise ValueError(f"{path} must hold {wanted}, got: {reason}; {remedy}") from None
 
 
@@ -255,7 +246,7 @@ def _shown(value: Any) -> str:
     if value is None:
         return "missing"
     kind = type(value).__name__
-    return printable(f"{kind} {value!r}") if isinstance(value, int | float | str) else f"a {kind}"
+    return excerpt(f"{kind} {value!r}") if isinstance(value, int | float | str) else f"a {kind}"
 
 
 def _refuse_constant(name: str) -> None:

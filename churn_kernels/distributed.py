@@ -65,8 +65,8 @@ def class_parallel(group: Any = None) -> Iterator[None]:
 
     The loss and its terms are those of mode "exact" on the whole rows, bit for bit, in every
     process and however the classes are split; the gradients are the shard's part of them. Per row,
-    24 bytes per model are gathered from every process, and 128 per model and 32 per pair (56 for L1
-    and distillation) are reduced; with top_k, 16 k per student are also gathered.
+    24 bytes per model are gathered from every process, and 168 per model and 80 per pair (120 for
+    L1 and distillation) are reduced; with top_k, 16 k per student are also gathered.
 
     Args:
         group: a process group; None: every process. Its backend must take CPU tensors, as gloo

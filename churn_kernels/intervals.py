@@ -1,7 +1,9 @@
-"""Intervals for statistics of training runs: Student's t and the delete-one-run jackknife."""
+"""Intervals for statistics of training runs: Student's t, delete-one-run jackknife, permutation."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -72,6 +74,53 @@ def t_interval(values: Tensor, level: float = 0.95) -> Estimate:
     return _estimate(float(values.mean()), float(values.std() / math.sqrt(count)), count - 1, level)
 
 
+def ratio_interval(values: Tensor, base: Tensor, level: float = 0.95) -> Estimate:
+    """Interval for the factor between two independent samples: mean(values) / mean(base).
+
+    A factor r is in it unless a two-sided permutation test of the sums tells `values` and r `base`
+    apart. Where the two samples have one distribution, 1 is in it with a probability of `level` or
+    more, whatever that distribution is and however few they are; no variance is estimated. The test
+    accepts r until too few of the ways to swap as many values V as base values B leave
+    sum(V) / sum(B) beyond r, so the bounds are order statistics of these ratios.
+
+    Args:
+        values, base: (n,) measurements, not negative and not all of `base` 0.
+        level: coverage in (0, 1).
+    Returns: an `Estimate` without a standard error; [0, inf] where nothing can be excluded, as for
+        n < 4 at a level of 0.95.
+    Raises: ValueError if `level` is out of range.
+    """
+    _check_level(level)
+    values, base = values.to(torch.float64), base.to(torch.float64)
+    kept = _regroupings(len(values))
+    swapped_out = (1 - kept[:, : len(values)]) @ values
+    ratios = swapped_out / (kept[:, len(values) :] @ base)  # 0 / 0: no factor shows in this swap
+    place = 1 + math.floor((1 - level) * len(ratios) / 2 + 1e-9)
+    low = ratios.nan_to_num(0.0, posinf=math.inf).kthvalue(place).values
+    high = ratios.nan_to_num(math.inf, posinf=math.inf).kthvalue(len(ratios) + 1 - place).values
+    return Estimate(float(values.mean() / base.mean()), float(low), float(high), math.nan)
+
+
+_MOST_REGROUPINGS = 20_000
+
+
+@functools.cache
+def _regroupings(count: int) -> Tensor:
+    """Ways to draw `count` of twice as many, as they are first; (ways, 2 count) float64 of 0 and 1.
+
+    All of them, or of more than `_MOST_REGROUPINGS` a sample that is always the same.
+    """
+    if math.comb(2 * count, count) <= _MOST_REGROUPINGS:
+        chosen = torch.tensor(list(itertools.combinations(range(2 * count), count)))
+    else:
+        generator = torch.Generator("cpu").manual_seed(0)
+        order = torch.rand(_MOST_REGROUPINGS, 2 * count, generator=generator, device="cpu")
+        chosen = order.argsort(dim=1)[:, :count]
+        chosen[0] = torch.arange(count)
+    drawn = torch.zeros(len(chosen), 2 * count, dtype=torch.float64, device="cpu")
+    return drawn.scatter_(1, chosen, 1.0)
+
+
 def rule_of_three(count: int) -> float:
     """95 % upper bound on the probability of an event that none of `count` trials showed.
 
@@ -88,10 +137,14 @@ def _off_diagonal(values: Tensor) -> Tensor:
 
 
 def _estimate(mean: float, error: float, degrees: int, level: float) -> Estimate:
-    if not 0 < level < 1:
-        raise ValueError(f"level must be a number in (0, 1), got {level!r}; 0.95 is customary")
+    _check_level(level)
     half = _student_t_quantile((1 + level) / 2, degrees) * error
     return Estimate(mean, mean - half, mean + half, error)
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be a number in (0, 1), got {level!r}; 0.95 is customary")
 
 
 def _student_t_quantile(probability: float, degrees: int) -> float:

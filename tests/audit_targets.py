@@ -1,5 +1,6 @@
 """Trainings that audits of the tests replay; `churn-audit` loads them as it loads a user's."""
 
+import dataclasses
 import os
 
 import torch
@@ -91,6 +92,50 @@ def broken(device):
 
 def nothing(device):
     return None
+
+
+def no_argument():
+    raise AssertionError
+
+
+def two_arguments(device, seed):
+    raise AssertionError
+
+
+def leaves(device):
+    raise SystemExit(3)
+
+
+def changed(**fields):
+    """A training of which some of what it consists of is something else."""
+    return dataclasses.replace(training(), **fields)
+
+
+def a_string_model(device):
+    return changed(model="model")
+
+
+def no_optimizer(device):
+    return changed(optimizer=None)
+
+
+def a_step_of_nothing(device):
+    return changed(step=lambda: None)
+
+
+def no_predictions(device):
+    return changed(predict=torch.zeros(2, 2))
+
+
+def resumes_nowhere(device):
+    return changed(resume=lambda n: None)
+
+
+def a_step_that_raises(device):
+    def step(n):
+        raise ValueError("two lines\n of it")
+
+    return changed(step=step)
 
 
 def two_by_two(device):

@@ -11,14 +11,22 @@ from torch import nn
 
 import churn_kernels as ck
 from churn_kernels import _ops
+from churn_kernels.audit import figures, text
 from churn_kernels.audit.attribute import EVERYTHING, _share
 from churn_kernels.audit.pairs import Pair
 from churn_kernels.audit.twins import in_parts, missing_twins
+from churn_kernels.intervals import Estimate
 
 pytestmark = pytest.mark.skipif(not _ops.LOADED, reason="the compiled library is not built")
 
 RACE = "churn_audit.racy_sum.default"
 ONEDNN = {"onednn": ck.audit.TWINS["onednn"]}
+
+
+def share_of(twin, plain):
+    """The share of a twin by the distances of its pairs and of those without."""
+    pairs = [Pair([0.0, float(d)], [], 1 if d else None, "parameters") for d in twin]
+    return _share("x", pairs, torch.as_tensor(plain, dtype=torch.float64))
 
 
 def shares_of(found):
@@ -31,12 +39,13 @@ def test_the_planted_race_is_the_cause(threads):
         audit_targets.racy, 3, pairs=4, operators=[RACE], suspects={"onednn": ONEDNN["onednn"]}
     )
     assert found.distance.mean > 0
-    assert [pair.step for pair in found.pairs].count(None) < 4
+    parted = sum(pair.step is not None for pair in found.pairs)
+    assert parted > 0
     shares = shares_of(found)
     assert list(shares)[-1] == EVERYTHING
     for name in (RACE, EVERYTHING):
         assert shares[name].share.mean == 1.0
-        assert math.isnan(shares[name].share.low)  # the bound says more
+        assert shares[name].certain == (parted == 4)
         assert shares[name].differing == 0
         assert shares[name].bound == 0.75
     assert shares["onednn"].differing > 0
@@ -147,16 +156,88 @@ def test_what_the_training_itself_cannot_do_is_no_twins_fault():
 
 
 def test_a_share_by_hand():
-    def pairs(distances):
-        return [Pair([0.0, d], [], 1, "parameters") for d in distances]
+    share = share_of([1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0])
+    assert share.share.mean == pytest.approx(1 - 4 / 30)
+    assert share.share.low < share.share.mean < share.share.high < 1
+    assert not share.certain
+    assert not share.too_few
+    alike = share_of([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]).share
+    # 70 regroupings: the bounds leave out the one beyond them, 1 / 16 and 16 / 1, on either side.
+    assert alike[:3] == pytest.approx((0.0, 1 - 16 / 1, 1 - 1 / 16))
 
-    base = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    share = _share("x", pairs([1.0, 1.0, 1.0]), base).share
-    assert share.mean == pytest.approx(1 - 3 / 14)
-    assert share.low < share.mean < share.high < 1
-    one = _share("x", pairs([0.0, 0.0, 2.0]), base)  # without the last nothing would be left
-    assert one.share.mean == pytest.approx(1 - 4 / 14)
-    assert math.isnan(one.share.low)
+
+@pytest.mark.parametrize(
+    ("twin", "plain", "too_few", "certain"),
+    [
+        ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0], True, False),  # three pairs never tell
+        ([0.0] * 4, [0.0, 0.0, 0.0, 3.0], True, False),  # nor four of which one parts
+        ([0.0] * 4, [1.0, 2.0, 3.0, 4.0], False, True),
+        ([1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0], False, True),
+        ([1.0, 2.0, 3.0, 5.5], [5.0, 6.0, 7.0, 8.0], False, False),
+    ],
+)
+def test_few_pairs_tell_little(twin, plain, too_few, certain):
+    share = share_of(twin, plain)
+    assert (share.too_few, share.certain) == (too_few, certain)
+    said = text.of_share(share)
+    assert ("too few pairs" in said) == too_few
+    assert ("may be chance" in said) == (not too_few and not certain)
+    assert ("%" in said.split(";")[0]) == (not too_few)
+    drawn = figures.shares([share])
+    assert ("<circle" in drawn) == (not too_few)
+    assert ('class="accent"' in drawn) == certain
+
+
+def test_a_training_that_diverges_has_no_share():
+    share = share_of([math.nan, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0])
+    assert text.of_share(share).startswith("no share: a distance is not finite; 4 of 4 pairs")
+    assert "<circle" not in figures.shares([share])
+
+
+@pytest.mark.parametrize("count", [4, 8, 16])
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_intervals_of_innocent_twins_hold_0(count, spread, threads):
+    """Distances of both kinds of pairs have one distribution, with a heavy tail or without."""
+    threads(1)
+    generator = torch.Generator().manual_seed(count)
+
+    def distances():
+        return (spread * torch.randn(count, generator=generator, dtype=torch.float64)).exp()
+
+    shares = [share_of(distances(), distances()) for _ in range(200)]
+    assert sum(share.share.low <= 0 <= share.share.high for share in shares) >= 190
+    assert not any(share.too_few for share in shares)
+
+
+def test_innocent_twins_of_pairs_that_seldom_part_hold_0(threads):
+    threads(1)
+    generator = torch.Generator().manual_seed(0)
+
+    def distances():
+        part = torch.rand(8, generator=generator) < 0.3
+        return torch.rand(8, generator=generator, dtype=torch.float64) * part
+
+    pairs = [(distances(), distances()) for _ in range(220)]
+    shares = [share_of(twin, plain) for twin, plain in pairs if plain.any()][:200]
+    assert len(shares) == 200
+    assert sum(not share.certain for share in shares) >= 190
+
+
+def test_a_twin_that_takes_nine_tenths_is_certain():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 8, generator=generator, dtype=torch.float64).abs() + 0.5
+    share = share_of(0.3 * noise[0], noise[1])
+    assert share.certain
+    assert 0 < share.share.low < share.share.mean < share.share.high < 1
+
+
+def test_the_time_that_a_twin_costs():
+    def pairs(seconds):
+        return [Pair([0.0, 1.0], [], 1, "parameters", s) for s in seconds]
+
+    share = ck.audit.Share("x", Estimate(0.0, -1.0, 0.5, math.nan), pairs([3.0, 30.0, 3.0]))
+    attribution = ck.audit.Attribution(1, (), pairs([1.0, 2.0, 2.0]), share.share, [share], {})
+    assert attribution.slowdown(share) == 1.5
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,8 @@ def test_create_graph_is_fine_until_it_is_used(reduction):
         assert_close(a.detach(), b, "gradient", F32)
     message = (
         "double backward is not implemented by the kernel; compute the loss inside "
-        '`with churn_kernels.backend("reference")`, which supports all derivatives'
+        '`with churn_kernels.backend("reference")`, which supports all derivatives, or detach what '
+        "needs no gradient"
     )
     with pytest.raises(NotImplementedError) as caught:
         graph[0].sum().backward()

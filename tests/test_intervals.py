@@ -9,6 +9,7 @@ import torch
 from churn_kernels.intervals import (
     jackknife_interval,
     leave_one_run_out,
+    ratio_interval,
     rule_of_three,
     run_mean,
     t_interval,
@@ -73,6 +74,43 @@ def test_single_values_have_no_interval():
 def test_a_level_is_a_share():
     with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 95; 0.95 is"):
         t_interval(torch.ones(3), 95)
+
+
+def test_a_ratio_s_interval_holds_what_a_permutation_test_accepts():
+    values, base = (
+        torch.rand(5, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+        for n in range(2)
+    )
+    found = ratio_interval(values, base)
+    assert found.mean == pytest.approx(float(values.mean() / base.mean()))
+    for factor, accepted in (
+        (found.low * 0.999, False),
+        (found.low * 1.001, True),
+        (found.high * 0.999, True),
+        (found.high * 1.001, False),
+    ):
+        p_value = scipy.stats.permutation_test(
+            (values.numpy(), factor * base.numpy()),
+            lambda a, b: a.mean() - b.mean(),
+            n_resamples=10_000,
+        ).pvalue
+        assert (p_value > 0.05) == accepted, factor
+
+
+def test_a_ratio_of_few_or_of_zeros():
+    one = torch.ones(3, dtype=torch.float64)
+    assert ratio_interval(one, 2 * one)[:3] == (0.5, 0.0, math.inf)
+    some = torch.arange(1.0, 5.0)
+    assert ratio_interval(0 * some, some)[:3] == (0.0, 0.0, 0.0)
+    assert ratio_interval(0 * some, torch.tensor([0.0, 0, 0, 1])).high == math.inf
+    many = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 1  # a sample of regroupings
+    assert ratio_interval(many, many) == ratio_interval(many, many)
+    assert 0.8 < ratio_interval(many, many).low < 1 < ratio_interval(many, many).high < 1.25
+
+
+def test_a_level_of_a_ratio_is_a_share():
+    with pytest.raises(ValueError, match=r"level must be a number in \(0, 1\), got 1; 0.95 is"):
+        ratio_interval(torch.ones(4), torch.ones(4), 1)
 
 
 def test_the_rule_of_three():

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import torch
 
+from churn_kernels._printable import printable
 from churn_kernels.audit import data, text
+from churn_kernels.audit.blame import place_of, told
 from churn_kernels.audit.compare import compare
 from churn_kernels.audit.examine import examine
 from churn_kernels.audit.replay import ReplayError, load_target, replay
 from churn_kernels.audit.report import (
     DIFFERENT,
     INCONCLUSIVE,
+    INTERRUPTED,
     SAME,
     UNUSABLE,
     json_of,
@@ -34,16 +37,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns: the exit status. 0: no difference; 1: a difference; 2: no answer, for wrong input, a
         file that cannot be read or written, a trace that is the same up to where it is damaged, or
-        an error in the target; 3: runs differ, and no replay of the step does.
+        an error in the target; 3: runs differ, and no replay of the step does; 130: Ctrl-C, after
+        which `run` tells what it had found.
     """
     options = _parser().parse_args(arguments)
     try:
         return int(options.command(options))
-    except (OSError, ReplayError, TraceError) as error:
-        print(f"churn-audit: {error}", file=sys.stderr)
-    except Exception:  # the target's own; its traceback says most
-        traceback.print_exc()
+    except KeyboardInterrupt:
+        _tell("interrupted; nothing was written")
+        return INTERRUPTED
+    except (ReplayError, TraceError) as error:
+        _tell(str(error))
+    except (Exception, SystemExit) as error:
+        target = options.target if "target" in options else None
+        if target and place_of(error):
+            _tell(f"{target} raised {told(error)}; mend it, or call it in Python for the traceback")
+        elif isinstance(error, OSError):
+            _tell(_of_file(error))
+        else:
+            traceback.print_exc()  # a fault of this program
     return UNUSABLE
+
+
+def _tell(message: str) -> None:
+    print(f"churn-audit: {printable(message)}", file=sys.stderr)
+
+
+def _of_file(error: OSError) -> str:
+    what = f"{error.filename}: " if error.filename else ""
+    return f"{what}{error.strerror or error}; name another file or folder, or make room"
+
+
+def _trace(path: str) -> Trace:
+    try:
+        return Trace.load(path)
+    except OSError as error:
+        raise TraceError(
+            f"a trace must be a file that can be read, got {path}: {error.strerror or error}; name "
+            f"one that churn_kernels.audit.record wrote"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Find out where, when and why two runs part ways.",
         epilog="Exit status: 0 for no difference, 1 for one, 2 if the question has no answer "
         "(wrong input, a file, a damaged trace, an error in the target), 3 if runs differ and no "
-        "replay of the step does.",
+        "replay of the step does, 130 after Ctrl-C.",
     )
     commands = parser.add_subparsers(required=True)
     diff = commands.add_parser(
@@ -63,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("a", help="a trace")
     diff.add_argument("b", help="another one, of the same model")
-    diff.add_argument("--replay", metavar="TARGET", help=f"run the step again: {_TARGET}")
+    diff.add_argument(
+        "--replay", metavar="TARGET", dest="target", help=f"run the step again: {_TARGET}"
+    )
     diff.add_argument(
         "--device",
         nargs="+",
@@ -125,7 +159,7 @@ def _device(name: str) -> str:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    found = compare(Trace.load(options.a), Trace.load(options.b))
+    found = compare(_trace(options.a), _trace(options.b))
     content = data.of_comparison(found)
     cut_short = any(t.damage and len(t.steps) == found.steps for t in (found.a, found.b))
     status = UNUSABLE if cut_short else SAME
@@ -134,9 +168,9 @@ def _diff(options: argparse.Namespace) -> int:
     if not options.json:
         print(text.of_comparison(found), flush=True)
     try:
-        if options.replay and found.difference is not None:
+        if options.target and found.difference is not None:
             content["replay"] = None
-            build = load_target(options.replay)
+            build = load_target(options.target)
             replayed = replay(found, build, devices=options.device, replays=options.replays)
             content["replay"] = data.of_replayed(replayed)
             if replayed.finding.verdict == "none":
@@ -160,7 +194,7 @@ def _run(options: argparse.Namespace) -> int:
         steps=options.steps,
         amplify_steps=options.amplify_steps,
         inject_at=options.inject_at,
-        tell=lambda what: print(f"churn-audit: {what}", file=sys.stderr),
+        tell=_tell,
     )
     said = json_of if options.json else text.of_examination
     print(said(found, options.target), flush=True)
@@ -171,7 +205,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _selftest(options: argparse.Namespace) -> int:
     trials = selftest()
-    print("\n".join(map(text.of_trial, trials)))
+    print(text.as_text(map(text.of_trial, trials)))
     return SAME if all(trial.passed for trial in trials) else DIFFERENT
 
 

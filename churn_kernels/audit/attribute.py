@@ -1,6 +1,7 @@
 """How much of a divergence each suspect causes, from swapping one at a time for a twin."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from churn_kernels.audit.pairs import Around, Pair, run_pair
 from churn_kernels.audit.replay import Build, ReplayError
 from churn_kernels.audit.stress import AXES
 from churn_kernels.audit.twins import TWINS, Pins, missing_twins, two_parts
-from churn_kernels.intervals import Estimate, jackknife_interval, rule_of_three, t_interval
+from churn_kernels.intervals import Estimate, ratio_interval, rule_of_three, t_interval
 
 
 def _enter(
@@ -31,6 +32,12 @@ STRESS: dict[str, Around] = {
 
 EVERYTHING = "everything"
 
+LEVEL = 0.97
+"""Coverage of a share's interval: the most that four pairs, of 70 regroupings, can tell."""
+
+FEWEST_PAIRS = 4
+"""With fewer, no interval at `LEVEL` excludes anything."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -39,15 +46,26 @@ class Share:
     Attributes:
         suspect: its name; "everything" is all of them at once.
         share: of the mean squared distance that goes away with its twin:
-            1 - mean(d_twin^2) / mean(d^2), with a jackknife interval over pairs; below 0 where the
+            1 - mean(d_twin^2) / mean(d^2), with the interval of `ratio_interval` at `LEVEL`, which
+            holds 0 for a suspect that causes nothing, however few the pairs; below 0 where the
             twin's pairs happened to end further apart. Without bounds where no distance is left,
-            which `bound` says more of.
+            which `bound` says more of; -inf and 1 where the pairs are too few to exclude anything.
         pairs: that were run with its twin.
     """
 
     suspect: str
     share: Estimate
     pairs: list[Pair]
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the pairs exclude no share: too few part, or a distance is not finite."""
+        return self.share.low == -math.inf and self.share.high == 1
+
+    @property
+    def certain(self) -> bool:
+        """Whether the twin makes a difference: chance alone would hardly show such a share."""
+        return math.isnan(self.share.low) or not self.share.low <= 0 <= self.share.high
 
     @property
     def differing(self) -> int:
@@ -69,7 +87,8 @@ class Attribution:
         apart: names of the stress in which the sides of a pair differ; empty for equal sides.
         pairs: without any twin.
         distance: mean parameter distance of these.
-        shares: largest first, and "everything" last; empty if the pairs end up with equal bits.
+        shares: those that are certain first, then the largest, and "everything" last; empty if the
+            pairs end up with equal bits.
         skipped: suspects that could not be swapped here, and why.
     """
 
@@ -79,6 +98,16 @@ class Attribution:
     distance: Estimate
     shares: list[Share]
     skipped: dict[str, str]
+
+    def slowdown(self, share: Share) -> float:
+        """How many times as long steps take with the twin as without; NaN if nobody took the time.
+
+        Medians over pairs.
+        """
+        with_twin, without = (
+            statistics.median(pair.seconds for pair in pairs) for pairs in (share.pairs, self.pairs)
+        )
+        return with_twin / without if without else math.nan
 
 
 def attribute(
@@ -146,11 +175,11 @@ def attribute(
                     one for one in twins[EVERYTHING] if one not in twins[name]
                 )
     plain = found.pop("")
-    base = torch.tensor([pair.distances[-1] for pair in plain], dtype=torch.float64, device="cpu")
+    base = _distances(plain)
     shares = []
     if base.any():
         shares = [_share(name, ran, base) for name, ran in found.items() if name not in skipped]
-        shares.sort(key=lambda share: (share.suspect == EVERYTHING, -share.share.mean))
+        shares.sort(key=lambda one: (one.suspect == EVERYTHING, not one.certain, -one.share.mean))
     return Attribution(steps, tuple(apart), plain, t_interval(base), shares, skipped)
 
 
@@ -170,16 +199,17 @@ def together(blocks: Sequence[Around]) -> Around:
     return around
 
 
+def _distances(pairs: list[Pair]) -> Tensor:
+    return torch.tensor([pair.distances[-1] for pair in pairs], dtype=torch.float64, device="cpu")
+
+
 def _share(name: str, pairs: list[Pair], base: Tensor) -> Share:
-    """The share, with the interval of ln(1 - share): its jackknife leaves out a pair of either."""
-    squares = base.new_tensor([pair.distances[-1] for pair in pairs]).square()
-    of_base = base.square()
-    if not squares.any():
-        return Share(name, Estimate(1.0, *[math.nan] * 3), pairs)
-    rest = squares.mean() / of_base.mean()
-    left = (squares.sum() - squares) / (of_base.sum() - of_base)
-    log = jackknife_interval(math.log(rest), left.log())
-    low, high = (1 - math.exp(bound) for bound in (log.high, log.low))
-    return Share(
-        name, Estimate(1 - float(rest), low, high, float(rest) * log.standard_error), pairs
-    )
+    """What is gone of the mean square, of which as much is left as `ratio_interval` says."""
+    squares = _distances(pairs).square()
+    if not (squares.isfinite().all() and base.isfinite().all()):
+        return Share(name, Estimate(math.nan, -math.inf, 1.0, math.nan), pairs)
+    left = ratio_interval(squares, base.square(), LEVEL)
+    low, high = 1 - left.high, 1 - left.low
+    if low == high == 1:
+        low = high = math.nan  # no distance is left in any pair
+    return Share(name, Estimate(1 - left.mean, low, high, math.nan), pairs)

@@ -19,8 +19,8 @@ FORMAT = 1
 
 
 def as_json(data: dict[str, Any]) -> str:
-    """JSON text; numbers that are not finite become null."""
-    return json.dumps(_finite(data), indent=2, allow_nan=False)
+    """JSON text in printable ASCII; numbers that are not finite become null."""
+    return json.dumps(_finite(data), indent=2, allow_nan=False).replace("\x7f", "\\u007f")
 
 
 def of_comparison(found: Comparison) -> dict[str, Any]:
@@ -107,7 +107,8 @@ def of_examination(found: Examination, target: str, status: int) -> dict[str, An
         "operators": found.operators,
         "stress": [_axis(axis) for axis in found.axes],
         "attribution": found.attribution and _attribution(found.attribution),
-        "amplification": _amplification(found.amplification),
+        "amplification": found.amplification and _amplification(found.amplification),
+        "stopped": found.stopped,
         "manifest_hash": manifest_hash(found.manifest),
         "manifest": found.manifest,
     }
@@ -156,6 +157,9 @@ def _attribution(found: Attribution) -> dict[str, Any]:
             {
                 "suspect": share.suspect,
                 "share": _estimate(share.share),
+                "too_few": share.too_few,
+                "certain": share.certain,
+                "slowdown": found.slowdown(share),
                 "pairs": len(share.pairs),
                 "differing": share.differing,
                 "bound": None if share.differing else share.bound,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 from churn_kernels.audit.amplify import Amplification, amplify
 from churn_kernels.audit.attribute import STRESS, Attribution, attribute, together
+from churn_kernels.audit.blame import told
 from churn_kernels.audit.manifest import manifest
 from churn_kernels.audit.operators import Finding
 from churn_kernels.audit.pairs import Pair, check_injection, run_pair
@@ -19,6 +21,10 @@ MOST_OPERATORS = 8
 """Operators that race, after which no more are looked for."""
 
 STRESS_REPLAYS = 4
+
+INTERRUPTED = "interrupted by Ctrl-C"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,10 @@ class Examination:
         axes: what stress showed, with these operators pinned.
         attribution: shares of the divergence of the replays; or, where they do not part, of the
             divergence between the axes that showed; None where nothing did.
-        amplification: of one unit in the last place, with the operators that race pinned.
+        amplification: of one unit in the last place, with the operators that race pinned; None
+            where it was stopped.
         manifest: what it all ran on.
+        stopped: the parts of the examination that ended before their end, and why.
     """
 
     device: str
@@ -70,13 +78,14 @@ class Examination:
     operators: list[str]
     axes: list[Axis]
     attribution: Attribution | None
-    amplification: Amplification
+    amplification: Amplification | None
     manifest: dict[str, Any]
+    stopped: dict[str, str]
 
     @property
-    def cut(self) -> bool:
-        """Whether the search for operators ended at `MOST_OPERATORS`: there may be more."""
-        return len(self.operators) >= MOST_OPERATORS
+    def interrupted(self) -> bool:
+        """Whether it was ended by Ctrl-C."""
+        return INTERRUPTED in self.stopped.values()
 
     @property
     def verdict(self) -> str:
@@ -115,8 +124,10 @@ def examine(
         steps: of each pair, in 1. and 3., at least 1.
         amplify_steps, inject_at: of 4.
         tell: is told what comes next.
-    Raises: ReplayError for numbers out of range, if two builds differ before the first step, and as
-        `attribute` and `amplify`.
+    Returns: an `Examination`. From 2. on, what the training raises ends the part that it raises in,
+        and Ctrl-C those that are left; `stopped` says so.
+    Raises: ReplayError for numbers out of range, and if two builds differ before the first step;
+        what the training raises in 1.
     """
     for name, count, least in (("replays", replays, 2), ("pairs", pairs, 2), ("steps", steps, 1)):
         if count < least:
@@ -134,50 +145,119 @@ def examine(
     training = built(build, device, step)
     tell(f"{replays} replays of step {step}, operator by operator")
     finding = find_in_step([training], step, replays=replays)
-    operators = _all_operators(training, step, finding, replays)
+    parts = _Parts()
+    operators: list[str] = []
+    parts.do(
+        "search for operators",
+        lambda: _add_racing(operators, training, step, finding, replays, parts),
+    )
     parted = finding.verdict != "none" or any(pair.step is not None for pair in plain)
-    axes = [
-        _try_axis(name, build, training, device, step, operators, finding, tell)
-        for name in (*(name for name in AXES if name != "nothing"), "batch", "device")
-    ]
+    axes: list[Axis] = []
+    for name in (*(name for name in AXES if name != "nothing"), "batch", "device"):
+        rest = (name, build, training, device, step, operators, finding, tell)
+        axis = parts.do(f"stress: {name}", partial(_try_axis, *rest))
+        axes += [axis] if axis else []
     apart = [axis.name for axis in axes if axis.shows and axis.name in STRESS]
+    shown = [finding, *(axis.finding for axis in axes if axis.name in apart and axis.finding)]
+    suspected = [f.operation.name for f in shown if f.verdict == "operator" and f.operation]
     attribution = None
     if parted or apart:
-        shown = [finding, *(axis.finding for axis in axes if axis.name in apart and axis.finding)]
-        suspected = [f.operation.name for f in shown if f.verdict == "operator" and f.operation]
-        attribution = attribute(
-            build,
-            steps,
-            pairs=pairs,
-            apart=() if parted else apart,
-            operators=operators or list(dict.fromkeys(suspected)),
-            device=device,
-            tell=tell,
+        attribution = parts.do(
+            "shares of the causes",
+            lambda: attribute(
+                build,
+                steps,
+                pairs=pairs,
+                apart=() if parted else apart,
+                operators=operators or list(dict.fromkeys(suspected)),
+                device=device,
+                tell=tell,
+            ),
         )
-    amplification = amplify(
-        build,
-        amplify_steps,
-        inject_at=inject_at,
-        pairs=pairs,
-        device=device,
-        around=Pins(operators),
-        tell=tell,
+    amplification = parts.do(
+        "flips of one unit in the last place",
+        lambda: amplify(
+            build,
+            amplify_steps,
+            inject_at=inject_at,
+            pairs=pairs,
+            device=device,
+            around=Pins(operators),
+            tell=tell,
+        ),
     )
     return Examination(
-        device, plain, step, finding, operators, axes, attribution, amplification, manifest()
+        device,
+        plain,
+        step,
+        finding,
+        operators,
+        axes,
+        attribution,
+        amplification,
+        manifest(),
+        parts.stopped,
     )
 
 
-def _all_operators(training: Training, step: int, finding: Finding, replays: int) -> list[str]:
-    """Names of operators that race, `MOST_OPERATORS` at most: each with those before it pinned."""
-    names: list[str] = []
+class _Parts:
+    """The parts of an examination: what one raises ends it alone, and Ctrl-C those that are left.
+
+    Attributes:
+        stopped: the parts that did not come to their end, and why.
+    """
+
+    def __init__(self) -> None:
+        self.stopped: dict[str, str] = {}
+
+    def do(self, name: str, work: Callable[[], _T]) -> _T | None:
+        """What `work` returns; None where it did not come to its end."""
+        if INTERRUPTED in self.stopped.values():
+            self.stopped[name] = INTERRUPTED
+            return None
+        try:
+            return work()
+        except KeyboardInterrupt:
+            self.stopped[name] = INTERRUPTED
+        except Exception as error:  # the training's own
+            self.stopped[name] = f"it raised {told(error)}"
+        return None
+
+
+def _add_racing(
+    names: list[str],
+    training: Training,
+    step: int,
+    finding: Finding,
+    replays: int,
+    parts: _Parts,
+) -> None:
+    """Add the names of operators that race, `MOST_OPERATORS` at most.
+
+    Each is found with those before it pinned.
+    """
     while finding.verdict == "operator" and len(names) < MOST_OPERATORS:
         assert finding.operation is not None
         if finding.operation.name in names:
-            break  # it could not be pinned
+            break
         names.append(finding.operation.name)
         finding = find_in_step([training], step, replays=replays, around=Pins(names))
-    return names
+    if names and finding.verdict != "none":
+        parts.stopped["search for operators"] = _why_no_more(finding, names)
+
+
+def _why_no_more(finding: Finding, names: list[str]) -> str:
+    if finding.operation and finding.operation.name in names:
+        return (
+            f"{finding.operation.name} differs though its outputs are pinned; what races after it "
+            f"was not looked for"
+        )
+    if finding.verdict == "operator":
+        return (
+            f"it ends at {MOST_OPERATORS}, and there are more; make these repeat their bits, and "
+            f"run the audit again"
+        )
+    return "with these pinned replays still part, and no operator that could be pinned makes them"
 
 
 def _try_axis(
@@ -204,7 +284,7 @@ def _try_axis(
             trainings = [training, built(build, other, step)]
             return Axis(name, find_in_step(trainings, step, replays=2, around=pins))
         except Exception as error:  # the target's own: it need not run anywhere else
-            return Axis(name, skipped=f"the training does not run on {other}: {error}")
+            return Axis(name, skipped=f"the training does not run on {other}: {told(error)}")
 
     around = together([STRESS[name], pins])
     if name == "batch":

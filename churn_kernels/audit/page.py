@@ -1,13 +1,18 @@
 """An audit as one HTML page: no script, nothing from elsewhere, everything from outside escaped."""
 
 import json
-from html import escape
+from collections.abc import Callable
+from functools import partial
 
 from churn_kernels.audit import figures, text
-from churn_kernels.audit.attribute import Attribution
+from churn_kernels.audit.advice import GLOSSARY, advice
+from churn_kernels.audit.amplify import Amplification
+from churn_kernels.audit.attribute import LEVEL, Attribution
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.examine import Examination
 from churn_kernels.audit.manifest import manifest_hash
 from churn_kernels.audit.operators import Finding
+from churn_kernels.audit.svg import escape
 
 _STYLE = """
 :root {
@@ -42,7 +47,10 @@ code { font: 13.5px/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-wrap:
 figure { margin: 16px 0 0; }
 figcaption { font-size: 14.5px; color: var(--muted); }
 svg { display: block; width: 100%; height: auto; font-size: 13px; }
-text { fill: var(--ink); }
+.narrow { display: none; max-width: 460px; }
+ul { margin: 8px 0 0; padding-left: 20px; }
+li { margin: 0 0 8px; max-width: 90ch; overflow-wrap: anywhere; }
+text { fill: var(--ink); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 text.muted { fill: var(--muted); }
 .line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
 .line.grid { stroke: var(--grid); stroke-width: 1; }
@@ -50,8 +58,11 @@ text.muted { fill: var(--muted); }
 .line.mark { stroke: var(--bad); stroke-width: 1.2; stroke-dasharray: 4 3; }
 .line.accent { stroke: var(--accent); }
 .line.plain { stroke: var(--after); }
-.line.interval { stroke: var(--accent); stroke-width: 3; opacity: .5; }
+.line.interval { stroke: var(--accent); stroke-width: 3; opacity: .55; }
+.line.interval.chance { stroke: var(--muted); stroke-width: 1.4; stroke-dasharray: 2 4;
+  opacity: 1; }
 rect.accent, circle.accent { fill: var(--accent); }
+circle.accent.chance { fill: var(--card); stroke: var(--muted); stroke-width: 1.6; }
 rect.same { fill: var(--same); }
 rect.first { fill: var(--bad); }
 rect.after { fill: var(--after); }
@@ -60,8 +71,13 @@ rect.after { fill: var(--after); }
 .key.accent { background: var(--accent); } .key.same { background: var(--same); }
 .key.first { background: var(--bad); } .key.after { background: var(--after); }
 .key:first-child { margin-left: 0; }
-@media (max-width: 640px) { main { padding: 24px 12px; } section { padding: 16px 14px; } }
-@media print { :root { --page: #fff; } main { padding: 0; max-width: none; }
+@media (max-width: 760px) {
+  main { padding: 24px 12px; } section { padding: 16px 14px; } h1 { font-size: 22px; }
+  .wide { display: none; } .narrow { display: block; }
+  dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: 8px; }
+}
+@media print { .wide { display: block; } .narrow { display: none; }
+  :root { --page: #fff; } main { padding: 0; max-width: none; }
   section { break-inside: avoid; } * { print-color-adjust: exact; } }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -79,11 +95,13 @@ def page(found: Examination, target: str) -> str:
         f'<h1 class="{"same" if same else "differ"}">{escape(_sentence(text.verdict(found)))}</h1>',
         f'<p class="lead"><code>{escape(target)}</code> on {escape(found.device)}. '
         f"{escape(text.of_pairs(found))}.</p>",
+        _what_to_do(found),
         _where(found),
-        _why(found.attribution),
-        _growth(found),
+        _why(found.attribution, found.stopped),
+        _growth(found.amplification, found),
         _stress(found),
         _ran_on(found),
+        _section("Words", "What they mean on this page.", _named_all(GLOSSARY)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -94,6 +112,17 @@ def page(found: Examination, target: str) -> str:
     )
 
 
+def _what_to_do(found: Examination) -> str:
+    said = "".join(f"<li>{escape(one)}</li>" for one in advice(found))
+    stopped = {part: escape(why) for part, why in found.stopped.items()}
+    return _section(
+        "What to do now",
+        "Which switch or flag, and what it costs, by what was measured here.",
+        f"<ul>{said}</ul>",
+        f'<p class="note">Stopped early:</p>{_named_all(stopped)}' if stopped else "",
+    )
+
+
 def _where(found: Examination) -> str:
     finding, several = found.finding, len(found.operators) > 1
     return _section(
@@ -101,15 +130,17 @@ def _where(found: Examination) -> str:
         f"{finding.replays} replays of step {found.step} from one state, with a hash of every "
         f"tensor that goes into an operator or comes out of it.",
         *(_operation(finding) if finding.operation else ()),
-        _named_all({"operators that race": escape(text.of_operators(found))} if several else {}),
+        _named_all({"operators that race": escape(", ".join(found.operators))} if several else {}),
         _figure(
-            figures.timeline(finding),
+            partial(figures.timeline, finding),
             _key("same", "same bits")
             + _key("first", "first difference")
             + _key("after", "after it"),
         ),
         *(
-            _figure(figures.ulps(one), f"Output {number}: {escape(text.of_differences(one))}.")
+            _figure(
+                partial(figures.ulps, one), f"Output {number}: {escape(text.of_differences(one))}."
+            )
             for number, one in enumerate(finding.outputs)
             if one and one.ulps
         ),
@@ -124,39 +155,45 @@ def _operation(finding: Finding) -> list[str]:
         "place": f"{finding.index + 1} of {len(finding.log)} operations",
         "module": one.module or "none",
         "phase": one.phase or "outside of the model",
-        "source": one.source or "unknown",
+        "source": seen_from_here(one.source) or "unknown",
         "tensors": one.tensors,
     }
     return [_named_all({name: f"<code>{escape(fact)}</code>" for name, fact in facts.items()})]
 
 
-def _why(found: Attribution | None) -> str:
+def _why(found: Attribution | None, stopped: dict[str, str]) -> str:
     if found is None:
-        return _section(
-            "Why", "Nothing parts, as it is or under stress: there is no share to take."
-        )
+        part = "shares of the causes"
+        nothing = "nothing parts, as it is or under stress: there is no share to take."
+        return _section("Why", f"stopped: {stopped[part]}." if part in stopped else nothing)
     skipped = {name: escape(why) for name, why in found.skipped.items()}
-    drawn = figures.shares(found.shares) if found.shares else ""
+    shares = found.shares
     return _section(
         "Why: what a deterministic twin of each suspect removes",
         text.of_attribution(found) + ".",
         _figure(
-            drawn,
-            "Share of the mean squared distance, with 95 % intervals: a jackknife over pairs.",
-        ),
-        _named_all({one.suspect: escape(text.of_share(one)) for one in found.shares}),
+            partial(figures.shares, shares),
+            f"Share of the mean squared distance, with its {LEVEL:.0%} interval by permutation of "
+            "the pairs. Hollow and dashed: it holds 0, so that chance may be all of it.",
+        )
+        if shares
+        else "",
+        _named_all({one.suspect: escape(text.of_share(one)) for one in shares}),
         f"<p class='note'>Skipped:</p>{_named_all(skipped)}" if skipped else "",
     )
 
 
-def _growth(found: Examination) -> str:
-    amplified = found.amplification
-    drawn = figures.amplification(amplified.pairs, found.pairs)
+def _growth(amplified: Amplification | None, found: Examination) -> str:
+    title = "What becomes of it: one unit in the last place"
+    if amplified is None:
+        why = found.stopped.get("flips of one unit in the last place", "")
+        return _section(title, f"stopped: {why}.")
+    flipped = amplified.pairs
     key = _key("accent", "one flip each") + _key("after", "pairs as they are, where they part")
     return _section(
-        "What becomes of it: one unit in the last place",
+        title,
         text.of_amplification(amplified) + ".",
-        _figure(drawn, key),
+        _figure(partial(figures.amplification, flipped, found.pairs), key),
     )
 
 
@@ -194,8 +231,13 @@ def _sentence(clause: str) -> str:
     return clause[:1].upper() + clause[1:]
 
 
-def _figure(drawing: str, caption: str) -> str:
-    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>" if drawing else ""
+def _figure(draw: Callable[[int], str], caption: str) -> str:
+    """A drawing for wide screens and one for narrow ones, of which the style shows one."""
+    return (
+        f'<figure><div class="wide">{draw(figures.WIDE)}</div>'
+        f'<div class="narrow">{draw(figures.NARROW)}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
 def _key(kind: str, meaning: str) -> str:

@@ -1,6 +1,7 @@
 """Two replays of one training, step by step beside each other, and how far apart they are."""
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ class Pair:
         step: after which anything of the state differs first; 0 before the first step, None if
             nothing does.
         what: the part of the state that does: as in a trace.
+        seconds: that the steps took, of both sides.
     """
 
     distances: list[float]
     churn: list[float]
     step: int | None
     what: str
+    seconds: float = 0.0
 
     @property
     def first_flip(self) -> int | None:
@@ -75,6 +78,7 @@ def run_pair(
     distances: list[float] = []
     churn: list[float] = []
     parted, what = None, ""
+    seconds = 0.0
     for n in range(steps + 1):
         hashes = []
         if flip and flip[0] == n:
@@ -84,7 +88,11 @@ def run_pair(
             restore()
             if n:
                 with around(side, training.model):
+                    began = time.perf_counter()
                     training.step(n)
+                    if device.startswith("cuda"):
+                        torch.cuda.synchronize()
+                    seconds += time.perf_counter() - began
             sides[side] = training, random_states()
             hashes.append(state_hashes(training))
         if parted is None:
@@ -94,7 +102,7 @@ def run_pair(
         if sides[0][0].predict:
             one, other = (_predictions(training) for training, _ in sides)
             churn.append((one != other).double().mean().item())
-    return Pair(distances, churn, parted, what)
+    return Pair(distances, churn, parted, what, seconds)
 
 
 def check_injection(steps: int, inject_at: int, name: str = "inject_at") -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from churn_kernels.audit.blame import misfit
 from churn_kernels.audit.compare import Comparison
 from churn_kernels.audit.generators import random_state_hash
 from churn_kernels.audit.hashes import data_hash, tensors_hash
@@ -82,6 +83,11 @@ def load_target(target: str) -> Build:
             f"target must name a function of {place}, got {name!r}, which is "
             f"{'not there' if build is None else type(build).__name__}; define {name}(device)"
         )
+    if takes := misfit(build, "cpu"):
+        raise ReplayError(
+            f"target must name a function of one argument, the device's name, got {name}{takes}; "
+            f"define {name}(device)"
+        )
     return build
 
 
@@ -136,12 +142,13 @@ def built(build: Build, device: str, before: int = 1) -> Training:
             f"target must return a churn_kernels.audit.Training, got {type(training).__name__}; "
             f"return Training(model, optimizer, step)"
         )
+    _check(training)
     try:
         check_state(training.model, training.state)
     except ValueError as error:
         raise ReplayError(str(error)) from None
     done = training.resume(before) if training.resume else 0
-    if not 0 <= done < before:
+    if not isinstance(done, int) or not 0 <= done < before:
         raise ReplayError(
             f"resume({before}) must return a step from 0 to {before - 1}, got {done}; load a "
             f"checkpoint from before the step"
@@ -149,6 +156,30 @@ def built(build: Build, device: str, before: int = 1) -> Training:
     for n in range(done + 1, before):
         training.step(n)
     return training
+
+
+def _check(training: Training) -> None:
+    """Refuse what is not of the kinds that `Training` names.
+
+    Raises: ReplayError.
+    """
+    for name, kind in (("model", nn.Module), ("optimizer", torch.optim.Optimizer)):
+        if not isinstance(value := getattr(training, name), kind):
+            raise ReplayError(
+                f"Training.{name} must be a torch {kind.__name__}, got {type(value).__name__}; "
+                f"return Training(model, optimizer, step)"
+            )
+    for name, arguments in (("step", (1,)), ("predict", ()), ("resume", (1,))):
+        function = getattr(training, name)
+        if function is None and name != "step":
+            continue
+        takes = misfit(function, *arguments) if callable(function) else type(function).__name__
+        if takes:
+            wanted = "a function of the step's number" if arguments else "a function of nothing"
+            raise ReplayError(
+                f"Training.{name} must be {wanted}, got {takes}; define it as "
+                f"{name}({'n' if arguments else ''})"
+            )
 
 
 def state_hashes(training: Training) -> dict[str, str]:

@@ -7,15 +7,16 @@ from churn_kernels.audit import data
 from churn_kernels.audit.examine import Examination
 from churn_kernels.audit.page import page
 
-SAME, DIFFERENT, UNUSABLE, INCONCLUSIVE = 0, 1, 2, 3
-"""Exit statuses: no difference; one; no answer; runs differ, and no replay of the step does."""
+SAME, DIFFERENT, UNUSABLE, INCONCLUSIVE, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit statuses: no difference; one; no answer; runs differ, and no replay of the step does;
+Ctrl-C."""
 
 _STATUS = {"none": SAME, "unexplained": INCONCLUSIVE}  # of a verdict; all others: DIFFERENT
 
 
 def status_of(found: Examination) -> int:
     """The exit status that says what was found."""
-    return _STATUS.get(found.verdict, DIFFERENT)
+    return INTERRUPTED if found.interrupted else _STATUS.get(found.verdict, DIFFERENT)
 
 
 def json_of(found: Examination, target: str) -> str:

@@ -1,7 +1,14 @@
 """Drawings as <svg> elements whose colours are classes of the page's style."""
 
 from collections.abc import Iterable
-from html import escape
+from html import escape as _escape
+
+from churn_kernels._printable import printable
+
+
+def escape(text: str) -> str:
+    """Text as HTML and SVG hold it, with nothing in it that does not print."""
+    return _escape(printable(text))
 
 
 class Drawing:

@@ -1,9 +1,13 @@
 """Audits for people: the verdict, then what it rests on, in lines of plain text."""
 
 import math
+from collections.abc import Iterable
 
+from churn_kernels._printable import printable
+from churn_kernels.audit.advice import advice
 from churn_kernels.audit.amplify import Amplification
-from churn_kernels.audit.attribute import Attribution, Share
+from churn_kernels.audit.attribute import FEWEST_PAIRS, Attribution, Share
+from churn_kernels.audit.blame import seen_from_here
 from churn_kernels.audit.compare import Comparison
 from churn_kernels.audit.examine import Axis, Examination
 from churn_kernels.audit.manifest import manifest_hash
@@ -11,6 +15,11 @@ from churn_kernels.audit.operators import Differences, Finding
 from churn_kernels.audit.replay import Replayed
 from churn_kernels.audit.selftest import Trial
 from churn_kernels.intervals import Estimate, rule_of_three
+
+
+def as_text(lines: Iterable[str]) -> str:
+    """Lines below each other; what a name or a file put into one stays in it, and is printable."""
+    return "\n".join(map(printable, lines))
 
 
 def of_trial(trial: Trial) -> str:
@@ -47,7 +56,7 @@ def of_comparison(found: Comparison) -> str:
     for trace in (found.a, found.b):
         damage = f"; {trace.damage}" if trace.damage else ""
         lines.append(f"{trace.path}: {trace.steps[-1].number} steps{damage}")
-    return "\n".join(lines)
+    return as_text(lines)
 
 
 def of_replayed(replayed: Replayed) -> str:
@@ -56,27 +65,26 @@ def of_replayed(replayed: Replayed) -> str:
     state = "the recorded bits" if replayed.as_recorded else "OTHER BITS than the runs recorded"
     lines = [f"{where}: {of_finding(replayed.finding)}", *evidence(replayed.finding)]
     lines.append(f"  before the step, parameters and optimizer had {state}")
-    return "\n".join(lines)
+    return as_text(lines)
 
 
 def of_examination(found: Examination, target: str) -> str:
     """What `churn-audit run` found."""
     lines = [verdict(found), *evidence(found.finding), of_pairs(found)]
     if len(found.operators) > 1:
-        lines.append(f"operators that race: {of_operators(found)}")
-    lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
+        lines.append(f"operators that race: {', '.join(found.operators)}")
+    if found.axes:
+        lines += ["under stress:", *(f"  {axis.name}: {of_axis(axis)}" for axis in found.axes)]
     if found.attribution:
         lines += [f"why: {of_attribution(found.attribution)}; of that a twin removes"]
         lines += [f"  {share.suspect}: {of_share(share)}" for share in found.attribution.shares]
         lines += [f"  {name}: skipped: {why}" for name, why in found.attribution.skipped.items()]
-    lines.append(of_amplification(found.amplification))
+    if found.amplification:
+        lines.append(of_amplification(found.amplification))
+    lines += [f"stopped early: {part}: {why}" for part, why in found.stopped.items()]
+    lines += ["what to do now:", *(f"  {one}" for one in advice(found))]
     lines.append(f"{target} on {found.device}; ran on: {manifest_hash(found.manifest)}")
-    return "\n".join(lines)
-
-
-def of_operators(found: Examination) -> str:
-    """The operators that race, and whether the search for more was given up."""
-    return ", ".join(found.operators) + (" (no more were looked for)" if found.cut else "")
+    return as_text(lines)
 
 
 def verdict(found: Examination) -> str:
@@ -136,7 +144,8 @@ def evidence(found: Finding) -> list[str]:
         return []
     lines = [
         f"  operation {found.index + 1} of {len(found.log)}; {one.phase or 'outside of the model'}"
-        f"{', module ' + one.module if one.module else ''}; {one.source or 'unknown source'}",
+        f"{', module ' + one.module if one.module else ''}; "
+        f"{seen_from_here(one.source) or 'unknown source'}",
         f"  {one.tensors}",
     ]
     many = len(found.outputs) > 1
@@ -185,7 +194,7 @@ def of_axis(axis: Axis) -> str:
         return f"skipped: {axis.skipped}"
     if axis.finding:
         if not axis.shows:
-            return f"no difference in {axis.finding.replays} replays"
+            return no_difference(axis.finding)
         module = axis.finding.operation.module if axis.finding.operation else ""
         return of_finding(axis.finding) + (f" (module {module})" if module else "")
     assert axis.pair is not None
@@ -198,16 +207,33 @@ def of_attribution(found: Attribution) -> str:
     """What was attributed."""
     sides = f"sides that differ in {', '.join(found.apart)}" if found.apart else "replays"
     what = f"{len(found.pairs)} pairs of {sides}, of {found.steps} steps,"
-    return f"{what} end {of_estimate(found.distance, '.2e')} apart"
+    return f"{what} end {of_estimate(_not_negative(found.distance), '.2e')} apart"
 
 
 def of_share(share: Share) -> str:
     """What a twin removes."""
     rest = f"{share.differing} of {len(share.pairs)} pairs still part"
     bound = "" if share.differing else f" ({_below(share.bound)})"
+    return f"{share_and_interval(share)}; {rest}{bound}"
+
+
+def share_and_interval(share: Share) -> str:
+    """A share with what its interval allows to say of it."""
+    if math.isnan(share.share.mean):
+        return f"{mean_share(share)}: a distance is not finite"
+    if share.too_few:
+        few = len(share.pairs) < FEWEST_PAIRS
+        return f"{mean_share(share)}{f', {FEWEST_PAIRS} are needed' if few else ' part'}"
     mean, low, high = map(percent, share.share[:3])
     interval = "" if math.isnan(share.share.low) else f" [{low}, {high}]"
-    return f"{mean}{interval}; {rest}{bound}"
+    return f"{mean}{interval}{'' if share.certain else ', may be chance'}"
+
+
+def mean_share(share: Share) -> str:
+    """A share, where the pairs tell one."""
+    if math.isnan(share.share.mean):
+        return "no share"
+    return "too few pairs" if share.too_few else percent(share.share.mean)
 
 
 def percent(share: float) -> str:
@@ -226,14 +252,21 @@ def of_amplification(found: Amplification) -> str:
         rate += f", twice as large every {math.log(2) / growth.mean:.1f} steps"
     if math.isnan(growth.mean):
         rate = "does not grow"
+    elif math.isnan(growth.low):
+        rate += ", by one flip alone"
     lines = [f"one unit in the last place, flipped before step {found.inject_at}, {rate}"]
     if found.absorbed:
         lines.append(f"{found.absorbed} of {len(found.pairs)} flips are rounded away")
     if found.churn:
-        flips = found.first_flips
-        when = f", the first after step {flips[0]}" if flips else ""
-        lines.append(f"a prediction flips in {len(flips)} of {len(found.pairs)} pairs{when}")
-        lines.append(f"churn after step {found.steps}: {of_estimate(found.churn, '.2%')}")
+        flips, count = found.first_flips, len(found.pairs)
+        if flips:
+            churn = of_estimate(_not_negative(found.churn), ".2%")
+            lines.append(
+                f"a prediction flips in {len(flips)} of {count} pairs, the first after step "
+                f"{flips[0]}; churn after step {found.steps}: {churn}"
+            )
+        else:
+            lines.append(f"no prediction flips in {count} pairs ({_below(rule_of_three(count))})")
     return "; ".join(lines)
 
 
@@ -243,6 +276,11 @@ def of_estimate(found: Estimate, form: str) -> str:
     if math.isnan(found.low):
         return mean
     return f"{mean} [{format(found.low, form)}, {format(found.high, form)}]"
+
+
+def _not_negative(found: Estimate) -> Estimate:
+    """The estimate of what cannot be below 0."""
+    return found if math.isnan(found.low) else found._replace(low=max(0.0, found.low))
 
 
 def _below(bound: float) -> str:

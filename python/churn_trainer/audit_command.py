@@ -18,7 +18,7 @@ from churn_trainer.options import (
     settings_command,
 )
 from churn_trainer.output import check_folder
-from churn_trainer.terminal import ending, stdout_console
+from churn_trainer.terminal import INTERRUPTED, ending, stdout_console
 
 
 @settings_command
@@ -45,7 +45,7 @@ def audit_run(
     place. `churn-audit run` does the same for a training of your own.
 
     Ends with status 0 when an answer was found, whatever it is, 1 when a file could not be written,
-    2 for wrong settings, 130 after Ctrl-C.
+    2 for wrong settings, 130 after Ctrl-C; what was found until then is told all the same.
 
     [bold]Examples[/bold]
 
@@ -72,3 +72,5 @@ def audit_run(
         console.print(describe(found, run.id), highlight=False, markup=False, soft_wrap=True)
         page = write_report(found, run.id, out)
     console.print(f"\nReport: {page}", highlight=False, markup=False, soft_wrap=True)
+    if found.interrupted:
+        raise typer.Exit(INTERRUPTED)

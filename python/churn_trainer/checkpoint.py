@@ -8,7 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from churn_kernels._files import make_folder, printable, refuse_link
+from churn_kernels._files import make_folder, refuse_link
+from churn_kernels._printable import excerpt
 from churn_trainer.stored import load_tensors, save_tensors
 
 FORMAT = 2
@@ -93,7 +94,7 @@ class Checkpoint:
             if content["owner"] != self.owner:
                 raise ValueError(
                     f"{path} must be a checkpoint of {', '.join(self.owner)}, got one of "
-                    f"{printable(', '.join(content['owner']))}; delete it, or train into another "
+                    f"{excerpt(', '.join(content['owner']))}; delete it, or train into another "
                     "folder"
                 )
             if damage:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from churn_kernels._printable import printable
 from churn_trainer.audit_command import audit_run
 from churn_trainer.config import Run
 from churn_trainer.data import DATASETS
@@ -164,6 +165,6 @@ def _telling(wanted: list[Run]) -> Iterator[Any]:
             else:
                 for run in event.runs:
                     line = f"{event.kind} {run.id}  {event.detail}".rstrip()
-                    console.print(escape(line), highlight=False, soft_wrap=True)
+                    console.print(escape(printable(line)), highlight=False, soft_wrap=True)
 
         yield tell

@@ -273,6 +273,11 @@ class Run(Settings):
         return fingerprint(dataclasses.replace(self, seeds=Seeds()))
 
     @property
+    def recipe(self) -> str:
+        """What repetitions and runs of other seeds share: every other setting."""
+        return dataclasses.replace(self, repeat=0).together
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The sources of randomness that this run draws from: a seed that nothing reads is none."""
         draws = {
@@ -307,7 +312,9 @@ class Variant:
     """One row of a study's table: a method, and what else is different for it."""
 
     method: Method = field(default_factory=Method)
-    name: str = setting("", "What `study --method` calls it; the method's name if left out.")
+    name: str = setting(
+        "", "What `study --method`, tables and figures call it; the method's if left out."
+    )
     changes: dict[str, Any] = setting(
         {}, "Tables of data, model or optimisation: what differs from the study's."
     )
@@ -327,16 +334,6 @@ class Variant:
             one_of(f"fixed of {self.name}", source, SOURCES)
         for table in self.changes:
             one_of(f"changes of {self.name}", table, ("data", "model", "optimisation"))
-
-    @property
-    def label(self) -> str:
-        """What tables and figures call it."""
-        changed = [
-            f"{name} {str(value).lower() if isinstance(value, bool) else value}"
-            for table in self.changes.values()
-            for name, value in table.items()
-        ]
-        return ", ".join([self.method.label, *changed, *(f"same {one}" for one in self.fixed)])
 
 
 @dataclass(frozen=True)
@@ -411,6 +408,16 @@ class Study(Settings):
             [self.run(variant, split, run) for run in range(self.runs)]
             for split in range(self.splits)
         ]
+
+    def own_names(self) -> dict[str, str]:
+        """`Run.recipe` -> the name of a method that has one of its own.
+
+        Of methods that differ only in what is fixed it is that with least fixed.
+        """
+        named: dict[str, Variant] = {}
+        for variant in sorted(self.methods, key=lambda one: len(one.fixed)):
+            named.setdefault(self.run(variant, 0, 0).recipe, variant)
+        return {key: one.name for key, one in named.items() if one.name != one.method.name}
 
     def all_runs(self) -> list[Run]:
         """Every run of the study."""

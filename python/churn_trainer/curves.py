@@ -11,7 +11,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from churn_kernels._files import printable, read_text, reading
+from churn_kernels._files import read_text, reading
+from churn_kernels._printable import excerpt
 from churn_trainer.outcomes import Outcome
 from churn_trainer.run_folder import CURVES, LOGITS, RunFolder
 
@@ -53,7 +54,7 @@ def read_curves(outcomes: Iterable[Outcome]) -> tuple[list[Curves], list[str]]:
         try:
             curves.append(_read(outcome))
         except ValueError as error:
-            damaged.append(printable(f"{outcome.label} has no curves: {error}"))
+            damaged.append(excerpt(f"{outcome.label} has no curves: {error}"))
     return curves, damaged
 
 

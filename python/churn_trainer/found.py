@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_trainer.config import Run
 from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
+
+STUDY = "study.json"
+"""A study's settings, beside the folders of its runs."""
 
 
 class NothingFinished(ValueError):
@@ -69,7 +72,7 @@ def find_runs(source: Path | Sequence[Path | RunFolder]) -> Found:
         try:
             _sort_in(folder, found)
         except (ValueError, OSError) as error:
-            found.damaged.append(printable(str(error)))
+            found.damaged.append(excerpt(str(error)))
     if not found.finished:
         counts = (
             f"{len(found.unfinished)} not ended, {len(found.diverged)} diverged, "
@@ -106,13 +109,13 @@ def _path(source: Path | RunFolder) -> Path:
 def _sort_in(folder: RunFolder, found: Found) -> None:
     run = folder.run() if folder.path.exists() else None
     if run is None or not folder.done:
-        found.unfinished.append(printable(folder.path.name))
+        found.unfinished.append(excerpt(folder.path.name))
         return
     metrics = folder.metrics()
     if metrics["status"] == DIVERGED:
         message = f"{folder.path.name} diverged: {metrics.get('message', '')}; it is in no table"
-        found.diverged.append(printable(message))
+        found.diverged.append(excerpt(message))
         return
     environment = metrics.get("environment") or {}
-    device = printable(environment.get("device") or "cpu", 10).split(":")[0]
+    device = excerpt(environment.get("device") or "cpu", 10).split(":")[0]
     found.finished.append(Finished(run, folder, device, environment.get("threads")))

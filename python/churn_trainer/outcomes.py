@@ -7,14 +7,15 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_kernels.intervals import Estimate
 from churn_kernels.metrics import ChurnReport, churn_report, prediction_confidence
 from churn_trainer.comparison import churn_swap_test, holm, over_splits, paired_change
@@ -54,7 +55,7 @@ class Setting:
     @property
     def name(self) -> str:
         """Data set and network, safe to print."""
-        return printable(f"{self.data.name}, {self.model.name}", 80)
+        return excerpt(f"{self.data.name}, {self.model.name}", 80)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Split:
 
     Attributes:
         found: R finished runs, by their seeds.
+        name: what to call it: its seed, or that no seed draws it.
         report: every metric of every run and pair.
         predictions: (R, N) classes.
         confidence: (R, N) difference of the two largest probabilities.
@@ -71,6 +73,7 @@ class Split:
     """
 
     found: list[Finished]
+    name: str
     report: ChurnReport
     predictions: Tensor
     confidence: Tensor
@@ -116,21 +119,33 @@ class Outcome:
     Attributes:
         setting, method: which.
         splits: by what tells the splits apart.
+        name: the method's own, where a study gives it one.
     """
 
     setting: Setting
     method: Method
     splits: dict[Any, Split]
+    name: str = ""
 
     @property
     def label(self) -> str:
         """What tables call the method, safe to print."""
-        return printable(self.method.label, 80)
+        return excerpt(self.name or self.method.label, 80)
 
     @property
-    def together(self) -> str:
-        """`Run.together` of its runs, of the first where they are repetitions."""
-        return dataclasses.replace(next(iter(self.splits.values())).runs[0], repeat=0).together
+    def training_cost(self) -> int:
+        """Models that are trained for one that is measured."""
+        return self.method.members + self.method.teachers
+
+    @property
+    def inference_cost(self) -> int:
+        """Models that predict together."""
+        return 1 if self.method.measured == "member" else self.method.members
+
+    @property
+    def recipe(self) -> str:
+        """`Run.recipe` of its runs."""
+        return next(iter(self.splits.values())).runs[0].recipe
 
     @property
     def runs(self) -> int:
@@ -189,6 +204,7 @@ class Comparison:
 
     Attributes:
         outcome: the method.
+        baseline: what it is compared with.
         pairs: runs that have a partner of the same split and seeds.
         change: metric -> change with interval.
         p_value: exact swap test of the change of churn.
@@ -196,17 +212,23 @@ class Comparison:
     """
 
     outcome: Outcome
+    baseline: Outcome
     pairs: int
     change: dict[str, Estimate]
     p_value: float
     p_holm: float
 
 
-def measure(finished: Iterable[Finished]) -> tuple[list[Outcome], list[str]]:
+def measure(
+    finished: Iterable[Finished], names: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Outcome], list[str]]:
     """Reads the logits, one method of one setting at a time, and measures every run and pair.
 
     Of a co-distilled run the logits are one member's, so no two members of a run are compared.
 
+    Args:
+        finished: the runs.
+        names: `Run.recipe` -> a name of its own.
     Returns: the outcomes, by setting and in the order of the table of methods; and a sentence for
         each run whose logits cannot be used.
     """
@@ -221,7 +243,9 @@ def measure(finished: Iterable[Finished]) -> tuple[list[Outcome], list[str]]:
     for members in kinds.values():
         setting, method = members[0][0], members[0][1].run.method
         if splits := _splits([one for _, one in members], damaged):
-            outcomes.append(Outcome(setting, method, splits))
+            outcome = Outcome(setting, method, splits)
+            name = names.get(outcome.recipe, "")
+            outcomes.append(dataclasses.replace(outcome, name=name))
     outcomes.sort(key=lambda one: (str(one.setting), rank(one.method.name), str(one.method)))
     return outcomes, damaged
 
@@ -247,7 +271,7 @@ def compare(
             )
             missing.append(f"{name}: nothing is compared, there is no baseline; {remedy}.")
             continue
-        found: list[tuple[Outcome, int, dict[str, Estimate], float]] = []
+        found: list[tuple[Outcome, Outcome, int, dict[str, Estimate], float]] = []
         for other in others:
             matched = _matched(other, baseline)
             if not matched:
@@ -268,8 +292,9 @@ def compare(
                 [a.predictions[i] for a, i, _, _ in matched],
                 [b.predictions[j] for _, _, b, j in matched],
             )
-            found.append((other, sum(len(i) for _, i, _, _ in matched), change, p_value))
-        corrected = holm([one[3] for one in found])
+            pairs = sum(len(i) for _, i, _, _ in matched)
+            found.append((other, baseline, pairs, change, p_value))
+        corrected = holm([one[-1] for one in found])
         comparisons += [Comparison(*one, p) for one, p in zip(found, corrected, strict=True)]
     return comparisons, missing
 
@@ -289,7 +314,7 @@ def _compared(
     return [
         (
             device,
-            next((one for one in methods if one.together == first.together), None),
+            next((one for one in methods if one.recipe == first.recipe), None),
             methods,
         )
         for device, methods in devices.items()
@@ -319,13 +344,22 @@ def _splits(members: list[Finished], damaged: list[str]) -> dict[Any, Split]:
             logits, labels = one.folder.logits()
             _check(one, logits, labels)
         except ValueError as error:
-            damaged.append(printable(str(error)))
+            damaged.append(excerpt(str(error)))
             continue
         digest = hashlib.sha256(labels.numpy().tobytes()).hexdigest()
-        drawn = one.run.data.train_rows or one.run.data.name not in _OWN_TEST_ROWS
-        key = (one.run.seeds.split if drawn else 0, digest, tuple(logits.shape))
+        key = (one.run.seeds.split if _drawn(one.run) else 0, digest, tuple(logits.shape))
         by_rows.setdefault(key, []).append((one, logits, labels))
-    return {key: _split(runs) for key, runs in by_rows.items()}
+    return {
+        key: _split(
+            runs, f"split seed {key[0]}" if _drawn(runs[0][0].run) else "the data set's own split"
+        )
+        for key, runs in by_rows.items()
+    }
+
+
+def _drawn(run: Run) -> bool:
+    """Whether a seed draws its training or its test rows."""
+    return bool(run.data.train_rows) or run.data.name not in _OWN_TEST_ROWS
 
 
 def _check(one: Finished, logits: Tensor, labels: Tensor) -> None:
@@ -351,10 +385,11 @@ def _check(one: Finished, logits: Tensor, labels: Tensor) -> None:
     )
 
 
-def _split(members: list[tuple[Finished, Tensor, Tensor]]) -> Split:
+def _split(members: list[tuple[Finished, Tensor, Tensor]], name: str) -> Split:
     logits, labels = [one[1] for one in members], members[0][2]
     return Split(
         found=[one[0] for one in members],
+        name=name,
         report=_report(logits, labels),
         predictions=torch.stack([one.argmax(dim=-1) for one in logits]),
         confidence=torch.stack([prediction_confidence(one).float() for one in logits]),

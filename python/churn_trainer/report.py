@@ -1,4 +1,4 @@
-"""The report of any finished runs: verdicts, the paper's tables and figures, CSV files, a page."""
+"""The report of any finished runs: what helped, tables, figures, CSV files, a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +17,14 @@ import matplotlib as mpl
 from markupsafe import Markup
 
 import churn_kernels
-from churn_kernels._files import printable
-from churn_trainer.config import Run
+from churn_kernels._printable import printable
+from churn_kernels.intervals import Estimate
+from churn_trainer.config import Run, Study
 from churn_trainer.curves import Curves, read_curves
-from churn_trainer.figures import Drawing, make_figures
+from churn_trainer.drawing import Drawing
+from churn_trainer.figures import make_figures
 from churn_trainer.formats import half, percent, probability, signed, value
-from churn_trainer.found import Found, NothingFinished, find_runs
+from churn_trainer.found import STUDY, Found, NothingFinished, find_runs
 from churn_trainer.outcomes import (
     METRICS,
     Comparison,
@@ -37,7 +39,7 @@ from churn_trainer.output import MARKER, replaced, write_csv
 from churn_trainer.paper import CITATION
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.svg import PALETTE, STYLE
-from churn_trainer.tables import Table, make_tables, setting_names, settings_of
+from churn_trainer.tables import Table, heading, make_tables, setting_names, settings_of
 
 PAGE = "report.html"
 
@@ -76,6 +78,7 @@ def make_report(
     *,
     title: str = "",
     first: Run | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Report:
     """Reads runs, measures and compares them, and makes what they allow.
 
@@ -84,13 +87,14 @@ def make_report(
         level: coverage of the intervals, in (0, 1).
         title: what the runs are for.
         first: a run of what all others are compared with; None: in each setting its baseline.
+        names: `Run.recipe` -> a method's own name; None: what studies beside the runs say.
     Raises: ValueError if there is no such folder or `level` is out of range, NothingFinished if no
         run can be read.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}; 0.95 is customary")
     found = find_runs(source)
-    outcomes, unusable = measure(found.finished)
+    outcomes, unusable = measure(found.finished, _names_beside(source) if names is None else names)
     if not outcomes:
         raise NothingFinished(
             f"folder must hold a run whose logits can be read, got none: {unusable[0]}"
@@ -115,6 +119,19 @@ def make_report(
         level=level,
         title=printable(title),
     )
+
+
+def _names_beside(source: Path | Sequence[Path | RunFolder]) -> dict[str, str]:
+    """The names that studies, whose settings lie beside their runs, give to methods."""
+    names: dict[str, str] = {}
+    for one in [source] if isinstance(source, Path) else source:
+        path = one / STUDY if isinstance(one, Path) else one.path.parent / STUDY
+        try:
+            if path.is_file():
+                names = Study.load(path).own_names() | names
+        except ValueError:
+            continue  # its runs are there all the same, by their methods' names
+    return names
 
 
 def _some(sentences: list[str]) -> list[str]:
@@ -158,13 +175,83 @@ def save_report(report: Report, out: Path, *, command: str = "") -> Path:
         write_csv(folder / "comparisons.csv", _COMPARISON_COLUMNS, _comparison_rows(report))
         for table in report.tables:
             columns = (*table.heads, *_CELL_COLUMNS)
-            write_csv(folder / f"table-{table.number}.csv", columns, _table_rows(table))
+            write_csv(folder / f"table-{table.kind}.csv", columns, _table_rows(table))
         for drawing in report.figures:
             with mpl.rc_context(STYLE):
                 for kind in ("png", "svg"):
                     drawing.figure.savefig(folder / f"{drawing.name}.{kind}", dpi=160)
         (folder / PAGE).write_text(render_page(report, facts), encoding="utf-8")
     return out / PAGE
+
+
+def headlines(report: Report) -> list[str]:
+    """For each baseline what lowers its churn most, how far, at what cost; or that nothing does.
+
+    What helped is a change whose interval leaves out zero, and which the corrected test confirms.
+    """
+    places = {str(setting): where for setting, where in _settings(report)}
+    compared: dict[int, list[Comparison]] = {}
+    for one in report.comparisons:
+        compared.setdefault(id(one.baseline), []).append(one)
+    said = [
+        sentence
+        for ones in compared.values()
+        for sentence in _headline(ones, places[str(ones[0].baseline.setting)], report.level)
+    ]
+    if said:
+        return said
+    first = _first(report.outcomes)
+    if first is None:
+        return ["Churn needs two trainings: there is no second one of the same method and split."]
+    churn = _with_half(first.estimate("churn", report.level))
+    return [f"Two trainings of the {first.label} disagree on {churn} % of the test rows."]
+
+
+def _headline(compared: list[Comparison], where: str, level: float) -> list[str]:
+    base = compared[0].baseline
+    churn = base.estimate("churn", level)
+    helped = [one for one in compared if one.change["churn"].high < 0 and one.p_holm <= 1 - level]
+    if not helped:
+        known = any(one.change["churn"].high == one.change["churn"].high for one in compared)
+        tried = "the one method" if len(compared) == 1 else f"none of {len(compared)} methods"
+        says = "is not shown to help" if len(compared) == 1 else "is shown to help"
+        if not known:
+            tried, says = "there are too few runs", "to tell whether a method helps"
+        return [f"{where}Churn is {_with_half(churn)} % with the {base.label}; {tried} {says}."]
+    best = min(helped, key=lambda one: one.change["churn"].mean)
+    said = [
+        f"{where}Churn falls from {value(churn)} % to "
+        f"{value(best.outcome.estimate('churn', level))} % with {best.outcome.label} "
+        f"({_points(best.change['churn'])}), {_cost(best)}.",
+        f"{where}Accuracy changes by {_points(best.change['accuracy'])} with it.",
+    ]
+    cheaper = [one for one in helped if _relative_cost(one) < _relative_cost(best)]
+    if cheaper:
+        other = min(cheaper, key=lambda one: (_relative_cost(one), one.change["churn"].mean))
+        points = _points(other.change["churn"])
+        said[1] += f" {_cost(other).capitalize()}, {other.outcome.label} changes churn by {points}."
+    return said
+
+
+def _relative_cost(one: Comparison) -> float:
+    return one.outcome.training_cost / one.baseline.training_cost
+
+
+def _cost(one: Comparison) -> str:
+    """What the method costs, in units of the baseline's."""
+    training = _relative_cost(one)
+    inference = one.outcome.inference_cost / one.baseline.inference_cost
+    times = {1.0: "at no more", 2.0: "at twice the"}
+    cost = f"{times.get(training, f'at {training:g} times the')} training"
+    return cost if inference == 1 else f"{cost} and {inference:g} times the prediction"
+
+
+def _points(change: Estimate) -> str:
+    return f"{signed(change)} {half(change)} points"
+
+
+def _with_half(number: Estimate) -> str:
+    return f"{value(number)} {half(number)}".strip()
 
 
 def verdicts(report: Report) -> list[str]:
@@ -183,6 +270,13 @@ def verdicts(report: Report) -> list[str]:
     ]
 
 
+_ORDER = (
+    *("methods", "confidence", "weights", "weight-decay", "ensembles", "sources", "calibration"),
+    *("pairs", "curves", "examples"),
+)
+"""The page's parts after what helped, by their kinds."""
+
+
 def render_page(report: Report, facts: dict[str, Any]) -> str:
     """The HTML page: one file, no external resource, no script; every text escaped."""
     environment = jinja2.Environment(
@@ -192,18 +286,30 @@ def render_page(report: Report, facts: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=value, half=half, signed=signed)
+    environment.filters.update(
+        value=value, half=half, signed=signed, heading=heading, unbroken=_unbroken
+    )
+    environment.tests["table"] = lambda part: isinstance(part, Table)
+    parts: list[Table | Drawing] = [*report.tables, *report.figures]
+    first, *others = headlines(report)
     return environment.get_template("report.html.j2").render(
         report=report,
         level=percent(report.level),
         verdicts=verdicts(report),
         facts=facts,
-        first=_first(report.outcomes),
-        # Matplotlib has escaped the texts in them.
-        drawings=[(one, Markup(one.page)) for one in report.figures],
+        headline=first,
+        others=others,
+        changes=[one for one in report.figures if one.kind == "changes"],
+        parts=[one for kind in _ORDER for one in parts if one.kind == kind],
+        svg=Markup,  # Matplotlib has escaped the texts in it
         citation=CITATION,
         palette=PALETTE,
     )
+
+
+def _unbroken(sentence: str) -> str:
+    """A sentence whose lines do not end within a number and its interval."""
+    return sentence.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _verdict(one: Comparison, where: str, level: float) -> str:
@@ -243,9 +349,9 @@ def _same_seeds(one: Outcome, where: str, level: float) -> str:
 
 
 def _first(outcomes: list[Outcome]) -> Outcome | None:
-    """Of the first setting, what the page begins with: the baseline, where it has a pair."""
-    _, methods = by_setting(outcomes)[0]
-    return baseline_of([one for one in methods if one.has_pair()])
+    """What the page begins with where nothing is compared: a method of which there is a pair."""
+    paired = [one for one in outcomes if one.has_pair()]
+    return baseline_of(paired) or next(iter(paired), None)
 
 
 def _facts(report: Report, command: str) -> dict[str, Any]:

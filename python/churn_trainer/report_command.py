@@ -14,8 +14,8 @@ from rich.text import Text
 
 from churn_trainer.formats import half, percent, signed, value
 from churn_trainer.output import check_replaceable
-from churn_trainer.report import Report, make_report, save_report, verdicts
-from churn_trainer.tables import Cell, Table
+from churn_trainer.report import Report, headlines, make_report, save_report, verdicts
+from churn_trainer.tables import Cell, Table, heading
 from churn_trainer.terminal import WIDE, ending, stdout_console
 
 
@@ -26,7 +26,7 @@ def report_runs(
     ] = None,
     level: Annotated[float, typer.Option(help="Coverage of the intervals, in (0, 1).")] = 0.95,
 ) -> None:
-    """Report accuracy and churn of finished runs, with the paper's tables and figures.
+    """Report what lowers churn in finished runs, and what it costs.
 
     Reads every run below FOLDER, whatever was trained, compares methods with the baseline of the
     same split and seeds, and writes one HTML page with PNG, SVG and CSV files beside it. What the
@@ -65,7 +65,7 @@ def show_report(report: Report, target: Path) -> None:
     for table in terminal_tables(report, narrow=console.width < WIDE):
         console.print(table)
         console.print()
-    for sentence in verdicts(report):
+    for sentence in (*verdicts(report), "", *headlines(report)):
         console.print(sentence, highlight=False, markup=False)
     for sentence in report.left_out:
         console.print(f"Left out: {sentence}", highlight=False, markup=False, soft_wrap=True)
@@ -83,7 +83,7 @@ def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
         padding=(0, 0) if narrow else (0, 1),
         pad_edge=False,
         show_edge=False,
-        title=f"Table {table.number}: {table.title}, %",
+        title=table.title,
         caption=f"± half of the {percent(level)} interval",
         title_justify="left",
         caption_justify="left",
@@ -91,7 +91,7 @@ def _terminal(table: Table, level: float, narrow: bool) -> TerminalTable:
     for name in table.heads:
         shown.add_column(Text(name))
     for name in table.columns:
-        shown.add_column(Text(name), justify="right")
+        shown.add_column(Text(heading(name)), justify="right")
     for row in table.rows:
         cells = [_terminal_cell(cell, "\n" if narrow else " ") for cell in row.cells]
         shown.add_row(*map(Text, row.heads), *cells)

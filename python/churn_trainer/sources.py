@@ -24,7 +24,7 @@ def sources_study(run: Run, runs: int = 10, splits: int = 5, seed: int = 0) -> S
     )
     unused = tuple(source for source in SOURCES if source not in run.sources)
     variants = [
-        Variant(run.method, name="+".join(subset) or "nothing", fixed=(*subset, *unused))
+        Variant(run.method, name="+".join(subset) or run.method.name, fixed=(*subset, *unused))
         for subset in subsets
     ]
     return Study(

@@ -10,13 +10,11 @@ from pathlib import Path
 from churn_kernels._files import make_folder, write_atomically
 from churn_trainer.config import Study
 from churn_trainer.data import pinned
+from churn_trainer.found import STUDY
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all
 from churn_trainer.train import Event, Options
-
-STUDY = "study.json"
-"""The study's settings, beside its runs."""
 
 
 def run_study(
@@ -46,6 +44,7 @@ def run_study(
         a `root` that is a symbolic link.
     """
     make_folder(root)
+    (study,) = pinned([study])
     write_atomically(root / STUDY, json.dumps(study.to_mapping(), indent=1).encode() + b"\n")
     options = replace(options or Options(), curve_points=study.curve_points)
     train_all(study.all_runs(), root, workers, options, retries=retries, threads=threads, tell=tell)
@@ -62,4 +61,6 @@ def report_study(study: Study, *roots: Path) -> Report:
     (study,) = pinned([study])
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
-    return make_report(folders, study.level, title=study.title, first=first)
+    return make_report(
+        folders, study.level, title=study.title, first=first, names=study.own_names()
+    )

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from churn_kernels._printable import printable
 from churn_trainer.config import Run, Study
 from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
@@ -98,7 +99,7 @@ def study(
         options = Options(
             accelerator=accelerator, checkpoint_seconds=checkpoint_seconds, trust=trust or ()
         )
-        with _telling() as tell:
+        with _telling(wanted) as tell:
             run_study(
                 wanted,
                 out / RUNS,
@@ -164,7 +165,7 @@ def sources(
                 checkpoint_seconds=checkpoint_seconds,
                 trust=trust or (),
             )
-            with _telling() as tell:
+            with _telling(wanted) as tell:
                 run_study(
                     wanted,
                     root,
@@ -239,23 +240,25 @@ def _cores() -> int:
 
 
 @contextmanager
-def _telling() -> Iterator[Any]:
+def _telling(study: Study) -> Iterator[Any]:
     """Shows a bar for each stack under way, and a line for what did not go as it should."""
     console = Console(stderr=True)
+    names = study.own_names()
     bars: dict[str, Any] = {}
     with Progress(*progress_columns(), console=console, transient=True) as progress:
 
         def tell(event: Event) -> None:
             first = event.runs[0]
             if event.kind == "started":
-                description = f"{first.method.label} x {len(event.runs)}"
+                name = printable(names.get(first.recipe, first.method.label))
+                description = f"{escape(name)} x {len(event.runs)}"
                 bars[first.id] = progress.add_task(description, total=first.optimisation.epochs)
             elif event.kind == "epoch" and first.id in bars:
                 progress.update(bars[first.id], completed=event.epoch)
             elif event.kind in ("skipped", "resumed", "diverged", "failed", "damaged"):
                 several = f" and {len(event.runs) - 1} more" if len(event.runs) > 1 else ""
                 line = f"{event.kind} {first.id}{several}  {event.detail}".rstrip()
-                console.print(escape(line), highlight=False, soft_wrap=True)
+                console.print(escape(printable(line)), highlight=False, soft_wrap=True)
 
         yield tell
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_kernels.audit.manifest import manifest
 
 THREADS = "threads"
@@ -44,7 +44,7 @@ def surroundings(device: torch.device, processes: int) -> dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """A clause for each entry that is another one now, such as "torch was 2.11.0, is 2.13.0"."""
     return [
-        printable(f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')}")
+        excerpt(f"{name} was {before.get(name, 'not there')}, is {now.get(name, 'not there')}")
         for name in dict.fromkeys((*before, *now))
         if before.get(name) != now.get(name)
     ]

@@ -77,5 +77,7 @@ def svg(figure: Figure, name: str, description: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    opening = f'<svg role="img" aria-label="{escape(description)}" '
+    # As wide as makes its text as large as the page's.
+    most = f"max-width: {97 * figure.get_figwidth():.0f}px"
+    opening = f'<svg role="img" aria-label="{escape(description)}" style="{most}" '
     return re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2).replace("<svg ", opening, 1)

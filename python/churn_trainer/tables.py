@@ -1,4 +1,4 @@
-"""Tables 1, 2, 3, 4 and 6 of Bhojanapalli et al. 2021 for the runs there are."""
+"""The tables of a report, some beside the numbers of Bhojanapalli et al. 2021."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_kernels.intervals import Estimate
 from churn_trainer.formats import probability
 from churn_trainer.outcomes import METRICS, Comparison, Outcome, Setting, by_setting
 from churn_trainer.paper import Printed, printed
 from churn_trainer.settings import to_mapping
+
+CHANGE = "change of churn"
+_NO_SHARE = "SChurn is no share of rows and can exceed 100."
 
 _FIVE = ("accuracy", "churn", "schurn", "churn_correct", "churn_incorrect")
 
@@ -46,17 +49,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper, made from runs.
+    """A table made from runs.
 
     Attributes:
-        number: the paper's.
+        kind: what it shows, in a word: "methods", "weight-decay", "ensembles", "sources" or
+            "calibration".
+        paper: the paper's table that shows the same.
         title, caption: what it is about, and what to know to read it.
         heads: headings of the rows' words.
-        columns: headings of the cells.
+        columns: names of what the cells hold; `heading` adds its unit.
         rows: in the order of settings and methods.
     """
 
-    number: int
+    kind: str
+    paper: str
     title: str
     caption: str
     heads: tuple[str, ...]
@@ -67,6 +73,13 @@ class Table:
     def has_printed(self) -> bool:
         """Whether a number of the paper is in it."""
         return any(cell and cell.printed for row in self.rows for cell in row.cells)
+
+
+def heading(column: str) -> str:
+    """A column's name with the unit that its numbers are shown in."""
+    if column == METRICS["schurn"]:
+        return f"{column} \N{MULTIPLICATION SIGN} 100"  # which is no share, and can exceed 1
+    return f"{column}, {'points' if column == CHANGE else '%'}"
 
 
 def make_tables(
@@ -81,11 +94,11 @@ def make_tables(
     """
     names = setting_names(outcomes)
     made = [
-        _sources_table(outcomes, names, level),
         _methods_table(outcomes, comparisons, names, level),
         _weight_decay_table(outcomes, level),
-        _calibration_table(outcomes, names, level),
         _ensembles_table(outcomes, comparisons, names, level),
+        _sources_table(outcomes, names, level),
+        _calibration_table(outcomes, names, level),
     ]
     tables = [one for one in made if isinstance(one, Table)]
     return tables, [one for one in made if isinstance(one, str)]
@@ -103,14 +116,14 @@ def setting_names(outcomes: Sequence[Outcome]) -> dict[str, str]:
         keys = sorted({key for other in alike for key in other})
         differing = [key for key in keys if len({other.get(key) for other in alike}) > 1]
         words = [f"{key.split('.')[-1]} {mine.get(key, '')}".strip() for key in differing]
-        names[str(setting)] = printable(", ".join([setting.name, *words]), 120)
+        names[str(setting)] = excerpt(", ".join([setting.name, *words]), 120)
     return names
 
 
 def settings_of(setting: Setting) -> dict[str, str]:
     """Every number and name of a setting, by its dotted name, safe to print."""
     flat = _flat(to_mapping(setting))
-    return {printable(name, 80): printable(text, 200) for name, text in flat.items()}
+    return {excerpt(name, 80): excerpt(text, 200) for name, text in flat.items()}
 
 
 def _flat(table: Mapping[str, Any], path: str = "") -> dict[str, str]:
@@ -145,17 +158,18 @@ def _sources_table(
             rows.append(Row(heads, cells))
     if not rows:
         return (
-            "Table 1 (sources of churn) is missing: it needs runs that share some seeds and not "
+            "Sources of churn need runs that share some seeds and not "
             "others, such as two with the same --seed-initialisation and their own --seed-order, "
             "or two of the same seeds with --repeat 0 and 1."
         )
     return Table(
-        number=1,
+        kind="sources",
+        paper="Table 1",
         title="Sources of churn",
         caption=(
             "Runs of a pair share the seeds that are held fixed, and no other. Churn that is left "
             "when everything is fixed comes from the machine. Pairs are identical where all logits "
-            "are the same bits."
+            f"are the same bits. {_NO_SHARE}"
         ),
         heads=("data, network", "method", "device", "held fixed", "identical pairs"),
         columns=_columns(("accuracy", "churn", "schurn")),
@@ -173,24 +187,25 @@ def _methods_table(
     for one in outcomes:
         if one.method.measured == "ensemble" or not one.has_pair():
             continue
-        heads = (names[str(one.setting)], one.label, f"{_training_cost(one)}x", str(one.runs))
+        heads = (names[str(one.setting)], one.label, f"{one.training_cost}x", str(one.runs))
         rows.append(Row(heads, (*_cells(one, _FIVE, level, 2), _change(one, comparisons))))
     if not rows:
         return (
-            "Table 2 (accuracy and churn) is missing: it needs two runs of one method on the same "
+            "Accuracy and churn of every method need two runs of one method on the same "
             "split that share no other seed, such as --seed-split 0 --seed 1 and --seed-split 0 "
             "--seed 2."
         )
     return Table(
-        number=2,
+        kind="methods",
+        paper="Table 2",
         title="Accuracy and churn of every method",
         caption=(
             "One member of a co-distilled pair is measured. The change of churn is paired with the "
             "baseline of the same split and seeds; p is its exact swap test after Holm's "
-            "correction over the methods compared."
+            f"correction over the methods compared. {_NO_SHARE}"
         ),
         heads=("data, network", "method", "training cost", "runs"),
-        columns=(*_columns(_FIVE), "change of churn"),
+        columns=(*_columns(_FIVE), CHANGE),
         rows=rows,
     )
 
@@ -213,11 +228,12 @@ def _weight_decay_table(outcomes: Sequence[Outcome], level: float) -> Table | st
             rows.append(Row(heads, _cells(one, ("accuracy", "churn"), level, 3, condition)))
     if not rows:
         return (
-            "Table 3 (weight decay) is missing: it needs runs of one method and split that differ "
+            "Weight decay needs runs of one method and split that differ "
             "in --weight-decay, such as 0 and 0.0001, two of each."
         )
     return Table(
-        number=3,
+        kind="weight-decay",
+        paper="Table 3",
         title="With and without weight decay",
         caption="Everything but the weight decay is the same within a method.",
         heads=("data, network", "method", "weight decay"),
@@ -230,7 +246,8 @@ def _calibration_table(
     outcomes: Sequence[Outcome], names: Mapping[str, str], level: float
 ) -> Table:
     return Table(
-        number=4,
+        kind="calibration",
+        paper="Table 4",
         title="Calibration",
         caption=(
             "Expected calibration error over 15 bins of equal width, and confidence, the mean "
@@ -260,20 +277,18 @@ def _ensembles_table(
         if not any(one.method.measured == "ensemble" for one in paired):
             continue
         for one in paired:
-            inference = 1 if one.method.measured == "member" else one.method.members
-            costs = (f"{_training_cost(one)}x", f"{inference}x")
+            costs = (f"{one.training_cost}x", f"{one.inference_cost}x")
             heads = (names[str(setting)], one.label, *costs)
             rows.append(Row(heads, (*_cells(one, _FIVE, level, 6), _change(one, comparisons))))
     if not rows:
-        return (
-            "Table 6 (ensembles) is missing: it needs two runs of --method 2-ensemble on one split."
-        )
+        return "Ensembles and their cost need two runs of --method 2-ensemble on one split."
     return Table(
-        number=6,
+        kind="ensembles",
+        paper="Table 6",
         title="Ensembles and their cost",
-        caption="Cost in trainings, and in models that predict.",
+        caption=f"Cost in trainings, and in models that predict. {_NO_SHARE}",
         heads=("data, network", "method", "training cost", "inference cost"),
-        columns=(*_columns(_FIVE), "change of churn"),
+        columns=(*_columns(_FIVE), CHANGE),
         rows=rows,
     )
 
@@ -307,7 +322,3 @@ def _change(one: Outcome, comparisons: Sequence[Comparison]) -> Cell | None:
 
 def _columns(metrics: Iterable[str]) -> tuple[str, ...]:
     return tuple(METRICS[metric] for metric in metrics)
-
-
-def _training_cost(one: Outcome) -> int:
-    return one.method.members + one.method.teachers

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from churn_kernels._files import printable
+from churn_kernels._printable import printable
 from churn_trainer.run_folder import Busy
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
@@ -39,7 +39,7 @@ def print_table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> N
     """Columns of plain text under their headings."""
     table = Table(*headings, box=None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     stdout_console().print(table)
 
 
@@ -56,7 +56,7 @@ def progress_columns() -> tuple[ProgressColumn, ...]:
 def fail(message: str, status: int) -> NoReturn:
     """Ends the command with a message and a status."""
     Console(stderr=True, soft_wrap=True).print(
-        f"[red]error:[/red] {escape(printable(message, 2000))}", highlight=False
+        f"[red]error:[/red] {escape(printable(message))}", highlight=False
     )
     raise typer.Exit(status)
 

@@ -58,8 +58,8 @@ def first_split(run):
     return run.seeds.split == 0 and run.optimisation.weight_decay == 0 and not run.repeat
 
 
-def table(made, number):
-    return next(one for one in made.tables if one.number == number)
+def table(made, kind):
+    return next(one for one in made.tables if one.kind == kind)
 
 
 def rows_of(path):

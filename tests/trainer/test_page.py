@@ -11,7 +11,8 @@ from churn_trainer.methods import METHODS
 from churn_trainer.models import NETWORKS
 from churn_trainer.named_studies import OWN
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "trainer.md").read_text(encoding="utf-8")
 
 
 def blocks(language):
@@ -36,8 +37,14 @@ def test_the_settings_files_are_what_they_say():
     assert run.optimisation.milestones == (200, 300, 400)
     assert run.seeds == Seeds(initialisation=3)
     variants = Study.from_mapping(tomllib.loads(study)).methods
-    assert variants[1].label == "SKL co-distillation, beta 9.0"
     assert [variant.name for variant in variants][2:] == ["strong, decayed", "same order"]
+
+
+def test_every_picture_is_there():
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", PAGE)
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert (DOCS / picture).read_bytes().startswith(b"<?xml")
 
 
 @pytest.mark.parametrize("table", [METHODS, DATASETS, NETWORKS, OWN])

@@ -2,30 +2,43 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from churn_trainer import cli, report
-from churn_trainer.config import Data, Model
+from churn_trainer.config import Data, Model, Variant
+from churn_trainer.found import STUDY
 from churn_trainer.paper import printed, printed_numbers
 from churn_trainer.run_folder import RunFolder
-from small_study import Page, copied, first_split, independent, rows_of, small_run, table
+from churn_trainer.tables import heading
+from small_study import (
+    Page,
+    copied,
+    first_split,
+    independent,
+    rows_of,
+    small_run,
+    small_study,
+    table,
+)
 from typer.testing import CliRunner
 
-from churn_kernels._files import printable
-from churn_kernels.intervals import jackknife_interval, leave_one_run_out, run_mean
+from churn_kernels._printable import excerpt
+from churn_kernels.intervals import Estimate, jackknife_interval, leave_one_run_out, run_mean
 from churn_kernels.metrics import churn_report
 
 # What is measured ---------------------------------------------------------------------------------
 
 
 def test_all_tables_and_figures_are_made(made):
-    assert [one.number for one in made.tables] == [1, 2, 3, 4, 6]
-    names = {one.name for one in made.figures}
-    assert {*("1", "2", "3", "6", "7")} <= {name.removeprefix("figure-") for name in names}
-    assert {"changes", "pairs", "curves"} <= names
-    assert [sentence[:8] for sentence in made.missing] == ["Figure 5"]
+    tables = ["methods", "weight-decay", "ensembles", "sources", "calibration"]
+    assert [one.kind for one in made.tables] == tables
+    figures = {"changes", "confidence", "weights", "pairs", "curves", "examples"}
+    assert {one.kind for one in made.figures} == figures
+    assert figures <= {one.name for one in made.figures}
+    assert made.missing == []
     assert not made.left_out
 
 
@@ -46,7 +59,7 @@ def test_numbers_are_those_of_the_logits(trained, made):
         means.append(run_mean(expected.churn))
     assert outcome.estimate("churn", 0.95).mean == pytest.approx(sum(means) / 2)
     assert outcome.runs == 6
-    row = next(row for row in table(made, 2).rows if row.heads[1] == "SKL co-distillation")
+    row = next(row for row in table(made, "methods").rows if row.heads[1] == "SKL co-distillation")
     assert row.cells[1].estimate == outcome.estimate("churn", 0.95)
     assert row.heads[2] == "2x"
 
@@ -63,7 +76,7 @@ def test_one_split_has_the_jackknife_over_its_runs(trained, tmp_path):
 
 
 def test_pairs_are_sorted_by_the_seeds_they_share(made):
-    rows = {row.heads[3]: row.cells for row in table(made, 1).rows}
+    rows = {row.heads[3]: row.cells for row in table(made, "sources").rows}
     assert list(rows) == ["nothing", "initialisation", "everything"]
     assert rows["everything"][1].estimate[:3] == (0, 0, 0)
     assert rows["nothing"][1].estimate.mean > rows["initialisation"][1].estimate.mean > 0
@@ -131,21 +144,159 @@ def test_a_verdict_says_what_interval_and_test_allow(made, low, high, p, says):
     assert verdict.replace(first.outcome.label, "x").endswith(says)
 
 
+def changed(made, *changes, p=0.01):
+    """The report with these changes of churn and accuracy in place of what its runs came to."""
+    spread = {"churn": 0.002, "accuracy": 0.001}
+    comparisons = [
+        replace(
+            one,
+            change={
+                metric: Estimate(mean, mean - spread[metric], mean + spread[metric], 0.0)
+                for metric, mean in zip(("churn", "accuracy"), change, strict=True)
+            },
+            p_holm=p,
+        )
+        for one, change in zip(made.comparisons, changes, strict=True)
+    ]
+    return replace(made, comparisons=comparisons)
+
+
+def test_the_first_line_says_what_helped_and_what_it_costs(made):
+    names = [one.outcome.label for one in made.comparisons]
+    assert names == ["SKL co-distillation, beta 1.0", "SKL co-distillation", "ensemble of 2"]
+
+    def churn(one):
+        return f"{100 * one.estimate('churn', made.level).mean:.2f} %"
+
+    base, ensemble = made.comparisons[0].baseline, made.comparisons[2].outcome
+    helped, cost, *others = report.headlines(
+        changed(made, (-0.004, 0.01), (0.01, 0.0), (-0.009, -0.002))
+    )
+    assert helped == (
+        f"digits, mlp, weight_decay 0.0: Churn falls from {churn(base)} to {churn(ensemble)} with "
+        "ensemble of 2 (\N{MINUS SIGN}0.90 ± 0.20 points), at twice the training and 2 times the "
+        "prediction."
+    )
+    assert cost.endswith("Accuracy changes by \N{MINUS SIGN}0.20 ± 0.10 points with it.")
+    assert others == []
+    first = made.comparisons[0].outcome
+    single = replace(first, method=replace(first.method, name="entropy", members=1, beta=0.0))
+    cheap = changed(made, (-0.004, 0.01), (0.01, 0.0), (-0.009, -0.002))
+    comparisons = [replace(cheap.comparisons[0], outcome=single), *cheap.comparisons[1:]]
+    said = report.headlines(replace(cheap, comparisons=comparisons))[1]
+    label = single.label
+    assert said.endswith(
+        f"At no more training, {label} changes churn by \N{MINUS SIGN}0.40 ± 0.20 points."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "p", "says"),
+    [
+        ([(0.001, 0.0), (0.01, 0.0), (-0.001, 0.0)], 0.01, "none of 3 methods is shown to help."),
+        (
+            [(-0.01, 0.0)] * 3,
+            0.2,
+            "none of 3 methods is shown to help.",
+        ),  # no corrected test confirms it
+        ([(math.nan, 0.0)] * 3, 0.2, "there are too few runs to tell whether a method helps."),
+    ],
+)
+def test_the_first_line_says_that_nothing_helped(made, changes, p, says):
+    (headline,) = report.headlines(changed(made, *changes, p=p))
+    assert re.search(r"Churn is \d+\.\d\d ± \d+\.\d\d % with the baseline; ", headline)
+    assert headline.endswith(says)
+
+
+def test_figures_have_their_axes_named(made):
+    """In both sizes; the matrices' split, too."""
+    for drawing in made.figures:
+        for page in (drawing.page, drawing.narrow):
+            texts = re.findall(r"<text[^>]*>([^<]*)</text>", page)
+            for words in {
+                "pairs": ["run", "churn between two runs, %"],
+                "confidence": ["confidence: largest minus second probability"],
+                "curves": ["epoch"],
+                "changes": ["change of churn, percentage points"],
+            }.get(drawing.kind, []):
+                assert words in texts, (drawing.name, words)
+    pairs = next(one for one in made.figures if one.name == "pairs")
+    assert "the runs of split seed 0, in the order of runs.csv" in pairs.caption
+    confidence = next(one for one in made.figures if one.name == "confidence")
+    assert "change of churn, points" in confidence.page  # paired, around the baseline at (0, 0)
+
+
+def test_text_of_figures_is_legible_on_a_phone(made):
+    """A narrow figure is at least as wide as a phone shows it: 338 of its 390 pixels."""
+    for drawing in made.figures:
+        (width,) = (
+            float(size)
+            for size in re.findall(r'<svg [^>]*viewBox="0 0 ([\d.]+) [\d.]+"', drawing.narrow)
+        )
+        sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", drawing.narrow)]
+        assert min(sizes) * 338 / width >= 10, drawing.name
+
+
+def test_matrices_of_methods_without_a_common_split_name_each(trained, tmp_path):
+    def keep(run):
+        wanted = 1 if run.method.name == "2-ensemble" else 0
+        return run.method.name in ("baseline", "2-ensemble") and run.seeds.split == wanted
+
+    made = report.make_report(copied(trained, tmp_path, keep))
+    pairs = next(one for one in made.figures if one.kind == "pairs")
+    assert "split seed 0" in pairs.page
+    assert "split seed 1" in pairs.page
+    assert "the runs of the split that its title names" in pairs.caption
+
+
+def test_a_large_schurn_is_no_percentage(made):
+    for shown in (table(made, "methods"), table(made, "sources"), table(made, "ensembles")):
+        assert "SChurn is no share of rows and can exceed 100." in shown.caption
+        assert "SChurn \N{MULTIPLICATION SIGN} 100" in map(heading, shown.columns)
+        assert {"accuracy, %", "churn, %"} < set(map(heading, shown.columns))
+
+
+def test_a_study_s_names_are_the_report_s(trained, tmp_path):
+    """Also where the runs are reported by their folder alone."""
+    root = copied(
+        trained, tmp_path, lambda run: first_split(run) and run.method.name in ("skl", "baseline")
+    )
+    study = small_study(
+        methods=(
+            "baseline",
+            Variant(small_run("skl").method, name="pulled\x1b[2J"),
+            Variant(small_run("skl").method, name="pulled, same order", fixed=("order",)),
+        )
+    )
+    (root / STUDY).write_text(json.dumps(study.to_mapping()))
+    made = report.make_report(root)
+    labels = {row.heads[1] for row in table(made, "methods").rows}
+    named = "pulled\N{REPLACEMENT CHARACTER}[2J"
+    assert labels == {"baseline", named, "SKL co-distillation, beta 1.0"}
+    assert any(named in sentence for sentence in report.verdicts(made))
+    page = report.write_report(root, tmp_path / "out").read_text(encoding="utf-8")
+    assert f"<dt>{named}</dt>\n    <dd>SKL co-distillation; Bhojanapalli et al." in page
+    (root / STUDY).write_text("{")  # its runs are reported all the same
+    (other, *_) = report.make_report(root).outcomes
+    assert other.name == ""
+
+
 # What the runs do not allow -----------------------------------------------------------------------
 
 
 def test_one_run_makes_a_report_that_says_what_is_missing(trained, tmp_path):
     root = copied(trained, tmp_path, lambda run: run == independent("baseline", 1, 1))
     made = report.make_report(root / independent("baseline", 1, 1).id)
-    assert [one.number for one in made.tables] == [4]
-    assert [one.name for one in made.figures] == ["curves", "figure-6", "figure-7"]
-    assert [sentence.split(" (")[0] for sentence in made.missing] == [
-        *("Table 1", "Table 2", "Table 3", "Table 6"),
-        *("Figure 1", "Figure 2", "Figure 3", "Figure 5"),
-        "Churn between every two runs is missing: it needs what Figure 3 does.",
+    assert [one.kind for one in made.tables] == ["calibration"]
+    assert [one.name for one in made.figures] == ["curves"]
+    assert [sentence.split(" need")[0] for sentence in made.missing] == [
+        *("Accuracy and churn of every method", "Weight decay", "Ensembles and their cost"),
+        *("Sources of churn", "Confidence and error, churn between every two runs, and examples"),
+        "Weights of regulariser and co-distillation",
     ]
-    assert all("needs" in sentence for sentence in made.missing)
     assert report.verdicts(made) == []
+    (headline,) = report.headlines(made)
+    assert headline.startswith("Churn needs two trainings: there is no second one")
     page = report.write_report(root, tmp_path / "out").read_text(encoding="utf-8")
     assert "No method can be compared with a baseline." in page
     assert Page(page).open == []
@@ -157,7 +308,7 @@ def test_runs_of_different_splits_are_no_pair(trained, tmp_path):
     (outcome,) = made.outcomes
     assert len(outcome.splits) == 2
     assert not outcome.has_pair()
-    assert any(sentence.startswith("Table 2 ") for sentence in made.missing)
+    assert any(sentence.startswith("Accuracy and churn") for sentence in made.missing)
 
 
 def test_without_a_baseline_nothing_is_compared(trained, tmp_path):
@@ -169,6 +320,8 @@ def test_without_a_baseline_nothing_is_compared(trained, tmp_path):
         "train --method baseline with the same seeds."
     )
     assert "changes" not in {one.name for one in made.figures}
+    (headline,) = report.headlines(made)
+    assert headline.startswith("Two trainings of the SKL co-distillation, beta 1.0 disagree on ")
 
 
 def test_a_method_without_the_baseline_s_seeds_is_named(trained, tmp_path):
@@ -290,12 +443,12 @@ def test_pictures_are_left_out_where_settings_and_labels_disagree(trained, tmp_p
         settings["data"]["train_rows"] = rows
         path.write_text(json.dumps(settings))
     made = report.make_report(root)
-    assert "figure-1" in {one.name for one in made.figures}
+    assert "examples" in {one.name for one in made.figures}
 
 
-def test_printable_is_one_short_line():
-    assert printable("a\x1b\n\u202eb") == "a" + 3 * "\N{REPLACEMENT CHARACTER}" + "b"
-    assert printable("abcdef", 4) == "abc\N{HORIZONTAL ELLIPSIS}"
+def test_an_excerpt_is_one_short_line():
+    assert excerpt("a\x1b\n\u202eb") == "a" + 3 * "\N{REPLACEMENT CHARACTER}" + "b"
+    assert excerpt("abcdef", 4) == "abc\N{HORIZONTAL ELLIPSIS}"
 
 
 # The paper's numbers ------------------------------------------------------------------------------
@@ -332,11 +485,13 @@ def test_the_paper_s_numbers_stand_beside_runs_of_its_data_and_network(trained, 
         settings["data"]["name"], settings["model"]["name"] = "cifar10", "resnet56"
         path.write_text(json.dumps(settings))
     made = report.make_report(root)
-    (row,) = table(made, 2).rows
+    (row,) = table(made, "methods").rows
     assert row.cells[1].printed == (5.72, 0.18)
-    assert table(made, 2).has_printed
+    assert table(made, "methods").has_printed
     page = report.save_report(made, tmp_path / "out").read_text(encoding="utf-8")
     assert "paper 5.72 ± 0.18" in page
-    assert "Bhojanapalli et al. 2021, as printed" in page
-    cells = [one for one in rows_of(tmp_path / "out" / "table-2.csv") if one["column"] == "churn"]
+    assert "in italics\nare its numbers, as printed, for the same data set and network" in page
+    cells = [
+        one for one in rows_of(tmp_path / "out" / "table-methods.csv") if one["column"] == "churn"
+    ]
     assert cells[0]["paper_mean"] == "5.72"

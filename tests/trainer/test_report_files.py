@@ -29,12 +29,14 @@ CSV_FILES = ("runs.csv", "pairs.csv", "curves.csv", "comparisons.csv")
 def test_the_folder_holds_page_tables_and_figures(report_folder, made):
     names = {path.name for path in report_folder.iterdir()}
     figures = {f"{one.name}.{kind}" for one in made.figures for kind in ("png", "svg")}
-    tables = {f"table-{one.number}.csv" for one in made.tables}
+    tables = {f"table-{one.kind}.csv" for one in made.tables}
     assert names == {"report.html", MARKER, *CSV_FILES} | figures | tables
     for path in report_folder.glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
-    churn = [one for one in rows_of(report_folder / "table-2.csv") if one["column"] == "churn"]
-    first = table(made, 2).rows[0].cells[1].estimate
+    churn = [
+        one for one in rows_of(report_folder / "table-methods.csv") if one["column"] == "churn"
+    ]
+    first = table(made, "methods").rows[0].cells[1].estimate
     assert float(churn[0]["mean"]) == 100 * first.mean
     assert len(rows_of(report_folder / "runs.csv")) == len(made.found.finished)
     split = next(iter(made.outcomes[0].splits.values()))
@@ -53,14 +55,22 @@ def test_the_page_is_whole_self_contained_and_says_verdicts_first(report_folder,
     text = (report_folder / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == len(made.figures)
+    assert page.tags.count("svg") == 2 * len(made.figures)  # for wide screens and narrow ones
     assert page.tags.count("table") == len(made.tables)
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert len(page.ids) == len(set(page.ids))
     assert all(reference.startswith("#") for reference in page.references)
     assert {reference[1:] for reference in page.references} <= set(page.ids)
     assert "@media print" in text
-    assert text.index("<h2>Verdicts") < text.index("<h2>Table 1") < text.index("Figure 1,")
+    first = text.index("<h1>")
+    order = ("What helped", "Accuracy and churn of", "Confidence, and", "Sources", "Examples of")
+    places = [text.index(f"<h2>{title}") for title in order]
+    assert [first, *places] == sorted([first, *places])
+    assert not re.search(r"<h2>(Table|Figure) \d", text)  # the page's order is its own
+    assert text.count("means Bhojanapalli et al. 2021") == 1
+    assert "<small>Table 2 of the paper</small>" in text
+    # A phone shows each cell with its column's name.
+    assert text.count('data-label="change of churn, points"') == 2 * len(made.comparisons) - 1
     assert "url(http" not in text
     # No colour of a figure escapes the page's themes.
     assert "prefers-color-scheme: dark" in text
@@ -94,9 +104,11 @@ def test_the_command_writes_beside_the_runs(trained, tmp_path):
     root = copied(trained, tmp_path, first_split)
     done = CliRunner().invoke(cli.app, ["report", str(root)])
     assert done.exit_code == 0, done.output
-    assert "Table 2: Accuracy and churn of every method, %" in done.output
+    assert "Accuracy and churn of every method" in done.output
+    assert "churn, %" in done.output
     assert f"Report: {root / 'report' / 'report.html'}" in done.output
-    assert "Figure 5 (Figure 2 on CIFAR-100) is missing" in done.output
+    assert "Weight decay needs runs of one method" in done.output
+    assert re.search(r"^(Churn|digits).*(falls from|to help|too few runs)", done.output, re.M)
     again = CliRunner().invoke(cli.app, ["report", str(root)])  # a report is replaced
     assert again.exit_code == 0, again.output
 
@@ -241,9 +253,9 @@ def browse(page, profile, *arguments):
 def test_a_browser_shows_the_page_and_prints_it(report_folder, made, tmp_path):
     page = report_folder / "report.html"
     seen = browse(page, tmp_path / "profile", "--dump-dom")
-    assert seen.count("<svg") == len(made.figures)
+    assert seen.count("<svg") == 2 * len(made.figures)
     assert seen.count("<table") == len(made.tables)
-    assert "Table 2: Accuracy and churn of every method" in seen
+    assert "Accuracy and churn of every method" in seen
     picture = tmp_path / "page.png"
     browse(page, tmp_path / "profile", "--window-size=1280,6000", f"--screenshot={picture}")
     pixels = imread(picture)[..., :3]

@@ -36,7 +36,7 @@ def test_every_method_is_measured_and_compared_with_the_first(result):
     first = next(one for one in result.comparisons if one.outcome.method.name == "entropy")
     assert first.change["churn"].mean == pytest.approx(entropy.mean - baseline.mean)
     assert all(0 < one.p_value <= one.p_holm <= 1 for one in result.comparisons)
-    assert len(table(result, 2).rows) == len(SEVEN)
+    assert len(table(result, "methods").rows) == len(SEVEN)
 
 
 def test_numbers_do_not_depend_on_workers_or_on_the_other_methods(result, tmp_path):
@@ -114,8 +114,8 @@ def test_variants_of_other_settings_are_compared_with_the_first_too(tmp_path):
     report = local_study(study, tmp_path)
     (comparison,) = report.comparisons
     assert comparison.outcome.setting.optimisation.weight_decay == 0.01
-    assert verdicts(report)[0].startswith("digits, mlp, weight_decay 0.01: baseline ")
-    assert len(table(report, 3).rows) == 2
+    assert verdicts(report)[0].startswith("digits, mlp, weight_decay 0.01: decayed ")
+    assert len(table(report, "weight-decay").rows) == 2
 
 
 WILD = {"optimisation": {"learning_rate": 1e30, "clip_norm": 0.0}}
@@ -177,4 +177,4 @@ def test_broken_curves_are_named_and_the_rest_is_reported(content, message, tmp_
     assert report.curves == []
     assert not report.left_out
     assert re.search(message, report.missing[0])
-    assert table(report, 2).rows
+    assert table(report, "methods").rows

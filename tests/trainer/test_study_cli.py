@@ -229,7 +229,7 @@ def test_sources_reports_the_table_of_every_subset(tmp_path):
     line = ["sources", "--config", config, "--runs", 2, "--splits", 1, "--epochs", 2]
     done = run(*line, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    rows = rows_of(tmp_path / "out" / "report" / "table-1.csv")
+    rows = rows_of(tmp_path / "out" / "report" / "table-sources.csv")
     held = {row["held fixed"]: row for row in rows if row["column"] == "churn"}
     assert len(held) == 8
     assert {"nothing", "initialisation", "order", "augmentation", "everything"} <= set(held)

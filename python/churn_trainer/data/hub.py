@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_trainer.config import Data
 from churn_trainer.data.decode import read_file
 from churn_trainer.data.folder import find_parts, folder_pictures
@@ -346,7 +346,7 @@ def _labels(path: str, parts: Sequence[Any], source: Source) -> tuple[list[int |
         if unseen := sorted(set(known) - set(values[: len(parts[0])])):
             raise ValueError(
                 f"column {column!r} of {path} must have every class in the training part, got "
-                f"{', '.join(map(printable, unseen[:5]))} in the test part alone; name "
+                f"{', '.join(map(excerpt, unseen[:5]))} in the test part alone; name "
                 "another with data.label"
             )
         return [None if value is None else numbers[value] for value in values], len(numbers)

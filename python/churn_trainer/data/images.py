@@ -18,7 +18,7 @@ import PIL
 import torch
 from torch import Tensor
 
-from churn_kernels._files import printable
+from churn_kernels._printable import excerpt
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.data.decode import open_image, to_square
 from churn_trainer.data.verdicts import Verdict, recall, remember, stamp
@@ -166,7 +166,7 @@ class Pictures:
         """The rows to keep."""
         if verdict.broken and not self.skip_broken:
             named = [
-                printable(f"{self.name(row)} {wrong}")
+                excerpt(f"{self.name(row)} {wrong}")
                 for row, wrong in islice(verdict.broken.items(), MOST_NAMED)
             ]
             more = len(verdict.broken) - len(named)
@@ -192,7 +192,7 @@ class Pictures:
         except (FileNotFoundError, ValueError) as error:
             reason = "is gone" if isinstance(error, FileNotFoundError) else error
             raise ValueError(
-                f"{printable(self.name(row))} {reason}; it was changed since the training began: "
+                f"{excerpt(self.name(row))} {reason}; it was changed since the training began: "
                 "restore it, and the same command goes on"
             ) from None
 
