@@ -116,7 +116,10 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--runs", 0), "runs must be at least 1, got 0; 1 is the default"),
         (("--method", "skll"), "did you mean 'skl"),
         (("--data", "cifar"), "data.name must be one of digits"),
-        (("--data", "folder"), "data.path must be a folder of images, got ''"),
+        (
+            ("--data", "folder"),
+            "data.path (--data-path) must be a folder of images, got none; name",
+        ),
         (("--model", "cnnn"), "did you mean 'cnn'?"),
         (("--model", "os:system"), "pass --trust os (trust=['os'] in Python)"),
         (("--config", "nowhere.toml"), "the settings file must exist, got nowhere.toml; check"),

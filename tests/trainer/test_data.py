@@ -310,9 +310,9 @@ def test_wrong_folders_are_explained(tmp_path):
     def load(path, size=8):
         return load_dataset(Data(name="folder", path=str(path), image_size=size))
 
-    with pytest.raises(ValueError, match=r"data.path must be a folder of images, got ''; it needs"):
+    with pytest.raises(ValueError, match=r"must be a folder of images, got none; name the folder"):
         load("")
-    with pytest.raises(ValueError, match=r"data.path must be a folder of images, got '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"got '.*nowhere', which is no folder; name"):
         load(tmp_path / "nowhere")
     write_folder(tmp_path / "good")
     with pytest.raises(ValueError, match=r"image_size must be above 0 for a folder, got 0; say"):

@@ -271,6 +271,7 @@ def test_what_cannot_be_trained_is_named(name, options, message, tmp_path):
         ),
         ("raise SystemExit(3)", r"SystemExit: 3 \(own_nets.py, line 1\); correct the module"),
         ("import nowhere", "No module named 'nowhere'; is it on the path, or in "),
+        ("Nett = 1", "module 'own_nets' has no attribute 'Net'; correct the name, or define it"),
         ("def", "SyntaxError: invalid syntax"),
     ],
 )

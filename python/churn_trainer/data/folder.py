@@ -27,8 +27,10 @@ def load_folder(data: Data) -> Pictures:
     """
     root = Path(data.path)
     if not data.path or not root.is_dir():
+        got = f"{data.path!r}, which is no folder" if data.path else "none"
         raise ValueError(
-            f"data.path must be a folder of images, got {data.path!r}; it needs a folder per class"
+            f"data.path (--data-path) must be a folder of images, got {got}; name the folder that "
+            f"holds a folder per class"
         )
     if not data.image_size:
         raise ValueError(

@@ -155,15 +155,16 @@ def _pass(network: nn.Module, shape: Shape, training: bool, rows: int = 2) -> An
 def _made(name: str, make: Callable[[], Any], shape: Shape) -> nn.Module:
     """The network that somebody's code makes. Raises: ValueError if it makes none."""
     try:
+        doing = "make a network when called with shape and classes"
         network = make()
         if isinstance(network, nn.Module) and any(map(is_lazy, network.parameters())):
+            doing = f"take inputs of shape {(2, *shape)}"
             with torch.no_grad():  # the first pass makes the weights
                 network.eval()(torch.zeros(2, *shape))
             network.train()
     except (Exception, SystemExit) as error:  # of anybody's code
         raise ValueError(
-            f"model {name} must make a network when called with shape and classes, got: "
-            f"{_reason(error)}; correct it there, or model.options"
+            f"model {name} must {doing}, got: {_reason(error)}; correct it there, or model.options"
         ) from None
     if not isinstance(network, nn.Module):
         raise ValueError(
@@ -197,18 +198,24 @@ def _imported(name: str, trust: Sequence[str]) -> Callable[..., nn.Module]:
     if not any(module == package or module.startswith(f"{package}.") for package in trust):
         package = module.partition(".")[0]
         raise ValueError(
-            f"model.name {name!r} must be of a package that is trusted, got {list(trust)}; to run "
-            f"its code, pass --trust {package} (trust=[{package!r}] in Python)"
+            f"model.name {name!r} must be of a package that is trusted, got "
+            f"{', '.join(trust) or 'no --trust'}; to run its code, pass --trust {package} "
+            f"(trust=[{package!r}] in Python)"
         )
     folder = os.getcwd()  # as for `python -m`, and for `churn-audit run`
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise ValueError(
             f"model.name must be package.module:Name, got {name!r}: {error}; is it on the path, or "
             f"in {folder}?"
+        ) from None
+    except AttributeError as error:
+        raise ValueError(
+            f"model.name must be package.module:Name, got {name!r}: {error}; correct the name, or "
+            f"define it there"
         ) from None
     except (Exception, SystemExit) as error:  # of anybody's code
         raise ValueError(
