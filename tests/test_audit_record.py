@@ -155,7 +155,7 @@ def test_what_differs_after_a_generator_is_named_all_the_same(tmp_path, capsys):
     run(tmp_path / "b", before=draw_and_change)
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("the runs part ways before step 2: random state of NumPy\n")
+    assert out.startswith("the runs first differ before step 2: random state of NumPy\n")
     assert "anything else differs before step 4 first: learning rate 0.01 against 0.02\n" in out
     note = "note: random state of NumPy differs from the start; step 2 is the first that was drawn"
     assert note in out
@@ -291,8 +291,14 @@ def test_a_run_that_was_killed_before_its_first_step(tmp_path):
     header, *_ = (tmp_path / "a").read_bytes().splitlines(keepends=True)
     (tmp_path / "b").write_bytes(header + b'{"step":0')
     a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
-    message = "b must hold a step, got none; line 2 was cut off; nothing after it counts"
+    message = (
+        "b must hold a step, got none; line 2 was cut off; nothing after it counts; record"
+    )
     with pytest.raises(ck.audit.TraceError, match=message):
+        ck.audit.compare(a, b)
+    (tmp_path / "b").write_bytes(header)  # killed between the two lines
+    b = ck.audit.Trace.load(tmp_path / "b")
+    with pytest.raises(ck.audit.TraceError, match="b must hold a step, got none; record the run"):
         ck.audit.compare(a, b)
 
 
@@ -370,6 +376,10 @@ def test_resuming_what_cannot_be(tmp_path):
     before = (tmp_path / "a").read_bytes()
     with pytest.raises(ck.audit.TraceError, match=r"resume_at must be a step of .*, got 5"):
         run(tmp_path / "a", resume_at=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", torch.optim.SGD)
+        with pytest.raises(ck.audit.TraceError, match="with other optimizer than this run's; name"):
+            run(tmp_path / "a", resume_at=1)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with (
@@ -417,7 +427,7 @@ def test_diff(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(verdict)
     assert main(["diff", a, c]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("the runs part ways in step 3: gradients\n")
+    assert out.startswith("the runs first differ in step 3: gradients\n")
     assert "still the same: batch, loss, buffers" in out
     assert main(["diff", "--json", a, c]) == 1
     data = json.loads(capsys.readouterr().out)

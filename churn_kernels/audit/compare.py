@@ -30,7 +30,7 @@ _MEANING_BEFORE = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part ways.
+    """The first mismatch of two runs.
 
     Attributes:
         step: the first step whose hashes differ; 0 is the state before the first.
@@ -133,7 +133,10 @@ def compare(a: Trace, b: Trace) -> Comparison:
             raise TraceError(f"{a.path} and {b.path} must hold {what}{got}; record both anew")
     for trace in (a, b):
         if not trace.steps:
-            raise TraceError(f"{trace.path} must hold a step, got none; {trace.damage}")
+            damage = f"{trace.damage}; " if trace.damage else ""
+            raise TraceError(
+                f"{trace.path} must hold a step, got none; {damage}record the run anew"
+            )
     both = list(zip(a.steps, b.steps, strict=False))
     settings = _differing(a.header["manifest"], b.header["manifest"])
     for after in sorted({one.after for trace in (a, b) for one in trace.resumptions}):

@@ -40,7 +40,7 @@ def of_comparison(found: Comparison) -> str:
     if difference is None:
         lines = [f"the runs have the same bits in all {last} steps that both have"]
     else:
-        lines = [f"the runs part ways {difference.when}: {difference.what}"]
+        lines = [f"the runs first differ {difference.when}: {difference.what}"]
         lines.append(f"  {difference.meaning}")
         lines.append(f"  also differs: {', '.join(difference.also) or 'nothing'}")
         lines.append(f"  still the same: {', '.join(difference.same) or 'nothing'}")
@@ -176,14 +176,14 @@ def bucket(least: int) -> str:
 
 
 def of_pairs(found: Examination) -> str:
-    """How many pairs part, and when."""
+    """How many pairs differ, and when."""
     count, steps = len(found.pairs), len(found.pairs[0].distances) - 1
     parted = [pair for pair in found.pairs if pair.step is not None]
     if not parted:
-        return f"0 of {count} pairs of {steps} steps part ({_below(rule_of_three(count))})"
+        return f"0 of {count} pairs of {steps} steps differ ({_below(rule_of_three(count))})"
     first = min(parted, key=lambda pair: pair.step or 0)
     return (
-        f"{len(parted)} of {count} pairs of {steps} steps part, the first in step {first.step}: "
+        f"{len(parted)} of {count} pairs of {steps} steps differ, the first in step {first.step}: "
         f"{first.what}"
     )
 

@@ -168,11 +168,11 @@ class Writer:
     def resume(cls, path: Path, header: dict[str, Any], step: int) -> "Writer":
         """Go on after `step`, forgetting what came after it; a line says so, and on what.
 
-        Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model, or
-            ends before that step.
+        Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model,
+            kind of optimizer or named state, or ends before that step.
         """
         trace = Trace.load(path)
-        for name in ("hash_spec", "tensors", "state"):
+        for name in ("hash_spec", "tensors", "optimizer", "state"):
             if trace.header[name] != json.loads(json.dumps(header[name])):
                 raise TraceError(
                     f"{path} was recorded with other {name} than this run's; name another file"
