@@ -291,9 +291,7 @@ def test_a_run_that_was_killed_before_its_first_step(tmp_path):
     header, *_ = (tmp_path / "a").read_bytes().splitlines(keepends=True)
     (tmp_path / "b").write_bytes(header + b'{"step":0')
     a, b = (ck.audit.Trace.load(tmp_path / name) for name in "ab")
-    message = (
-        "b must hold a step, got none; line 2 was cut off; nothing after it counts; record"
-    )
+    message = "b must hold a step, got none; line 2 was cut off; nothing after it counts; record"
     with pytest.raises(ck.audit.TraceError, match=message):
         ck.audit.compare(a, b)
     (tmp_path / "b").write_bytes(header)  # killed between the two lines

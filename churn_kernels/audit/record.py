@@ -64,6 +64,7 @@ class Recorder:
         self._random: dict[str, tuple[Any, str]] = {}
         parts = TrainingParts(model, optimizer, state)
         self._tensors = parts.tensors
+        self._buffers = parts.buffers
         self._parts = [parts.optimizer, *parts.others, parts.parameters]
         self._hooks = []
         for name, one in [("", optimizer), *state.items()]:
@@ -98,6 +99,7 @@ class Recorder:
                 )
             if self._begin is None:
                 self._look_for_changes(rehash=False)
+                self._hash_buffers(BEFORE)
             self._observed.add(name)
             self._entries.append(_Entry(name, data_hash(value)))  # new in the step
 
@@ -141,7 +143,9 @@ class Recorder:
     def _before_step(self, name: str, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         self._tensors.look()
         self._look_for_changes(rehash=True)
-        if not _has_closure(given):
+        if _has_closure(given):
+            self._hash_buffers(BEFORE)
+        else:  # the forward pass has changed them
             self._hash_gradients(name, optimizer)
 
     def _after_step(
@@ -179,8 +183,12 @@ class Recorder:
             later = partial(str, f"{VALUE}{value!r}")
             self._add(f"{name}{when}", later, name, elides=True)
 
-    def _hash_buffers(self) -> None:
-        self._add("buffers", tensors_hash(self._tensors.buffers))
+    def _hash_buffers(self, when: str = "") -> None:
+        """Those of the model; ahead of its forward pass only if counters say that they changed."""
+        found = self._buffers.read()
+        if self._is_changed(self._buffers, found) or not when:
+            later = tensors_hash(found.tensors)
+            self._add(f"buffers{when}", later, "buffers", elides=bool(when))
 
     def _hash_gradients(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         if not name:
