@@ -80,6 +80,9 @@ CHANGES = {
     "parameters": {"before": at(3, lambda model, _: model[3].bias.data.mul_(2))},
     "parameters after the loss": {"after_backward": at(3, lambda model, _: flip(model[3].bias))},
     "buffers": {"before": at(3, lambda model, _: flip(model[1].running_mean))},
+    "buffers after the loss": {
+        "after_backward": at(3, lambda model, _: flip(model[1].running_var))
+    },
     "numpy": {"before": at(3, lambda *_: np.random.rand())},  # noqa: NPY002
     "python": {"before": at(3, lambda *_: random.random())},
     "torch": {"before": at(3, lambda *_: torch.rand(()))},
@@ -96,7 +99,8 @@ FIRST = {
     "a gradient that is gone": "gradients",
     "parameters": "parameters before",
     "parameters after the loss": "parameters before",
-    "buffers": "buffers",
+    "buffers": "buffers before",
+    "buffers after the loss": "buffers",
     "numpy": "random state of NumPy before",
     "python": "random state of Python before",
     "torch": "random state of PyTorch before",
@@ -114,6 +118,43 @@ def test_the_first_difference_is_found(name, tmp_path):
     assert found.difference.meaning
     assert found.steps == STEPS + 1
     assert found.settings == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "when", "meaning"),
+    [
+        ("observed", "before step 2", "changed between the steps, or by a forward pass ahead of"),
+        ("closure", "before step 2", "changed between the steps, or by a forward pass ahead of"),
+        ("neither", "in step 2", "differ by the forward pass or by a change before it"),
+    ],
+)
+def test_buffers_that_were_changed_between_steps(kind, when, meaning, tmp_path):
+    """Where nothing tells what was ahead of the forward pass, it is not blamed."""
+
+    def train(path, change):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x = torch.rand(5, 3)
+
+        def loss():
+            optimizer.zero_grad()
+            value = model(x).square().sum()
+            value.backward()
+            return value
+
+        with ck.audit.record(path, model, optimizer) as recorder:
+            for step in range(1, 4):
+                if step == 2:
+                    model[1].running_mean.add_(change)
+                if kind == "observed":
+                    recorder.observe(x=x)
+                optimizer.step(loss) if kind == "closure" else (loss(), optimizer.step())
+        return ck.audit.Trace.load(path)
+
+    found = ck.audit.compare(train(tmp_path / "a", 0), train(tmp_path / "b", 1e-3)).difference
+    assert (found.when, found.what) == (when, "buffers")
+    assert meaning in found.meaning
 
 
 def test_equal_runs_are_equal(tmp_path):

@@ -16,16 +16,16 @@ from churn_kernels.audit.trace import (
 )
 
 _MEANING = {
-    "buffers": "buffers (such as batch normalisation's means) were changed by the forward pass, or "
-    "by something else since they were last the same",
+    "buffers": "buffers (such as batch normalisation's means) differ by the forward pass or by "
+    "a change before it",
     "gradients": "the data, the forward or the backward pass, or state that was not named",
     "parameters": "the optimizer's step: parameters, gradients, state and settings went into it "
     "with the same bits",
     "optimizer": "the optimizer's state: gradients and parameters have the same bits",
 }
 _MEANING_BEFORE = {
-    "buffers": "the buffers were changed between the steps, or by a forward pass ahead of the first "
-    "value that the step observes",
+    "buffers": "the buffers were changed between the steps, or by a forward pass ahead of the "
+    "first value that the step observes",
     "parameters": "the parameters were changed between the steps, in one run or in both",
     "optimizer": "the optimizer's state was changed between the steps, in one run or in both",
 }
