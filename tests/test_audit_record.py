@@ -1,6 +1,5 @@
 """Recorded runs: the first step and the first thing in it that differs, whatever was done to it."""
 
-import copy
 import json
 import os
 import random
@@ -358,75 +357,6 @@ def test_a_name_that_comes_twice(tmp_path):
         for name in ("batch", "gradients"):
             with pytest.raises(ValueError, match=f"new in a step .* got '{name}' twice; give"):
                 recorder.observe(**{name: [1]})
-
-
-def test_resuming_makes_the_steps_of_a_run_that_was_not_interrupted(tmp_path, threads):
-    threads(1)
-    run(tmp_path / "whole")
-    # What a checkpoint of step 3 would bring back is made again by three steps.
-    state = {}
-
-    def keep(step, model, optimizer):
-        if step == 4:
-            state["model"] = {k: v.clone() for k, v in model.state_dict().items()}
-            state["optimizer"] = copy.deepcopy(optimizer.state_dict())
-
-    def bring_back(step, model, optimizer):
-        if step == 4:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-
-    run(tmp_path / "cut", steps=5, before=keep)
-    whole = (tmp_path / "cut").read_bytes()
-    (tmp_path / "cut").write_bytes(whole[:-30])  # killed while it wrote step 5
-    with pytest.raises(
-        ck.audit.TraceError, match=r"resume_at must be .* got 5, and the trace ends"
-    ):
-        run(tmp_path / "cut", resume_at=5)
-    run(tmp_path / "cut", before=bring_back, resume_at=3)
-    cut, whole = (ck.audit.Trace.load(tmp_path / name) for name in ("cut", "whole"))
-    assert not cut.damage
-    assert [(step.number, step.hashes) for step in cut.steps] == [
-        (step.number, step.hashes) for step in whole.steps
-    ]
-    assert ck.audit.compare(cut, whole).difference is None
-    assert ck.audit.compare(cut, whole).settings == {}
-    assert [one.after for one in cut.resumptions] == [3]
-    # Once more after the same step, and once after a later one, with other threads.
-    threads(2)
-    run(tmp_path / "cut", before=bring_back, resume_at=3)
-    run(tmp_path / "cut", resume_at=5, before=bring_back)
-    cut = ck.audit.Trace.load(tmp_path / "cut")
-    assert [(one.after, one.manifest["threads"]) for one in cut.resumptions] == [
-        (3, 1),
-        (3, 2),
-        (5, 2),
-    ]
-    assert [step.number for step in cut.steps] == list(range(STEPS + 1))
-    assert [cut.manifest(step)["threads"] for step in (0, 3, 4, 6)] == [1, 1, 2, 2]
-    assert ck.audit.compare(cut, whole).settings == {"threads after step 3": (2, 1)}
-    # Taken back behind a resumption, which is forgotten with its steps.
-    run(tmp_path / "cut", resume_at=2)
-    assert [one.after for one in ck.audit.Trace.load(tmp_path / "cut").resumptions] == [2]
-
-
-def test_resuming_what_cannot_be(tmp_path):
-    run(tmp_path / "a", steps=2)
-    before = (tmp_path / "a").read_bytes()
-    with pytest.raises(ck.audit.TraceError, match=r"resume_at must be a step of .*, got 5"):
-        run(tmp_path / "a", resume_at=5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "Adam", torch.optim.SGD)
-        with pytest.raises(ck.audit.TraceError, match="with other optimizer than this run's; name"):
-            run(tmp_path / "a", resume_at=1)
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with (
-        pytest.raises(ck.audit.TraceError, match="was recorded with other tensors than this run's"),
-        ck.audit.record(tmp_path / "a", model, optimizer, resume_at=1),
-    ):
-        pass
-    assert (tmp_path / "a").read_bytes() == before
 
 
 def test_a_run_that_was_killed_keeps_its_steps(tmp_path):

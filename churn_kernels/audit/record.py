@@ -117,6 +117,15 @@ class Recorder:
             self._hash_after(part)
         self._finish_step()
 
+    def resume(self, header: dict[str, Any]) -> None:
+        """Write what the run goes on with, so that a generator shows only once it is drawn from."""
+        self._random = {
+            whose: (state, state_hash(state))
+            for whose, state in random_states_of(self._tensors.gpus).items()
+        }
+        states = {f"{RANDOM}{whose}": found for whose, (_, found) in self._random.items()}
+        self._writer.resumed(self._step, header, states)
+
     def _look_for_changes(self, *, rehash: bool) -> None:
         """Hash what was changed since a step.
 
@@ -263,10 +272,10 @@ def record(
 
     Each step hashes, in the order in which it comes to them: of the random states, the optimizer's
     settings and state, what `state` names and the parameters what was changed since the step before
-    (where something is observed, ahead of that, and again at the optimizer's step); what was
-    observed; the buffers, the gradients, and after the step the parameters and the optimizer's
-    state. Settings, such as the learning rate, and the numbers in a scheduler's state stand in the
-    trace as they are. Nothing of the run is changed, and no random number is drawn.
+    (where something is observed, ahead of that, with the buffers, and again at the optimizer's
+    step); what was observed; the buffers, the gradients, and after the step the parameters and the
+    optimizer's state. Settings, such as the learning rate, and the numbers in a scheduler's state
+    stand in the trace as they are. Nothing of the run is changed, and no random number is drawn.
 
     Args:
         path: the file to write; about 400 bytes a step. It must not exist yet.
@@ -280,7 +289,7 @@ def record(
             change through `.data` shows after the step.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
             starts again from its checkpoint of that step. Later steps are forgotten, and a line
-            says what it ran on from there.
+            says what it ran on from there, and with which random states.
     Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
     Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
         resumed at that step by this model; ValueError for lazy modules that have not been run, and
@@ -304,6 +313,8 @@ def record(
     try:
         if begins:
             recorder.start()
+        else:
+            recorder.resume(header)
         yield recorder
     finally:
         recorder.close()

@@ -48,7 +48,8 @@ def of_comparison(found: Comparison) -> str:
         lines.append(f"anything else differs {found.then.when} first: {found.then.what}")
     for one in found.generators:
         drawn = "nothing was" if one.drawn is None else f"step {one.drawn} is the first that was"
-        lines.append(f"note: {one.name} differs from the start; {drawn} drawn from it")
+        since = f"where a run was resumed after step {one.after}" if one.after else "from the start"
+        lines.append(f"note: {one.name} differs {since}; {drawn} drawn from it")
     for name, (a, b) in found.settings.items():
         lines.append(f"ran on another {name}: {a} and {b}")
     if not found.settings:
