@@ -118,7 +118,7 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     message = "comparison must have a difference in or after step 1 to replay, got one before it;"
     out, err = capsys.readouterr()
     assert message in err
-    assert out.startswith("the runs part ways before the first step: parameters\n")
+    assert out.startswith("the runs first differ before the first step: parameters\n")
     assert main(["diff", "--json", str(a), str(b), "--replay", f"{FILE}:steady"]) == 2
     out, err = capsys.readouterr()
     assert (json.loads(out)["first"], json.loads(out)["replay"]) == ("parameters", None)
@@ -128,10 +128,22 @@ def test_what_cannot_be_replayed(tmp_path, capsys):
     found = ck.audit.compare(ck.audit.Trace.load(a), ck.audit.Trace.load(c))
     with pytest.raises(ck.audit.ReplayError, match="target must build the model that was recorded"):
         ck.audit.replay(found, audit_targets.two_by_two)
-    for threads in ("all", 0, 10**9):
-        found.a.header["manifest"]["threads"] = threads
-        with pytest.raises(ck.audit.ReplayError, match="a must hold settings that can be set, got"):
-            ck.audit.replay(found, audit_targets.steady)
+    manifest = found.a.header["manifest"]
+    for name, value, wanted in (
+        ("threads", "all", "from 1 to 1024, and is str 'all'"),
+        ("threads", 0, "from 1 to 1024, and is int 0"),
+        ("threads", 10**9, "from 1 to 1024, and is int 1000000000"),
+        ("threads", True, "from 1 to 1024, and is bool True"),
+        ("mkldnn", "yes", "a bool, and is str 'yes'"),
+        ("deterministic_algorithms", None, "a bool, and is missing"),
+        ("matmul_precision", 3, "high or highest or medium, and is int 3"),
+        ("reduction_mode", [], "exact or fast or invariant or run_to_run, and is a list"),
+    ):
+        message = f"a must hold settings that can be set, got: {name} must be {wanted}; replay it"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(manifest, name, value)
+            with pytest.raises(ck.audit.ReplayError, match=re.escape(message)):
+                ck.audit.replay(found, audit_targets.steady)
 
 
 def test_settings_come_back(threads):

@@ -127,7 +127,7 @@ def test_what_only_stress_shows_is_attributed_to_it(threads):
     found = ck.audit.examine(audit_targets.by_threads, replays=3, pairs=2, steps=2, amplify_steps=2)
     said = "step 2: no difference in 3 replays, too few to bound how often there is one"
     assert text.verdict(found) == said
-    rest = "0 of 2 pairs of 2 steps part (too few to bound how many would)"
+    rest = "0 of 2 pairs of 2 steps differ (too few to bound how many would)"
     assert text.of_pairs(found) == rest
     shown = {axis.name for axis in found.axes if axis.shows}
     assert "threads" in shown
@@ -146,7 +146,7 @@ def test_replays_that_part_when_nobody_looks(threads, capsys):
         "inconclusive: replays part in step 1, but with every operator logged no difference in 5 "
         "replays: fewer than 75% of steps differ, at 95 %\n"
     )
-    assert "3 of 3 pairs of 2 steps part, the first in step 1: parameters" in out
+    assert "3 of 3 pairs of 2 steps differ, the first in step 1: parameters" in out
 
 
 GENERATOR = torch.Generator()  # replays do not restore it
@@ -375,7 +375,7 @@ def test_what_a_terminal_obeys_is_not_printed(tmp_path, threads, capsys, monkeyp
 
     assert main(["diff", trace("a", 1.0), trace("b\x1b[2J", 2.0)]) == 1
     said.append(capsys.readouterr().out)
-    assert "the runs part ways in step 1: loss\N{REPLACEMENT CHARACTER}[2J" in said[-1]
+    assert "the runs first differ in step 1: loss\N{REPLACEMENT CHARACTER}[2J" in said[-1]
     for target in (f"{FILE}:{ESCAPES}", f"{ESCAPES}.py:build"):
         assert main(["run", target]) == 2
         said.append(capsys.readouterr().err)
@@ -509,7 +509,7 @@ def test_a_replay_s_target_that_raises_is_one_line_below_the_difference(tmp_path
         paths.append(str(tmp_path / name))
     assert main(["diff", *paths, "--replay", f"{FILE}:broken"]) == 2
     out, err = capsys.readouterr()
-    assert out.startswith("the runs part ways in step 1: loss\n")
+    assert out.startswith("the runs first differ in step 1: loss\n")
     assert re.fullmatch(r"churn-audit: .*:broken raised KeyError: .*traceback\n", err)
 
 

@@ -207,6 +207,7 @@ PLANTED = [
     ("adagrad", setting("weight_decay", 0), "weight decay 0.01 against 0", "before step 3"),
     ("dropout", lambda _: torch.manual_seed(9), "random state of PyTorch", "in step 3"),
     ("dropout", lambda t: t.model.eval(), "random state of PyTorch", "in step 3"),
+    # Nothing is observed ahead of the forward pass, which changes them, too.
     ("pictures", lambda t: t.model[2].running_mean.add_(1), "buffers", "in step 3"),
     ("lstm", weight(), "parameters", "before step 3"),
     ("tied embeddings", weight(), "parameters", "before step 3"),

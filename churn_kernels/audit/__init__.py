@@ -1,4 +1,4 @@
-"""Where, when and why two runs part ways.
+"""Where, when and why two runs differ.
 
 `record` hashes everything that a training step changes, step after step; `compare`, and on the
 command line `churn-audit diff A B`, find the first difference of two such traces. `find_operator`

@@ -81,7 +81,7 @@ def _trace(path: str) -> Trace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="churn-audit",
-        description="Find out where, when and why two runs part ways.",
+        description="Find out where, when and why two runs differ.",
         epilog="Exit status: 0 for no difference, 1 for one, 2 if the question has no answer "
         "(wrong input, a file, a damaged trace, an error in the target), 3 if runs differ and no "
         "replay of the step does, 130 after Ctrl-C.",
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run = commands.add_parser(
         "run",
-        help="whether replays of a training part, where, why, and what becomes of a difference",
+        help="whether replays of a training differ, where, why, and what becomes of a difference",
         description="Runs a training in pairs, replays a step operator by operator, puts it under "
         "stress, swaps suspects for deterministic twins, and follows a flip of one unit in the "
         "last place.",

@@ -16,13 +16,16 @@ from churn_kernels.audit.trace import (
 )
 
 _MEANING = {
-    "buffers": "buffers (such as batch normalisation's means) differ: the forward pass did",
+    "buffers": "buffers (such as batch normalisation's means) differ by the forward pass or by "
+    "a change before it",
     "gradients": "the data, the forward or the backward pass, or state that was not named",
     "parameters": "the optimizer's step: parameters, gradients, state and settings went into it "
     "with the same bits",
     "optimizer": "the optimizer's state: gradients and parameters have the same bits",
 }
 _MEANING_BEFORE = {
+    "buffers": "the buffers were changed between the steps, or by a forward pass ahead of the "
+    "first value that the step observes",
     "parameters": "the parameters were changed between the steps, in one run or in both",
     "optimizer": "the optimizer's state was changed between the steps, in one run or in both",
 }
@@ -30,7 +33,7 @@ _MEANING_BEFORE = {
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part ways.
+    """The first mismatch of two runs.
 
     Attributes:
         step: the first step whose hashes differ; 0 is the state before the first.
@@ -81,15 +84,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Generator:
-    """A random number generator whose state differs from the start.
+    """A random number generator whose state differs from the start, or where a run was resumed.
 
     Attributes:
         name: as in a trace.
         drawn: the first step in or before which a run drew from it; None if none did.
+        after: the step after which a run was resumed with another state; 0 for the start.
     """
 
     name: str
     drawn: int | None
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,9 @@ class Comparison:
         a, b: the traces.
         steps: steps that both have.
         difference: the first one; None if what both have is the same. A generator that differs from
-            the start is none before something was drawn from it.
+            the start, or where a run was resumed, is none before something was drawn from it.
         then: where random states are all that differs there, the first difference of anything else.
-        generators: those that differ from the start.
+        generators: those that differ from the start, or where a run was resumed.
         settings: names of what the two ran on that differs, with both values; where it changed
             when an interrupted run went on, the step after which, as well.
     """
@@ -133,14 +138,17 @@ def compare(a: Trace, b: Trace) -> Comparison:
             raise TraceError(f"{a.path} and {b.path} must hold {what}{got}; record both anew")
     for trace in (a, b):
         if not trace.steps:
-            raise TraceError(f"{trace.path} must hold a step, got none; {trace.damage}")
+            damage = f"{trace.damage}; " if trace.damage else ""
+            raise TraceError(
+                f"{trace.path} must hold a step, got none; {damage}record the run anew"
+            )
     both = list(zip(a.steps, b.steps, strict=False))
     settings = _differing(a.header["manifest"], b.header["manifest"])
     for after in sorted({one.after for trace in (a, b) for one in trace.resumptions}):
         if any(trace.manifest(after) != trace.manifest(after + 1) for trace in (a, b)):
             changed = _differing(a.manifest(after + 1), b.manifest(after + 1))
             settings |= {f"{name} after step {after}": pair for name, pair in changed.items()}
-    generators = _generators(both)
+    generators = _generators(both, (a, b))
     found = _differences(both, {one.name for one in generators})
     difference = next(found, None)
     then = None
@@ -161,16 +169,27 @@ def _is_random(name: str) -> bool:
     return name.startswith(RANDOM)
 
 
-def _generators(both: list[tuple[Step, Step]]) -> tuple[Generator, ...]:
+def _generators(
+    both: list[tuple[Step, Step]], traces: tuple[Trace, Trace]
+) -> tuple[Generator, ...]:
     """A step has the state of a generator only if something was drawn from it."""
-    if not both or both[0][0].number != 0:
-        return ()
-    (a, b), *later = both
-    names = [n for n in a.hashes if _is_random(n) and a.hashes[n] != b.hashes.get(n)]
-    return tuple(
-        Generator(name, next((x.number for x, y in later if name in _bases(x, y)), None))
-        for name in names
-    )
+    found: dict[str, Generator] = {}
+    known: tuple[dict[str, str], dict[str, str]] = ({}, {})  # of either run, up to a step
+    for steps in both:
+        number = steps[0].number
+        moved: list[str] = []
+        for states, step, trace in zip(known, steps, traces, strict=True):
+            states |= {base_of(n): x for n, x in step.hashes.items() if _is_random(n)}
+            moved += states if number == 0 else ()
+            for one in trace.resumptions:
+                if one.after == number:
+                    moved += [n for n, x in one.random_states.items() if states.get(n) != x]
+                    states |= one.random_states
+        for name in moved:
+            if name not in found and known[0].get(name) != known[1].get(name):
+                later = (x.number for x, y in both[number + 1 :] if name in _bases(x, y))
+                found[name] = Generator(name, next(later, None), number)
+    return tuple(found.values())
 
 
 def _bases(a: Step, b: Step) -> set[str]:
@@ -192,7 +211,7 @@ def _differences(
         differ = [n for n in names if a.hashes.get(n) != b.hashes.get(n)]
         if a.number == 0:
             differ = [n for n in differ if n not in unequal_generators]
-        # What was drawn from one that differs from the start does before anything made of it.
+        # What was drawn from one that differed before does ahead of anything made of it.
         differ.sort(key=lambda n: base_of(n) not in unequal_generators)
         if differ:
             first, *also = differ

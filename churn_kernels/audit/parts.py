@@ -106,7 +106,7 @@ class TrainingParts:
 
     Attributes:
         tensors: the model's, and what its optimizer changes besides.
-        optimizer, parameters: its own.
+        optimizer, parameters, buffers: its own.
         named: by the names of the objects: two of a model, parameters first; an optimizer's own,
             and the parameters that no model has; one of anything else.
     """
@@ -116,6 +116,7 @@ class TrainingParts:
         self.tensors = ModelTensors(model, loose_parameters(optimizer, modules))
         self.optimizer = _of_optimizer("optimizer", optimizer, "")
         self.parameters = _of_parameters("parameters", lambda: self.tensors.parameters)
+        self.buffers = Part("buffers", lambda: Contents({}, self.tensors.buffers))
         self.named = {name: _parts_of(name, value, modules) for name, value in state.items()}
 
     @property

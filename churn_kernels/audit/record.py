@@ -64,6 +64,7 @@ class Recorder:
         self._random: dict[str, tuple[Any, str]] = {}
         parts = TrainingParts(model, optimizer, state)
         self._tensors = parts.tensors
+        self._buffers = parts.buffers
         self._parts = [parts.optimizer, *parts.others, parts.parameters]
         self._hooks = []
         for name, one in [("", optimizer), *state.items()]:
@@ -98,6 +99,7 @@ class Recorder:
                 )
             if self._begin is None:
                 self._look_for_changes(rehash=False)
+                self._hash_buffers(BEFORE)
             self._observed.add(name)
             self._entries.append(_Entry(name, data_hash(value)))  # new in the step
 
@@ -114,6 +116,15 @@ class Recorder:
         for part in self._parts:
             self._hash_after(part)
         self._finish_step()
+
+    def resume(self, header: dict[str, Any]) -> None:
+        """Write what the run goes on with, so that a generator shows only once it is drawn from."""
+        self._random = {
+            whose: (state, state_hash(state))
+            for whose, state in random_states_of(self._tensors.gpus).items()
+        }
+        states = {f"{RANDOM}{whose}": found for whose, (_, found) in self._random.items()}
+        self._writer.resumed(self._step, header, states)
 
     def _look_for_changes(self, *, rehash: bool) -> None:
         """Hash what was changed since a step.
@@ -141,7 +152,9 @@ class Recorder:
     def _before_step(self, name: str, optimizer: torch.optim.Optimizer, *given: Any) -> None:
         self._tensors.look()
         self._look_for_changes(rehash=True)
-        if not _has_closure(given):
+        if _has_closure(given):
+            self._hash_buffers(BEFORE)
+        else:  # the forward pass has changed them
             self._hash_gradients(name, optimizer)
 
     def _after_step(
@@ -179,8 +192,12 @@ class Recorder:
             later = partial(str, f"{VALUE}{value!r}")
             self._add(f"{name}{when}", later, name, elides=True)
 
-    def _hash_buffers(self) -> None:
-        self._add("buffers", tensors_hash(self._tensors.buffers))
+    def _hash_buffers(self, when: str = "") -> None:
+        """Those of the model; ahead of its forward pass only if counters say that they changed."""
+        found = self._buffers.read()
+        if self._is_changed(self._buffers, found) or not when:
+            later = tensors_hash(found.tensors)
+            self._add(f"buffers{when}", later, "buffers", elides=bool(when))
 
     def _hash_gradients(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         if not name:
@@ -255,10 +272,10 @@ def record(
 
     Each step hashes, in the order in which it comes to them: of the random states, the optimizer's
     settings and state, what `state` names and the parameters what was changed since the step before
-    (where something is observed, ahead of that, and again at the optimizer's step); what was
-    observed; the buffers, the gradients, and after the step the parameters and the optimizer's
-    state. Settings, such as the learning rate, and the numbers in a scheduler's state stand in the
-    trace as they are. Nothing of the run is changed, and no random number is drawn.
+    (where something is observed, ahead of that, with the buffers, and again at the optimizer's
+    step); what was observed; the buffers, the gradients, and after the step the parameters and the
+    optimizer's state. Settings, such as the learning rate, and the numbers in a scheduler's state
+    stand in the trace as they are. Nothing of the run is changed, and no random number is drawn.
 
     Args:
         path: the file to write; about 400 bytes a step. It must not exist yet.
@@ -272,7 +289,7 @@ def record(
             change through `.data` shows after the step.
         resume_at: a step that `path` has: go on after it, as a run does that was interrupted and
             starts again from its checkpoint of that step. Later steps are forgotten, and a line
-            says what it ran on from there.
+            says what it ran on from there, and with which random states.
     Returns: a `Recorder`, to `observe` what it cannot see: batch indices, losses.
     Raises: FileExistsError if `path` exists and `resume_at` is None; TraceError if `path` cannot be
         resumed at that step by this model; ValueError for lazy modules that have not been run, and
@@ -296,6 +313,8 @@ def record(
     try:
         if begins:
             recorder.start()
+        else:
+            recorder.resume(header)
         yield recorder
     finally:
         recorder.close()

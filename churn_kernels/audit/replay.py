@@ -1,4 +1,4 @@
-"""Trainings that can be run again, and the replay of the step in which two of them part."""
+"""Trainings that can be run again, and the replay of the step in which two of them first differ."""
 
 import importlib
 import importlib.util
@@ -237,7 +237,7 @@ def find_in_step(
 
 @dataclass(frozen=True)
 class Replayed:
-    """The step in which two recorded runs part, run again.
+    """The step in which two recorded runs first differ, run again.
 
     Attributes:
         step: its number.
@@ -286,8 +286,8 @@ def replay(
                 pass
         except (TypeError, ValueError, RuntimeError) as error:
             raise ReplayError(
-                f"{trace.path} must hold settings that can be set, got {error}; replay it where it "
-                f"was recorded"
+                f"{trace.path} must hold settings that can be set, got: {error}; replay it where "
+                f"it was recorded"
             ) from error
     with as_recorded(manifests[0]):
         trainings = [built(build, device, difference.step) for device in devices]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from churn_kernels.modes import reduction_mode
+from churn_kernels._files import check
+from churn_kernels.modes import MODES, reduction_mode
 
 MOST_THREADS = 1024
 """More than a file may ask a process to start."""
@@ -80,19 +81,14 @@ def cublas_workspace(size: str = ":4096:8") -> Iterator[None]:
         clear()
 
 
-def _recorded_threads(count: int) -> AbstractContextManager[None]:
-    if not 1 <= count <= MOST_THREADS:
-        raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {count}")
-    return thread_count(count)
-
-
-_RECORDED: dict[str, Callable[[Any], AbstractContextManager[None]]] = {
-    "threads": _recorded_threads,
-    "mkldnn": onednn,
-    "deterministic_algorithms": deterministic_algorithms,
-    "matmul_precision": matmul_precision,
-    "reduction_mode": reduction_mode,
+_RECORDED: dict[str, tuple[Any, Callable[[Any], AbstractContextManager[None]]]] = {
+    "threads": (range(1, MOST_THREADS + 1), thread_count),
+    "mkldnn": (bool, onednn),
+    "deterministic_algorithms": (bool, deterministic_algorithms),
+    "matmul_precision": ({"highest", "high", "medium"}, matmul_precision),
+    "reduction_mode": (set(MODES), reduction_mode),
 }
+"""The form of each recorded setting, and the block that takes it on."""
 
 
 @contextmanager
@@ -105,7 +101,7 @@ def as_recorded(manifest: Mapping[str, Any]) -> Iterator[None]:
     Raises: TypeError, ValueError or RuntimeError for values that are none.
     """
     with ExitStack() as stack:
-        for name, setting in _RECORDED.items():
+        for name, (form, setting) in _RECORDED.items():
             if name in manifest:
-                stack.enter_context(setting(manifest[name]))
+                stack.enter_context(setting(check(manifest[name], form, name)))
         yield

@@ -40,7 +40,7 @@ def of_comparison(found: Comparison) -> str:
     if difference is None:
         lines = [f"the runs have the same bits in all {last} steps that both have"]
     else:
-        lines = [f"the runs part ways {difference.when}: {difference.what}"]
+        lines = [f"the runs first differ {difference.when}: {difference.what}"]
         lines.append(f"  {difference.meaning}")
         lines.append(f"  also differs: {', '.join(difference.also) or 'nothing'}")
         lines.append(f"  still the same: {', '.join(difference.same) or 'nothing'}")
@@ -48,7 +48,8 @@ def of_comparison(found: Comparison) -> str:
         lines.append(f"anything else differs {found.then.when} first: {found.then.what}")
     for one in found.generators:
         drawn = "nothing was" if one.drawn is None else f"step {one.drawn} is the first that was"
-        lines.append(f"note: {one.name} differs from the start; {drawn} drawn from it")
+        since = f"where a run was resumed after step {one.after}" if one.after else "from the start"
+        lines.append(f"note: {one.name} differs {since}; {drawn} drawn from it")
     for name, (a, b) in found.settings.items():
         lines.append(f"ran on another {name}: {a} and {b}")
     if not found.settings:
@@ -176,14 +177,14 @@ def bucket(least: int) -> str:
 
 
 def of_pairs(found: Examination) -> str:
-    """How many pairs part, and when."""
+    """How many pairs differ, and when."""
     count, steps = len(found.pairs), len(found.pairs[0].distances) - 1
     parted = [pair for pair in found.pairs if pair.step is not None]
     if not parted:
-        return f"0 of {count} pairs of {steps} steps part ({_below(rule_of_three(count))})"
+        return f"0 of {count} pairs of {steps} steps differ ({_below(rule_of_three(count))})"
     first = min(parted, key=lambda pair: pair.step or 0)
     return (
-        f"{len(parted)} of {count} pairs of {steps} steps part, the first in step {first.step}: "
+        f"{len(parted)} of {count} pairs of {steps} steps differ, the first in step {first.step}: "
         f"{first.what}"
     )
 

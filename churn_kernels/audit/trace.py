@@ -2,13 +2,13 @@
 
 A trace is a text file of JSON lines. The first one is the header: what was recorded, and on what.
 Each other one is a step: 128-bit hashes by name, in the order in which the step came to them; or it
-says where the run was interrupted and went on, and on what. "learning rate" and other settings are
-`=` and their value. The name of what was changed between a step and the one before ends in
-" before"; of random states, settings and such changes a step has only those that are not what they
-were. Where optimizers step more than once in a step of the trace, what belongs to the second has
-"(2)" after its name. The last field of a line, `chain`,
-hashes the line and the chain before it, so that a line that was torn, changed or lost is found, and
-two runs agree up to a step if their chains at it do.
+says where the run was interrupted and went on, on what, and with which random states. "learning
+rate" and other settings are `=` and their value. The name of what was changed between a step and
+the one before ends in " before"; of random states, settings and such changes a step has only those
+that are not what they were. Where optimizers step more than once in a step of the trace, what
+belongs to the second has "(2)" after its name. The last field of a line, `chain`, hashes the line
+and the chain before it, so that a line that was torn, changed or lost is found, and two runs agree
+up to a step if their chains at it do.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from churn_kernels._files import check, parse_json, read_bytes, write_atomically
+from churn_kernels._files import check, optional, parse_json, read_bytes, write_atomically
 
 FORMAT = 2
 _KIND = "churn_kernels trace"
@@ -67,11 +67,13 @@ class Resumption:
         after: the step after which it did.
         manifest: what it ran on from there.
         chain: hash of everything up to here.
+        random_states: hashes of those that it went on with, by name; {} if the trace has none.
     """
 
     after: int
     manifest: dict[str, Any]
     chain: str
+    random_states: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ class Trace:
                 return cls(path, header, steps, damage, resumptions)
             goes_on = "resumed_after" in found
             try:
-                after = {"resumed_after": {len(steps) - 1}, "manifest": dict}
+                after = {
+                    "resumed_after": {len(steps) - 1},
+                    "manifest": dict,
+                    "random_states": optional({str: str}),
+                }
                 own = {"step": {len(steps)}, "hashes": {str: str}}
                 check(found, after if goes_on else own, "it")
             except ValueError as error:
@@ -135,7 +141,9 @@ class Trace:
                 return cls(path, header, steps, damage, resumptions)
             chain = found["chain"]
             if goes_on:
-                resumptions.append(Resumption(found["resumed_after"], found["manifest"], chain))
+                states = found.get("random_states") or {}
+                resumption = Resumption(found["resumed_after"], found["manifest"], chain, states)
+                resumptions.append(resumption)
             else:
                 steps.append(Step(found["step"], found["hashes"], chain))
         return cls(path, header, steps, "", resumptions)
@@ -166,13 +174,13 @@ class Writer:
 
     @classmethod
     def resume(cls, path: Path, header: dict[str, Any], step: int) -> "Writer":
-        """Go on after `step`, forgetting what came after it; a line says so, and on what.
+        """Go on after `step`, forgetting what came after it; `resumed` is to be called next.
 
-        Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model, or
-            ends before that step.
+        Raises: OSError, TraceError as `Trace.load`; TraceError if the trace is of another model,
+            kind of optimizer or named state, or ends before that step.
         """
         trace = Trace.load(path)
-        for name in ("hash_spec", "tensors", "state"):
+        for name in ("hash_spec", "tensors", "optimizer", "state"):
             if trace.header[name] != json.loads(json.dumps(header[name])):
                 raise TraceError(
                     f"{path} was recorded with other {name} than this run's; name another file"
@@ -192,9 +200,12 @@ class Writer:
         lines = _lines(path)[: 1 + len(kept) + len(before)]
         write_atomically(path, b"\n".join([*lines, b""]))
         writer._file = os.open(path, os.O_WRONLY | os.O_APPEND)
-        ran_on = {name: header[name] for name in ("manifest_hash", "manifest")}
-        writer._write({"resumed_after": step, **ran_on})
         return writer
+
+    def resumed(self, after: int, header: dict[str, Any], random_states: dict[str, str]) -> None:
+        """Append after which step the run went on, on what, and with which random states."""
+        ran_on = {name: header[name] for name in ("manifest_hash", "manifest")}
+        self._write({"resumed_after": after, **ran_on, "random_states": random_states})
 
     def step(self, number: int, hashes: dict[str, str]) -> None:
         """Append one step."""

@@ -38,7 +38,7 @@ def audit_run(
     ] = 100,
     trust: TrustOption = None,
 ) -> None:
-    """Find out where, why and how fast two trainings of one run part ways.
+    """Find out where, why and how fast two trainings of one run differ.
 
     Trains the run's first steps in pairs, replays a step operator by operator, puts it under
     stress, swaps suspects for deterministic twins, and follows a flip of one unit in the last
