@@ -264,6 +264,14 @@ def test_a_run_that_diverges_leaves_its_stack_s_others_their_validation_rows(tmp
         assert rows_of(folders[place].path) == rows_of(whole[place].path)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("wild", [{"learning_rate": 1e38}, {"weight_decay": 1e38}])
+def test_the_largest_settings_end_as_any_divergence(wild, precision, tmp_path):
+    run = small_run(optimisation=Optimisation(epochs=2, precision=precision, **wild))
+    (folder,) = train([run], tmp_path)
+    assert folder.status == "diverged"
+
+
 def test_a_student_without_teachers_does_not_stop_the_others(tmp_path):
     runs = [small_run("self-distillation", seeds=seeds(number)) for number in (0, 1)]
     train([run.teacher() for run in runs], tmp_path)
