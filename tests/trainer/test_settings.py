@@ -152,7 +152,7 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         ),
         (
             lambda: Optimisation(optimizer="adamw", learning_rate=1e38),
-            r"largest step size must be .* got 1\S*e\+39; lower learning_rate, decay, weight_decay or",
+            r"largest step size must be .* got 1\S*e\+39; lower learning_rate, decay, weight_dec",
         ),
         (
             lambda: Optimisation(optimizer="adamw", learning_rate=1e30, weight_decay=1e30),
