@@ -117,11 +117,7 @@ def snapshot(
     everything = {"model": model, "optimizer": optimizer, **state}
     modules = [module for _, module in _of_kind(everything, nn.Module)]
     optimizers = [one for _, one in _of_kind(everything, torch.optim.Optimizer)]
-    known = {id(x) for module in modules for x in module.parameters()}
-    loose = [
-        p for one in optimizers for group in one.param_groups for p in group["params"]
-        if id(p) not in known
-    ]  # fmt: skip
+    loose = [p for one in optimizers for p in loose_parameters(one, modules)]
     restores = [_keep_tensors(loose), *(_kept(value) for value in everything.values())]
     restores.append(random_states())
 

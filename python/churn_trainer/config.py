@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
@@ -11,8 +12,10 @@ from typing import Any
 from churn_kernels.modes import MODES
 from churn_trainer.methods import METHODS, Method, find_method
 from churn_trainer.settings import (
+    LARGEST_NUMBER,
     Settings,
     at_least,
+    at_most,
     derive_seed,
     fingerprint,
     from_mapping,
@@ -209,6 +212,7 @@ class Optimisation:
         positive("decay", self.decay, "0.1 is the default")
         one_of("precision", self.precision, PRECISIONS)
         one_of("reduction_mode", self.reduction_mode, ("default", *MODES))
+        self._check_largest_step()
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov must go with a momentum above 0, got 0; set momentum")
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -219,6 +223,16 @@ class Optimisation:
                         f"{name} must be left at {defaults[name]} with {self.optimizer}, got "
                         f"{getattr(self, name)}; it is a setting of {optimizer}"
                     )
+
+    def _check_largest_step(self) -> None:
+        """Raises ValueError if what the optimizer computes from the step size is out of range."""
+        drops = len(self.milestones) if self.schedule == "step" else 0
+        largest = self.learning_rate * math.prod([max(1.0, self.decay)] * drops)
+        settings = "learning_rate or decay"
+        if self.optimizer == "adamw":  # whose first step is corrected for its mean's start at 0
+            largest *= max(1.0, self.weight_decay, 1 / (1 - self.beta1))
+            settings = "learning_rate, decay, weight_decay or beta1"
+        at_most("the optimizer's largest step size", largest, LARGEST_NUMBER, f"lower {settings}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -351,8 +351,27 @@ def _check_equal(name: str, first: nn.Module, second: nn.Module) -> None:
 
 
 def _check_weights(own: dict[str, Tensor], weights: Any) -> None:
+    """Raises ValueError unless the names and shapes are the network's own.
+
+    A floating-point dtype may be another: loading converts, as a teacher trained in another
+    precision needs.
+    """
+
+    def fits(name: str) -> Callable[[Any, str], Any]:
+        def form(value: Any, where: str) -> Any:
+            expected = own[name]
+            if (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and expected.is_floating_point()
+            ):
+                expected = expected.to(value.dtype)
+            return check(value, expected, where)
+
+        return form
+
     try:
-        check(weights, exactly(own), "weights")
+        check(weights, exactly({name: fits(name) for name in own}), "weights")
     except ValueError as error:
         raise ValueError(
             f"weights must be those of the run's model, got others, first {error}; they come from "

@@ -30,6 +30,9 @@ _KINDS: dict[Any, str] = {
 LARGEST = 2**63 - 1
 """Largest whole number of a setting: what a tensor of int64 holds."""
 
+LARGEST_NUMBER = 1e38
+"""Largest setting that is no whole number: one that every precision holds."""
+
 SHOWN = 100
 """Characters of a wrong value that a message shows."""
 
@@ -88,6 +91,11 @@ def at_least(name: str, value: int, minimum: int, remedy: str, most: int = LARGE
     """Raises ValueError unless `minimum` <= `value` <= `most`."""
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}; {remedy}")
+    at_most(name, value, most, remedy)
+
+
+def at_most(name: str, value: float, most: float, remedy: str) -> None:
+    """Raises ValueError if `value` is above `most`."""
     if value > most:
         raise ValueError(f"{name} must be at most {most}, got {shown(value)}; {remedy}")
 
@@ -103,15 +111,17 @@ def check_memory(what: str, size: float, remedy: str) -> None:
 
 
 def positive(name: str, value: float, remedy: str) -> None:
-    """Raises ValueError unless `value` is finite and above 0."""
+    """Raises ValueError unless 0 < `value` <= `LARGEST_NUMBER`."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value}; {remedy}")
+    at_most(name, value, LARGEST_NUMBER, remedy)
 
 
 def not_negative(name: str, value: float, remedy: str) -> None:
-    """Raises ValueError unless `value` is finite and at least 0."""
+    """Raises ValueError unless 0 <= `value` <= `LARGEST_NUMBER`."""
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}; {remedy}")
+    at_most(name, value, LARGEST_NUMBER, remedy)
 
 
 def share(name: str, value: float, remedy: str) -> None:

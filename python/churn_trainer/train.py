@@ -29,7 +29,15 @@ from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, TRACE, RunF
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
-MEASURED = ("accuracy", "cross_entropy", "confidence", "entropy", "ece")
+_METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "accuracy": lambda logits, labels: (logits.argmax(dim=-1) == labels).double().mean(),
+    "cross_entropy": lambda logits, labels: ck.regularized_cross_entropy(logits, labels),
+    "confidence": lambda logits, _: prediction_confidence(logits).mean(),
+    "entropy": lambda logits, _: ck.softmax_entropy(logits),
+    "ece": lambda logits, labels: expected_calibration_error(logits, labels),
+}
+
+MEASURED = tuple(_METRICS)
 """What `measure` measures."""
 
 VALIDATED = ("accuracy", "cross_entropy")
@@ -178,21 +186,15 @@ def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = (), process
     return RUNS_TOGETHER if stackable(network, shape) else 1
 
 
-def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Metrics of one run on its test rows; cross entropy and entropy in nats.
+def measure(logits: Tensor, labels: Tensor, names: Sequence[str] = MEASURED) -> dict[str, float]:
+    """Metrics of one run on rows that do not train; cross entropy and entropy in nats.
 
     Args:
         logits: (N, C).
         labels: (N,) int64.
+        names: which of `MEASURED`.
     """
-    values = {
-        "accuracy": (logits.argmax(dim=-1) == labels).double().mean(),
-        "cross_entropy": ck.regularized_cross_entropy(logits, labels),
-        "confidence": prediction_confidence(logits).mean(),
-        "entropy": ck.softmax_entropy(logits),
-        "ece": expected_calibration_error(logits, labels),
-    }
-    return {name: float(values[name]) for name in MEASURED}
+    return {name: float(_METRICS[name](logits, labels)) for name in names}
 
 
 def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> None:
@@ -338,15 +340,17 @@ class _Group:
                 "learning_rate": epoch.learning_rate,
                 "train_cross_entropy": float(epoch.cross_entropy[place]),
             }
-            measured: dict[str, float] = {}
-            if epoch.logits is not None and place not in epoch.diverged:
-                measured = measure(epoch.logits[place], epoch.labels[place])
-            for name in MEASURED:
-                row[f"test_{name}"] = measured.get(name, "")
+            test: dict[str, float] = {}
+            validation: dict[str, float] = {}
+            if place not in epoch.diverged:
+                if epoch.logits is not None:
+                    test = measure(epoch.logits[place], epoch.labels[place])
+                if epoch.validation is not None:
+                    logits, labels = epoch.validation
+                    validation = measure(logits[place], labels[place], VALIDATED)
+            row |= {f"test_{name}": test.get(name, "") for name in MEASURED}
             if epoch.validation is not None:
-                logits, labels = epoch.validation
-                held_out = measure(logits[place], labels[place])
-                row |= {f"validation_{name}": held_out[name] for name in VALIDATED}
+                row |= {f"validation_{name}": validation.get(name, "") for name in VALIDATED}
             rows.append(row)
         if self.fabric.is_global_zero:
             for board, row in zip(self.boards, rows, strict=False):
@@ -367,7 +371,7 @@ class _Group:
         row: dict[str, Any] = {"epoch": int, "learning_rate": float, "train_cross_entropy": float}
         row |= {f"test_{name}": measured for name in MEASURED}
         if self.runs[0].data.validation_rows:
-            row |= {f"validation_{name}": float for name in VALIDATED}
+            row |= {f"validation_{name}": measured for name in VALIDATED}
         return (exactly(row),) * len(self.runs), optional(labels)
 
     def _write(self, trained: Trained, seconds: float) -> None:

@@ -41,7 +41,7 @@ def test_inputs_are_standardised_with_the_training_rows_of_their_run():
     torch.testing.assert_close(inputs.mean(dim=1), torch.zeros(2, 1, 8, 8), rtol=0, atol=1e-5)
     deviation = inputs.std(dim=1, correction=0)
     assert ((deviation - 1).abs().lt(1e-4) | deviation.eq(0)).all()
-    test = source.test(slice(0, 5))
+    test = source.held_out(source.test_rows[:, :5])
     rows = source.dataset.fetch(source.test_rows[1, :5])
     train = source.dataset.fetch(source.train_rows[1])
     mean, scale = train.mean(0), train.std(0, correction=0)
@@ -141,10 +141,10 @@ def test_test_images_are_cut_in_the_middle():
     data = Data(crop_size=4)
     source = Batches([Run(data=data)], dataset, CPU)
     assert source.shape == (3, 4, 4)
-    plain = Batches([Run()], dataset, CPU).test(slice(0, 2))
-    assert torch.equal(source.test(slice(0, 2)), plain[..., 1:5, 1:5])
+    plain = Batches([Run()], dataset, CPU).held_out(source.test_rows)
+    assert torch.equal(source.held_out(source.test_rows), plain[..., 1:5, 1:5])
     padded = Batches([Run(data=Data(crop_size=8, crop_padding=1))], dataset, CPU)
-    assert torch.equal(padded.test(slice(0, 2))[..., 1:7, 1:7], plain)
+    assert torch.equal(padded.held_out(source.test_rows)[..., 1:7, 1:7], plain)
 
 
 def test_crops_that_cannot_be_are_refused():

@@ -133,6 +133,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         (("--config", "deep.json"), "the number of hidden layers must be at most 1000, got 3000"),
         (("--seed", "1" * 400), "seeds.split must be within 2^63, got a number of 400 digits"),
         (("--learning-rate", "1" * 400), "learning_rate must be a finite number above 0, got inf"),
+        (("--learning-rate", "1e300"), "learning_rate must be at most 1e+38, got 1e+300; 0.02 is"),
         (("--runs", 10**8), "runs must be at most 100000, got 100000000; 1 is the default"),
         (("--devices", 10**8), f"devices must be at most {MOST_DEVICES}, got 100000000; 1 tra"),
         (("--model-hidden", 10**9, "--model-hidden", 10**9), "weights and gradients must fit into"),

@@ -257,6 +257,15 @@ def test_folders_by_class_are_read_under_every_name(tmp_path, hub_cache):
         hub(tmp_path, "imagenet")
 
 
+@pytest.mark.parametrize("setting", ["image", "label"])
+def test_folders_by_class_have_no_columns_to_choose(tmp_path, hub_cache, setting):
+    write_folder(tmp_path / "train", ("a", "b"), count=2)
+    write_folder(tmp_path / "test", ("a", "b"), count=1)
+    message = rf"data.{setting} must be left out of folders of images by class.*, got 'x'; drop it"
+    with pytest.raises(ValueError, match=message):
+        hub(tmp_path, **{setting: "x"})
+
+
 @pytest.mark.parametrize("binary", [True, False])
 def test_bytes_without_metadata_are_images(tmp_path, hub_cache, binary):
     import pyarrow
@@ -280,7 +289,8 @@ def test_rows_without_image_or_label_are_named_or_left_out(tmp_path, hub_cache):
     rows["image"][4] = {"bytes": None, "path": str(tmp_path / "nowhere.png")}
     rows["label"][5], rows["label"][6] = None, -1
     write_parts(tmp_path, train=columns(4), test=rows)
-    with pytest.raises(ValueError, match="got 5 of 12 that cannot be used") as error:
+    message = rf"{tmp_path} must hold images with labels, got 5 of 12 that cannot be used"
+    with pytest.raises(ValueError, match=message) as error:
         hub(tmp_path)
     for line in (
         "row 2 of test must be the bytes of an image, got nothing",

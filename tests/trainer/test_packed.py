@@ -204,6 +204,20 @@ def test_too_few_labels_are_named(tmp_path):
         load("cifar10", tmp_path)
 
 
+def test_files_without_columns_of_images_have_none_to_choose(tmp_path):
+    write_cifar10(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"data.image must be left out of torchvision's files.*, got 'x'; drop it"
+    ):
+        load("cifar10", tmp_path, image="x")
+
+
+def test_an_empty_file_is_named_with_the_reason(tmp_path):
+    (write_cifar10(tmp_path) / "test_batch").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"test_batch must be .*, got EOFError[^:]*; download it"):
+        load("cifar10", tmp_path)
+
+
 def test_another_data_set_s_labels_are_refused(tmp_path):
     write_cifar10(tmp_path, labels=[*LABELS[:-1], 12])
     with pytest.raises(ValueError, match="must have 10 classes, got 13; is it the right data set"):

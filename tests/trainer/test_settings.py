@@ -133,6 +133,31 @@ def test_measured_epochs_end_with_the_last(epochs, points, wanted):
         ),
         (lambda: Options(devices=10**6), r"devices must be at most \d+, got 1000000; 1 trains"),
         (lambda: Optimisation(decay=0), "decay must be a finite number above 0, got 0; 0.1 is"),
+        *[
+            (
+                lambda made=made, name=name: made(**{name: 1e300}),
+                rf"{name} must be at most 1e\+38, g",
+            )
+            for made, names in (
+                (Optimisation, ("learning_rate", "weight_decay", "clip_norm", "decay", "epsilon")),
+                (Method, ("beta", "temperature")),
+                (Synthetic, ("noise", "off_class")),
+                (Options, ("checkpoint_seconds",)),
+            )
+            for name in names
+        ],
+        (
+            lambda: Optimisation(schedule="step", milestones=(1, 2) * 5, decay=1e38),
+            r"the optimizer's largest step size must be at most 1e\+38, got inf; lower learn",
+        ),
+        (
+            lambda: Optimisation(optimizer="adamw", learning_rate=1e38),
+            r"largest step size must be .* got 1\S*e\+39; lower learning_rate, decay, weight_dec",
+        ),
+        (
+            lambda: Optimisation(optimizer="adamw", learning_rate=1e30, weight_decay=1e30),
+            r"the optimizer's largest step size must be at most 1e\+38, got 1\S*e\+60; lower",
+        ),
         (lambda: Optimisation(warmup_epochs=-1), "warmup_epochs must be at least 0, got -1; 0 is"),
         (lambda: Optimisation(nesterov=True, momentum=0), "nesterov must go with a momentum above"),
         (lambda: Seeds(order=-1), "seeds.order must be at least 0, got -1; any from 0 will do"),

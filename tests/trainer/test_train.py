@@ -18,7 +18,7 @@ from churn_trainer import checkpoint as checkpoints
 from churn_trainer import loop, run_folder, stored
 from churn_trainer import train as training
 from churn_trainer.checkpoint import Checkpoint
-from churn_trainer.config import Model, Optimisation, Seeds
+from churn_trainer.config import PRECISIONS, Data, Model, Optimisation, Seeds
 from churn_trainer.data import digits
 from churn_trainer.loop import Loop, fit
 from churn_trainer.models import build_model
@@ -142,7 +142,7 @@ def test_weights_load_into_the_network_by_themselves(trained):
     network.load_state_dict(folders[0].weights()[0])
     source = loop.Batches(runs[:1], digits(), torch.device("cpu"))
     with torch.no_grad():
-        logits = network(source.test(slice(0, 50))[0])
+        logits = network(source.held_out(source.test_rows[:, :50])[0])
     torch.testing.assert_close(logits, folders[0].logits()[0][:50], rtol=1e-3, atol=1e-4)
 
 
@@ -171,6 +171,19 @@ def test_teachers_are_trained_first_and_once(tmp_path):
     teachers = training.load_teachers([runs[0].teacher()], tmp_path, (1, 8, 8), 10)
     wanted = fit(runs[:1], digits(), teachers=teachers)
     assert torch.equal(RunFolder(tmp_path / runs[0].id).logits()[0], wanted.logits[0])
+
+
+@pytest.mark.parametrize("model", [Model(hidden=(16,)), Model(hidden=(16,), dropout=0.1)])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_students_and_teachers_train_in_every_precision(precision, model, tmp_path):
+    optimisation = Optimisation(epochs=2, precision=precision)
+    run = small_run("self-distillation", model=model, optimisation=optimisation)
+    (folder,) = train([run], tmp_path)
+    assert folder.status == "finished"
+    (trained,) = RunFolder(tmp_path / run.teacher().id).weights()
+    loaded = training.load_teachers([run.teacher()], tmp_path, (1, 8, 8), 10).weights(0, 0)
+    for name, values in trained.items():
+        assert torch.equal(loaded[name], values.to(loaded[name].dtype))
 
 
 def test_networks_that_cannot_be_stacked_are_trained_one_by_one(tmp_path):
@@ -210,6 +223,53 @@ def test_a_run_that_diverges_is_recorded_and_the_others_finish(tmp_path):
     assert [kind for kind, _ in told(events)].count("diverged") == 2
     assert [folder.run() for folder in read_runs(tmp_path)] == [runs[1]]
     train(runs, tmp_path, tell=lambda event: event.kind == "skipped" or pytest.fail(event.kind))
+
+
+HELD_OUT = Data(train_rows=60, validation_rows=20)
+
+
+@pytest.mark.parametrize("best", ["cross_entropy", "accuracy", "last"])
+def test_a_run_with_validation_rows_that_diverges_is_recorded(best, tmp_path):
+    wild = Optimisation(epochs=4, learning_rate=1e8, clip_norm=0.0, best=best)
+    (folder,) = train([small_run(data=HELD_OUT, optimisation=wild)], tmp_path)
+    assert folder.status == "diverged"
+    last = rows_of(folder.path)[-1]
+    assert last["validation_accuracy"] == last["validation_cross_entropy"] == ""
+
+
+def test_a_run_that_diverges_leaves_its_stack_s_others_their_validation_rows(tmp_path, monkeypatch):
+    runs = [small_run(data=HELD_OUT, seeds=seeds(number)) for number in range(3)]
+    whole = train(runs, tmp_path / "whole")
+    build = loop.build_members
+
+    def broken(*arguments, **options):
+        members = build(*arguments, **options)
+        with torch.no_grad():
+            members.stacked[0][1] = torch.inf
+        return members
+
+    def stop(event):
+        if event.kind == "epoch" and event.epoch == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "build_members", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, tmp_path / "runs", Options(checkpoint_seconds=0), stop)
+    events = []
+    folders = train(runs, tmp_path / "runs", tell=events.append)
+    assert {"resumed", "damaged"} & {kind for kind, _ in told(events)} == {"resumed"}
+    assert [folder.status for folder in folders] == ["finished", "diverged", "finished"]
+    assert {row["validation_accuracy"] for row in rows_of(folders[1].path)} == {""}
+    for place in (0, 2):
+        assert rows_of(folders[place].path) == rows_of(whole[place].path)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("wild", [{"learning_rate": 1e38}, {"weight_decay": 1e38}])
+def test_the_largest_settings_end_as_any_divergence(wild, precision, tmp_path):
+    run = small_run(optimisation=Optimisation(epochs=2, precision=precision, **wild))
+    (folder,) = train([run], tmp_path)
+    assert folder.status == "diverged"
 
 
 def test_a_student_without_teachers_does_not_stop_the_others(tmp_path):

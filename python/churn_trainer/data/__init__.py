@@ -15,6 +15,7 @@ from churn_trainer.data.dataset import Dataset
 from churn_trainer.data.folder import load_folder
 from churn_trainer.data.hub import HUB, load_hub
 from churn_trainer.data.images import Pictures
+from churn_trainer.data.parts import refuse_settings
 from churn_trainer.data.synthetic import gaussian, multi_view, prototypes
 from churn_trainer.settings import derive_seed, one_of
 
@@ -48,9 +49,12 @@ DATASETS: dict[str, tuple[str, Callable[[Data], Dataset | Pictures]]] = {
 }
 """Name -> (what it is, how it is loaded)."""
 
+_OF_FILES = ("train_part", "test_part", "skip_broken", "image", "label")
+"""What can be said of files."""
+
 _FILES = {
     "folder": ("train_part", "test_part", "skip_broken"),
-    **dict.fromkeys(HUB, ("train_part", "test_part", "skip_broken", "image", "label")),
+    **dict.fromkeys(HUB, _OF_FILES),
 }
 """Those that are read from files, which may change, and what can be said of these.
 
@@ -99,12 +103,9 @@ def pinned(settings: Iterable[_S]) -> list[_S]:
 
 def _opened(data: Data) -> Dataset | Pictures:
     one_of("data.name", data.name, DATASETS, "`churn-train data` describes them")
-    for name in ("train_part", "test_part", "skip_broken", "image", "label"):
-        if getattr(data, name) is not None and name not in _FILES.get(data.name, ()):
-            raise ValueError(
-                f"data.{name} must be left out of {data.name}, which has no such thing, got "
-                f"{getattr(data, name)!r}; drop it"
-            )
+    own = _FILES.get(data.name, ())
+    others = [name for name in _OF_FILES if name not in own]
+    refuse_settings(data, others, f"{data.name}, which has no such thing")
     try:
         return DATASETS[data.name][1](data)
     except OSError as error:

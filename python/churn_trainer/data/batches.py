@@ -121,10 +121,6 @@ class Batches:
         """Parts of minibatch `step` that go through the network one after the other."""
         return parts_of(self.rows(step), self.optimisation.accumulate, self.ranks)
 
-    def test(self, rows: slice) -> Tensor:
-        """Inputs of some test rows, (R, b, *shape); see `held_out`."""
-        return self.held_out(self.test_rows[:, rows])
-
     def held_out(self, rows: Tensor) -> Tensor:
         """Inputs of rows (R, b) that do not train; cut to the middle where training crops."""
         inputs = self._fetch(rows)

@@ -36,6 +36,11 @@ LARGEST_SCALED = 1 << 26
 """Pixels of an image whose shorter side has been scaled."""
 
 
+def explained(error: BaseException) -> str:
+    """An error's kind and what it says; some, such as EOFError, say nothing."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a regular file.
 
@@ -63,7 +68,7 @@ def open_image(content: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError("must be an image, got something else") from None
     except Exception as error:  # hostile bytes lead Pillow's parsers to any of them
-        raise ValueError(f"must be a whole image, got {type(error).__name__}: {error}") from None
+        raise ValueError(f"must be a whole image, got {explained(error)}") from None
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image

@@ -39,7 +39,7 @@ def load_folder(data: Data) -> Pictures:
     train, test = find_parts(root, data)
     if test is None and not data.train_part:
         _check_not_parts(root)
-    return folder_pictures(data, train, test, root.absolute().name, data.image_size)
+    return folder_pictures(data, train, test, str(root), data.image_size)
 
 
 def find_parts(root: Path, data: Data, test: str = "test") -> tuple[Path, Path | None]:

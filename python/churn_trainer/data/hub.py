@@ -11,11 +11,17 @@ from typing import Any
 
 from churn_kernels._printable import excerpt
 from churn_trainer.config import Data
-from churn_trainer.data.decode import read_file
+from churn_trainer.data.decode import explained, read_file
 from churn_trainer.data.folder import find_parts, folder_pictures
 from churn_trainer.data.images import Pictures
 from churn_trainer.data.packed import load_packed
-from churn_trainer.data.parts import check_apart, check_different, is_visible, parts_in
+from churn_trainer.data.parts import (
+    check_apart,
+    check_different,
+    is_visible,
+    parts_in,
+    refuse_settings,
+)
 from churn_trainer.data.verdicts import state_of
 
 REACHED_SECONDS = 5.0
@@ -157,7 +163,8 @@ def _class_folders(data: Data, folder: Path, size: int, source: Source) -> Pictu
     train, test = find_parts(folder, data, source.test)
     if test is None:
         raise ValueError(_wanted(folder, source))
-    pictures = folder_pictures(data, train, test, data.name, size)
+    refuse_settings(data, ("image", "label"), f"folders of images by class, as in {folder}")
+    pictures = folder_pictures(data, train, test, str(folder), size)
     _check_classes(str(folder), pictures.classes, source)
     return pictures
 
@@ -187,7 +194,7 @@ def _parts(path: str, source: Source, files: dict[str, list[Path]]) -> Any:
         cause = error.__cause__ or error
         raise ValueError(
             f"data set {path!r} must be a folder or a name on the Hub that can be read, got "
-            f"{type(cause).__name__}: {cause}; check the name and the connection, or download it "
+            f"{explained(cause)}; check the name and the connection, or download it "
             "elsewhere and name its folder (--data-path)"
         ) from None
 
@@ -269,7 +276,7 @@ def _columns(data: Data, path: str, size: int, source: Source, found: Any) -> Pi
         return [Path(file["filename"]) for rows in (train, test) for file in rows.cache_files]
 
     return Pictures(
-        title=data.name,
+        title=path,
         labels=labels,
         classes=classes,
         size=size,

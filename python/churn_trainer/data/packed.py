@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from churn_trainer.config import Data
-from churn_trainer.data.decode import LARGEST_FILE, read_file
+from churn_trainer.data.decode import LARGEST_FILE, explained, read_file
 from churn_trainer.data.images import Pictures
+from churn_trainer.data.parts import refuse_settings
 from churn_trainer.settings import one_of
 
 Rows = tuple[NDArray[np.uint8], NDArray[np.int64]]
@@ -58,6 +59,7 @@ def load_packed(
     )
     if place is None:
         return None
+    refuse_settings(data, ("image",), f"torchvision's files, as in {place}")
     one_of("data.label", label, packed.labels)
     images, labels, files = [], [], []
     for setting, part in (("data.train_part", train), ("data.test_part", test)):
@@ -74,7 +76,7 @@ def load_packed(
         return f"row {row} of {train}" if row < start else f"row {row - start} of {test}"
 
     return Pictures(
-        title=data.name,
+        title=str(place),
         labels=numbers,
         classes=max(numbers) + 1,
         size=size,
@@ -98,8 +100,8 @@ def _read(packed: Packed, path: Path, label: str) -> Rows:
         images, labels = packed.read(path, packed.labels[label])
     except Exception as error:  # a stranger's file leads its reader to any of them
         raise ValueError(
-            f"{path} must be the file that torchvision downloads, got {type(error).__name__}: "
-            f"{error}; download it again"
+            f"{path} must be the file that torchvision downloads, got "
+            f"{explained(error)}; download it again"
         ) from None
     if len(images) != len(labels) or not len(labels):
         raise ValueError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from churn_trainer.config import Data
 from churn_trainer.data.decode import SUFFIXES
 
 WORDS = {
@@ -67,6 +68,13 @@ def check_different(train: str, test: str) -> None:
             f"data.test_part must be another part than data.train_part, got {test!r} for both; "
             "name two parts"
         )
+
+
+def refuse_settings(data: Data, names: Iterable[str], source: str) -> None:
+    """Raises ValueError if one of these settings was given, for which `source` has no use."""
+    for name in names:
+        if (value := getattr(data, name)) is not None:
+            raise ValueError(f"data.{name} must be left out of {source}, got {value!r}; drop it")
 
 
 def _words(part: str) -> tuple[str, ...]:
