@@ -25,7 +25,7 @@ from churn_trainer.data.batches import check_minibatch, fewest_rows
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Resumed, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, check_network, stackable
-from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, TRACE, RunFolder
+from churn_trainer.run_folder import CHECKPOINT, CONFIG, DIVERGED, FINISHED, TRACE, RunFolder
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
@@ -220,6 +220,9 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
             if fabric.is_global_zero:
                 for run in group:
                     locks.enter_context(RunFolder(root / run.id).locked())
+                if not any((root / run.id / CONFIG).exists() for run in group):
+                    _checkpoint(root, group).remove()  # their folders were deleted
+            fabric.barrier()
             _Group(group, dataset, root, options, tell, fabric).train()
             fabric.barrier()
 
@@ -229,6 +232,15 @@ def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
     if len(ids) == 1:
         return Checkpoint(root / ids[0] / CHECKPOINT, ids, **options)
     return Checkpoint(root / ".together" / f"{fingerprint(ids)}.pt", ids, **options)
+
+
+def _train_again(root: Path, shorter: Sequence[Run]) -> str:
+    """What to do where longer runs cannot go on from these."""
+    folders = str(root / shorter[0].id)
+    if others := len(shorter) - 1:
+        file = _checkpoint(root, shorter).path
+        folders += f", the folders of the {others} trained with it, and {file}"
+    return f"delete {folders}; the same command then trains what go_on_from names again"
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
@@ -279,7 +291,7 @@ class _Group:
             on_epoch=self._on_epoch,
             kept=self._kept,
             checkpoint=checkpoint,
-            earlier=self._checkpoint(shorter) if shorter else None,
+            earlier=self._checkpoint(shorter, _train_again(self.root, shorter)) if shorter else None,
             trust=self.options.trust,
             trace=trace,
             on_resume=self._on_resume,
@@ -293,12 +305,13 @@ class _Group:
             else:
                 checkpoint.remove()
 
-    def _checkpoint(self, runs: list[Run]) -> Checkpoint:
+    def _checkpoint(self, runs: list[Run], remedy: str | None = None) -> Checkpoint:
         return _checkpoint(
             self.root,
             runs,
             seconds=self.options.checkpoint_seconds,
             warn=lambda sentence: self.tell(Event("damaged", runs[:1], detail=sentence)),
+            remedy=remedy,
         )
 
     def _on_resume(self, resumed: Resumed) -> None:
