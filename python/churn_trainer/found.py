@@ -13,6 +13,9 @@ from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
 STUDY = "study.json"
 """A study's settings, beside the folders of its runs."""
 
+EARLIER_STUDY = "study-{}.json"
+"""Those of an earlier study in the same folder, which may name methods that the last does not."""
+
 
 class NothingFinished(ValueError):
     """There is no finished run to report."""
