@@ -10,7 +10,7 @@ from pathlib import Path
 
 from churn_kernels._files import make_folder, read_bytes, write_atomically
 from churn_trainer.config import Study
-from churn_trainer.data import pinned
+from churn_trainer.data import filled_in
 from churn_trainer.found import EARLIER_STUDY, STUDY
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
@@ -45,7 +45,7 @@ def run_study(
         a `root` that is a symbolic link.
     """
     make_folder(root)
-    (study,) = pinned([study])
+    (study,) = filled_in([study])
     _write_settings(study, root)
     options = replace(options or Options(), curve_points=study.curve_points)
     train_all(study.all_runs(), root, workers, options, retries=retries, threads=threads, tell=tell)
@@ -69,7 +69,7 @@ def report_study(study: Study, *roots: Path) -> Report:
         roots: folders of the runs' folders, one for each device where there are several.
     Raises: NothingFinished if no run finished, ValueError if the data are not there any more.
     """
-    (study,) = pinned([study])
+    (study,) = filled_in([study])
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
     return make_report(

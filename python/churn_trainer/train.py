@@ -119,7 +119,13 @@ def train(
         Busy: another process is training one of the runs.
         OSError: a file cannot be written; what was finished stays.
     """
-    options, runs = options or Options(), pinned(runs)
+    return train_pinned(pinned(runs), root, options or Options(), tell)
+
+
+def train_pinned(
+    runs: Sequence[Run], root: Path, options: Options, tell: Callable[[Event], None]
+) -> list[RunFolder]:
+    """`train`, of runs whose data's content is filled in: their files are not read for it again."""
     kinds = kinds_of(runs)
     for kind in kinds:
         keep = options.keep_checkpoint or not taken_up(kinds).isdisjoint(run.id for run in kind)
@@ -176,6 +182,19 @@ def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = (), process
     members = run.method.members
     network = check_network(run, shape, dataset.classes, trust, fewest=fewest, networks=members)
     return RUNS_TOGETHER if stackable(network, shape) else 1
+
+
+def stack_sizes(
+    kinds: Sequence[Sequence[Run]], trust: Sequence[str] = (), processes: int = 1
+) -> dict[str, int]:
+    """`Run.together` -> `runs_together`, for each kind; every data set is loaded once."""
+    sizes: dict[str, int] = {}
+    for data in dict.fromkeys(kind[0].data for kind in kinds):
+        dataset = load_dataset(data)
+        for kind in kinds:
+            if kind[0].data == data:
+                sizes[kind[0].together] = runs_together(kind[0], dataset, trust, processes)
+    return sizes
 
 
 def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
