@@ -96,8 +96,7 @@ def _folders(source: Path | RunFolder) -> list[RunFolder]:
         return [source]
     if not source.is_dir():
         raise ValueError(
-            f"folder must be one that holds runs, got {source}, which is none; "
-            "name what `churn-train train --out` was given"
+            f"{source} is not a run folder; pass the --out folder of churn-train train"
         )
     if (source / CONFIG).exists() or (source / METRICS).exists():
         return [RunFolder(source)]

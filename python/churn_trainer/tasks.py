@@ -13,7 +13,16 @@ from churn_trainer.config import Run
 from churn_trainer.data import filled_in
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.settings import at_least
-from churn_trainer.train import Event, Options, kinds_of, stack_sizes, taken_up, train_pinned
+from churn_trainer.train import (
+    Event,
+    Options,
+    check_shorter_runs,
+    kinds_of,
+    stack_sizes,
+    taken_up,
+    train_pinned,
+    unfinished,
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,9 @@ def make_tasks(
     kinds = kinds_of(runs)
     tasks: list[Task] = []
     place: dict[str, int] = {}
-    pending = [kind for kind in kinds if not all(RunFolder(root / run.id).done for run in kind)]
+    pending = unfinished(kinds, root)
     sizes = stack_sizes(pending, options.trust)
+    check_shorter_runs(kinds, root, sizes)
     for kind in pending:
         size = sizes[kind[0].together]
         for start in range(0, len(kind), size):

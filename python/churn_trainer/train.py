@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -119,7 +119,12 @@ def train(
         Busy: another process is training one of the runs.
         OSError: a file cannot be written; what was finished stays.
     """
-    return train_pinned(pinned(runs), root, options or Options(), tell)
+    options, runs = options or Options(), pinned(runs)
+    kinds = kinds_of(runs)
+    if taken_up(kinds):
+        sizes = stack_sizes(unfinished(kinds, root), options.trust, options.devices)
+        check_shorter_runs(kinds, root, sizes)
+    return train_pinned(runs, root, options, tell)
 
 
 def train_pinned(
@@ -155,6 +160,30 @@ def kinds_of(runs: Iterable[Run]) -> list[list[Run]]:
 def taken_up(kinds: list[list[Run]]) -> set[str]:
     """The ids of the runs from whose end others go on."""
     return {one.id for kind in kinds for run in kind if (one := run.earlier()) is not None}
+
+
+def unfinished(kinds: list[list[Run]], root: Path) -> list[list[Run]]:
+    """Those of which a run has not ended."""
+    return [kind for kind in kinds if not all(RunFolder(root / run.id).done for run in kind)]
+
+
+def check_shorter_runs(kinds: list[list[Run]], root: Path, sizes: dict[str, int]) -> None:
+    """Looks for the states that runs will go on from, before anything trains.
+
+    Args:
+        kinds: see `kinds_of`.
+        root: folder of the runs' folders.
+        sizes: see `stack_sizes`, of the kinds that have not ended.
+    Raises: ValueError if one is neither there nor left behind by what is to be trained.
+    """
+    made: list[list[Run]] = []
+    for kind in unfinished(kinds, root):
+        for group in _stacks(kind, root, sizes[kind[0].together]):
+            made.append(group)
+            shorter = [one for run in group if (one := run.earlier()) and _taught(one, root)]
+            if shorter and shorter not in made and not _begun(group, root):
+                remedy = _train_again(root, shorter)
+                _checkpoint(root, shorter, remedy=remedy).require()
 
 
 def load_teachers(
@@ -224,26 +253,41 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
         untraced = options.trace and not any((root / run.id / TRACE).exists() for run in ended)
         said = "ended before, without a trace; name another folder" if untraced else ""
         tell(Event("skipped", ended, detail=said))
-    pending = [run for run in kind if run not in ended]
-    if not pending:
+    if len(ended) == len(kind):
         return
     dataset = load_dataset(kind[0].data)
     size = runs_together(kind[0], dataset, options.trust, fabric.world_size)
-    for start in range(0, len(kind), size):
-        group = kind[start : start + size]
-        if not any(run in pending for run in group):
-            continue
-        if not _checkpoint(root, group).exists:  # else they go on as they were
-            group = [run for run in group if run in pending]
+    for group in list(_stacks(kind, root, size)):
         with ExitStack() as locks:
             if fabric.is_global_zero:
                 for run in group:
                     locks.enter_context(RunFolder(root / run.id).locked())
-                if not any((root / run.id / CONFIG).exists() for run in group):
-                    _checkpoint(root, group).remove()  # their folders were deleted
+                if not _begun(group, root):  # their folders were deleted
+                    _checkpoint(root, group).remove()
             fabric.barrier()
             _Group(group, dataset, root, options, tell, fabric).train()
             fabric.barrier()
+
+
+def _stacks(kind: list[Run], root: Path, size: int) -> Iterator[list[Run]]:
+    """The runs that are trained together: those left to do, or with a checkpoint all as before."""
+    for start in range(0, len(kind), size):
+        group = kind[start : start + size]
+        pending = [run for run in group if not RunFolder(root / run.id).done]
+        if pending:
+            yield group if _checkpoint(root, group).exists else pending
+
+
+def _begun(group: Sequence[Run], root: Path) -> bool:
+    """Whether they have a checkpoint to go on from, and folders: deleted runs begin anew."""
+    folders = any((root / run.id / CONFIG).exists() for run in group)
+    return folders and _checkpoint(root, group).exists
+
+
+def _taught(run: Run, root: Path) -> bool:
+    """Whether its teachers, if it has any, have not diverged."""
+    teacher = run.teacher()
+    return teacher is None or RunFolder(root / teacher.id).status != DIVERGED
 
 
 def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
@@ -310,7 +354,9 @@ class _Group:
             on_epoch=self._on_epoch,
             kept=self._kept,
             checkpoint=checkpoint,
-            earlier=self._checkpoint(shorter, _train_again(self.root, shorter)) if shorter else None,
+            earlier=self._checkpoint(shorter, _train_again(self.root, shorter))
+            if shorter
+            else None,
             trust=self.options.trust,
             trace=trace,
             on_resume=self._on_resume,

@@ -5,6 +5,7 @@ import importlib
 import math
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from churn_trainer.config import Data, Model, Optimisation
 from churn_trainer.data import digits
 from churn_trainer.loop import fit
 from churn_trainer.run_folder import CHECKPOINT, TRACE, RunFolder
+from churn_trainer.tasks import make_tasks
 from churn_trainer.train import Options, train
 from small_study import independent, small_run
 from test_loop import Killed, runs_of, weights_of
@@ -376,6 +378,22 @@ def test_a_run_without_its_checkpoint_cannot_go_on(tmp_path):
     assert RunFolder(tmp_path / run.id).status == "finished"
 
 
+@pytest.mark.parametrize("studied", [False, True])
+def test_a_stack_without_its_checkpoint_is_refused_before_anything_trains(studied, tmp_path):
+    runs = [independent("baseline", number) for number in range(3)]
+    train(runs[:2], tmp_path, Options(keep_checkpoint=True))
+    before, told = sorted(tmp_path.rglob("*")), []
+    going_on = [longer(run, 3, 5) for run in runs]
+    begin = make_tasks if studied else partial(train, tell=told.append)
+    message = r"no such file; pass the --runs that it was trained with, or delete .*/digits-mlp"
+    with pytest.raises(ValueError, match=message):
+        begin(going_on, tmp_path, Options())
+    assert not told
+    assert sorted(tmp_path.rglob("*")) == before
+    train(going_on[:2], tmp_path, tell=told.append)
+    assert sum(event.kind == "finished" for event in told) == 2
+
+
 def test_a_run_goes_on_with_the_trace_of_the_one_before_it(tmp_path):
     run, options = independent("baseline", 0), Options(trace=True, keep_checkpoint=True)
     train([run], tmp_path, options)
@@ -428,9 +446,7 @@ def test_deleting_one_of_a_stack_restores_it_from_the_stack(tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_a_trace_that_cannot_go_on_names_the_checkpoint_to_delete(
-    together, tmp_path, monkeypatch
-):
+def test_a_trace_that_cannot_go_on_names_the_checkpoint_to_delete(together, tmp_path, monkeypatch):
     runs = [independent("baseline", number) for number in range(together)]
     with monkeypatch.context() as patch:
         dies_after(patch, 2)

@@ -177,7 +177,7 @@ def test_a_folder_with_other_files_is_refused_before_training(small, tmp_path, m
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is there"),
-        (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
+        (OSError("disk full"), 1, "disk full; finished runs are kept; rerun the command to resume"),
     ],
 )
 @pytest.mark.parametrize("command", ["study", "sources"])
