@@ -27,6 +27,7 @@ class Checkpoint:
         owner: ids of the runs it belongs to.
         seconds: time between two saves; 0 saves after every step. It changes no number.
         warn: called with a sentence where a damaged file is passed over.
+        remedy: what to do where it cannot be used; None: delete it.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class Checkpoint:
         owner: list[str],
         seconds: float = 60.0,
         warn: Callable[[str], None] = lambda sentence: None,
+        remedy: str | None = None,
     ):
         self.path, self.owner, self.seconds, self.warn = path, owner, seconds, warn
         self.earlier = path.with_name(path.name + EARLIER)
+        self.remedy = remedy or f"delete {path} and {self.earlier.name} to train from the start"
         self._began = self._saved = time.monotonic()
         self._last_is_damaged = False
 
@@ -83,11 +86,10 @@ class Checkpoint:
         """
         refuse_link(self.path.parent)
         damage: list[str] = []
-        remedy = f"delete {self.path} and {self.earlier.name} to train from the start"
         whole = {"format": {FORMAT}, "owner": [str], "state": form}
         for path in filter(Path.exists, (self.path, self.earlier)):
             try:
-                content = load_tensors(path, remedy, whole)
+                content = load_tensors(path, self.remedy, whole)
             except ValueError as error:
                 damage.append(str(error))
                 continue
@@ -99,12 +101,20 @@ class Checkpoint:
                 )
             if damage:
                 self._last_is_damaged = True
-                reason = damage[0].removesuffix(f"; {remedy}")
+                reason = damage[0].removesuffix(f"; {self.remedy}")
                 self.warn(f"{reason}; goes on from the checkpoint before it")
             return content["state"]
         if damage:
             raise ValueError(damage[0])
         return None
+
+    def require(self) -> None:
+        """Raises: ValueError if there is no state for a longer run to go on from."""
+        if not self.exists:
+            raise ValueError(
+                f"{self.path} must hold the end of the run that go_on_from names, got no such "
+                f"file; pass the --runs that it was trained with, or {self.remedy}"
+            )
 
     def remove(self) -> None:
         """Deletes what a finished training has no use for, and the folder if it is empty."""

@@ -13,6 +13,9 @@ from churn_trainer.run_folder import CONFIG, DIVERGED, METRICS, RunFolder
 STUDY = "study.json"
 """A study's settings, beside the folders of its runs."""
 
+EARLIER_STUDY = "study-{}.json"
+"""Those of an earlier study in the same folder, which may name methods that the last does not."""
+
 
 class NothingFinished(ValueError):
     """There is no finished run to report."""
@@ -93,8 +96,7 @@ def _folders(source: Path | RunFolder) -> list[RunFolder]:
         return [source]
     if not source.is_dir():
         raise ValueError(
-            f"folder must be one that holds runs, got {source}, which is none; "
-            "name what `churn-train train --out` was given"
+            f"{source} is not a run folder; pass the --out folder of churn-train train"
         )
     if (source / CONFIG).exists() or (source / METRICS).exists():
         return [RunFolder(source)]

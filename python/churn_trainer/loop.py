@@ -190,16 +190,13 @@ def fit(
     training = Loop(runs, dataset, fabric, teachers, trust)
     with threads_kept():
         form = state_form(training, kept(training.batches.test_labels))
-        state = None if checkpoint is None else checkpoint.load(form)
-        if state is None and earlier is not None and (state := earlier.load(form)) is None:
-            raise ValueError(
-                f"{earlier.path} must hold the end of the run that go_on_from names, got no such "
-                "file; train that one again with the same --runs, in a new folder, without "
-                "--no-keep-checkpoint"
-            )
+        source, state = checkpoint, None if checkpoint is None else checkpoint.load(form)
+        if state is None and earlier is not None:
+            earlier.require()
+            source, state = earlier, earlier.load(form)
         if state is not None:
             on_resume(training.load_state(state))
-        with training.recorded(trace):
+        with training.recorded(trace, "" if source is None else source.remedy):
             while training.step < training.total_steps and len(training.diverged) < len(runs):
                 training.one_step()
                 if training.step % training.batches.steps == 0:
@@ -325,8 +322,11 @@ class Loop:
         return total, cross_entropy.view_as(labels).float()
 
     @contextmanager
-    def recorded(self, trace: Path | None) -> Iterator[None]:
-        """Each step of the block is recorded, by the first process; a trace goes on from here."""
+    def recorded(self, trace: Path | None, remedy: str) -> Iterator[None]:
+        """Each step of the block is recorded, by the first process; a trace goes on from here.
+
+        Raises: ValueError with `remedy` if the trace does not hold the steps before.
+        """
         if trace is None or not self.fabric.is_global_zero:
             yield
             return
@@ -346,7 +346,7 @@ class Loop:
         except (audit.TraceError, FileNotFoundError) as error:
             raise ValueError(
                 f"trace must hold every step up to {self.step}, where the training goes on, got: "
-                f"{error}; delete the run's folder, or go on without a trace"
+                f"{error}; {remedy}, or go on without a trace"
             ) from None
         finally:
             self.recorder = None

@@ -24,7 +24,7 @@ from churn_trainer.curves import Curves, read_curves
 from churn_trainer.drawing import Drawing
 from churn_trainer.figures import make_figures
 from churn_trainer.formats import half, percent, probability, signed, value
-from churn_trainer.found import STUDY, Found, NothingFinished, find_runs
+from churn_trainer.found import EARLIER_STUDY, STUDY, Found, NothingFinished, find_runs
 from churn_trainer.outcomes import (
     METRICS,
     Comparison,
@@ -94,7 +94,7 @@ def make_report(
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}; 0.95 is customary")
     found = find_runs(source)
-    outcomes, unusable = measure(found.finished, _names_beside(source) if names is None else names)
+    outcomes, unusable = measure(found.finished, _names_beside(found) if names is None else names)
     if not outcomes:
         raise NothingFinished(
             f"folder must hold a run whose logits can be read, got none: {unusable[0]}"
@@ -121,16 +121,17 @@ def make_report(
     )
 
 
-def _names_beside(source: Path | Sequence[Path | RunFolder]) -> dict[str, str]:
+def _names_beside(found: Found) -> dict[str, str]:
     """The names that studies, whose settings lie beside their runs, give to methods."""
     names: dict[str, str] = {}
-    for one in [source] if isinstance(source, Path) else source:
-        path = one / STUDY if isinstance(one, Path) else one.path.parent / STUDY
-        try:
-            if path.is_file():
-                names = Study.load(path).own_names() | names
-        except ValueError:
-            continue  # its runs are there all the same, by their methods' names
+    paths = (Path(os.path.abspath(one.folder.path)).parent for one in found.finished)
+    for root in dict.fromkeys(paths):
+        for path in (root / STUDY, *sorted(root.glob(EARLIER_STUDY.format("*")))):
+            try:
+                if path.is_file():
+                    names = Study.load(path).own_names() | names
+            except ValueError:
+                continue  # its runs are there all the same, by their methods' names
     return names
 
 

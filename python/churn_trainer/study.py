@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from churn_kernels._files import make_folder, write_atomically
+from churn_kernels._files import make_folder, read_bytes, write_atomically
 from churn_trainer.config import Study
-from churn_trainer.data import pinned
-from churn_trainer.found import STUDY
+from churn_trainer.data import filled_in
+from churn_trainer.found import EARLIER_STUDY, STUDY
 from churn_trainer.report import Report, make_report
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.tasks import Workers, train_all
@@ -44,10 +45,20 @@ def run_study(
         a `root` that is a symbolic link.
     """
     make_folder(root)
-    (study,) = pinned([study])
-    write_atomically(root / STUDY, json.dumps(study.to_mapping(), indent=1).encode() + b"\n")
+    (study,) = filled_in([study])
+    _write_settings(study, root)
     options = replace(options or Options(), curve_points=study.curve_points)
     train_all(study.all_runs(), root, workers, options, retries=retries, threads=threads, tell=tell)
+
+
+def _write_settings(study: Study, root: Path) -> None:
+    """Writes them beside the runs; an earlier study's stay, for the names of its methods."""
+    path = root / STUDY
+    content = json.dumps(study.to_mapping(), indent=1).encode() + b"\n"
+    before = read_bytes(path) if path.is_file() else content
+    digest = hashlib.sha256(before).hexdigest()[:8]
+    kept = None if before == content else root / EARLIER_STUDY.format(digest)
+    write_atomically(path, content, kept)
 
 
 def report_study(study: Study, *roots: Path) -> Report:
@@ -58,7 +69,7 @@ def report_study(study: Study, *roots: Path) -> Report:
         roots: folders of the runs' folders, one for each device where there are several.
     Raises: NothingFinished if no run finished, ValueError if the data are not there any more.
     """
-    (study,) = pinned([study])
+    (study,) = filled_in([study])
     folders = [RunFolder(root / run.id) for root in roots for run in study.all_runs()]
     first = study.run(study.methods[0], 0, 0)
     return make_report(

@@ -16,6 +16,7 @@ from rich.progress import Progress
 
 from churn_kernels._printable import printable
 from churn_trainer.config import Run, Study
+from churn_trainer.data import pinned
 from churn_trainer.found import NothingFinished
 from churn_trainer.methods import find_method
 from churn_trainer.named_studies import find_study, study_files, write_recipes
@@ -93,7 +94,7 @@ def study(
             titles = {key: Study.load(path).title for key, path in study_files().items()}
             print_table(("name", "study"), list(titles.items()))
             return
-        wanted = _study(name, methods, runs, splits, epochs, seed)
+        (wanted,) = pinned([_study(name, methods, runs, splits, epochs, seed)])
         out = out or Path("out") / Path(name).stem
         check_replaceable(out / REPORT)
         options = Options(
@@ -154,6 +155,7 @@ def sources(
         given = {"optimisation": {"epochs": epochs}} if epochs is not None else {}
         recipe = Run.from_mapping(merged(recipe.to_mapping(), given))
         numbers = {"runs": runs, "splits": splits, "seed": seed}
+        (recipe,) = pinned([recipe])
         wanted = sources_study(
             recipe, **{key: value for key, value in numbers.items() if value is not None}
         )

@@ -10,10 +10,19 @@ from typing import Protocol
 import torch
 
 from churn_trainer.config import Run
-from churn_trainer.data import load_dataset, pinned
+from churn_trainer.data import filled_in
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.settings import at_least
-from churn_trainer.train import Event, Options, kinds_of, runs_together, taken_up, train
+from churn_trainer.train import (
+    Event,
+    Options,
+    check_shorter_runs,
+    kinds_of,
+    stack_sizes,
+    taken_up,
+    train_pinned,
+    unfinished,
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Task:
         """Trains the runs that have not ended. Raises: as `train.train`."""
         torch.set_num_threads(self.threads)
         keep = self.keep or options.keep_checkpoint
-        train(self.runs, root, replace(options, keep_checkpoint=keep), tell)
+        train_pinned(self.runs, root, replace(options, keep_checkpoint=keep), tell)
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,11 @@ def make_tasks(
     kinds = kinds_of(runs)
     tasks: list[Task] = []
     place: dict[str, int] = {}
-    for kind in kinds:
-        if all(RunFolder(root / run.id).done for run in kind):
-            continue
-        size = runs_together(kind[0], load_dataset(kind[0].data), options.trust)
+    pending = unfinished(kinds, root)
+    sizes = stack_sizes(pending, options.trust)
+    check_shorter_runs(kinds, root, sizes)
+    for kind in pending:
+        size = sizes[kind[0].together]
         for start in range(0, len(kind), size):
             group = tuple(kind[start : start + size])
             if all(RunFolder(root / run.id).done for run in group):
@@ -139,7 +149,7 @@ def train_all(
     at_least("retries", retries, 0, "0 gives up after the first failure")
     for number in threads:
         at_least("threads", number, 1, "1 computes with one thread", 1024)
-    runs = pinned(runs)
+    runs = filled_in(runs)
     ended = [run for run in runs if RunFolder(root / run.id).done]
     if ended:
         tell(Event("skipped", ended))

@@ -64,7 +64,7 @@ def fail(message: str, status: int) -> NoReturn:
 @contextmanager
 def ending(
     interrupted: str = "the same command goes on from what is there",
-    failed: str = "what was finished stays, the same command goes on",
+    failed: str = "finished runs are kept; rerun the command to resume",
 ) -> Iterator[None]:
     """What goes wrong in the block ends the command with a message and a status.
 

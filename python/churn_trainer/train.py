@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -25,7 +25,7 @@ from churn_trainer.data.batches import check_minibatch, fewest_rows
 from churn_trainer.data.dataset import Dataset
 from churn_trainer.loop import Epoch, Resumed, Trained, fit, make_fabric
 from churn_trainer.members import Members, build_members, check_network, stackable
-from churn_trainer.run_folder import CHECKPOINT, DIVERGED, FINISHED, TRACE, RunFolder
+from churn_trainer.run_folder import CHECKPOINT, CONFIG, DIVERGED, FINISHED, TRACE, RunFolder
 from churn_trainer.settings import at_least, fingerprint, not_negative, one_of
 from churn_trainer.tensorboard import TensorBoard
 
@@ -129,6 +129,17 @@ def train(
     """
     options, runs = options or Options(), pinned(runs)
     kinds = kinds_of(runs)
+    if taken_up(kinds):
+        sizes = stack_sizes(unfinished(kinds, root), options.trust, options.devices)
+        check_shorter_runs(kinds, root, sizes)
+    return train_pinned(runs, root, options, tell)
+
+
+def train_pinned(
+    runs: Sequence[Run], root: Path, options: Options, tell: Callable[[Event], None]
+) -> list[RunFolder]:
+    """`train`, of runs whose data's content is filled in: their files are not read for it again."""
+    kinds = kinds_of(runs)
     for kind in kinds:
         keep = options.keep_checkpoint or not taken_up(kinds).isdisjoint(run.id for run in kind)
         _train_kind(kind, root, replace(options, keep_checkpoint=keep), tell)
@@ -159,6 +170,30 @@ def taken_up(kinds: list[list[Run]]) -> set[str]:
     return {one.id for kind in kinds for run in kind if (one := run.earlier()) is not None}
 
 
+def unfinished(kinds: list[list[Run]], root: Path) -> list[list[Run]]:
+    """Those of which a run has not ended."""
+    return [kind for kind in kinds if not all(RunFolder(root / run.id).done for run in kind)]
+
+
+def check_shorter_runs(kinds: list[list[Run]], root: Path, sizes: dict[str, int]) -> None:
+    """Looks for the states that runs will go on from, before anything trains.
+
+    Args:
+        kinds: see `kinds_of`.
+        root: folder of the runs' folders.
+        sizes: see `stack_sizes`, of the kinds that have not ended.
+    Raises: ValueError if one is neither there nor left behind by what is to be trained.
+    """
+    made: list[list[Run]] = []
+    for kind in unfinished(kinds, root):
+        for group in _stacks(kind, root, sizes[kind[0].together]):
+            made.append(group)
+            shorter = [one for run in group if (one := run.earlier()) and _taught(one, root)]
+            if shorter and shorter not in made and not _begun(group, root):
+                remedy = _train_again(root, shorter)
+                _checkpoint(root, shorter, remedy=remedy).require()
+
+
 def load_teachers(
     runs: Sequence[Run], root: Path, shape: tuple[int, ...], classes: int, trust: Sequence[str] = ()
 ) -> Members:
@@ -186,6 +221,19 @@ def runs_together(run: Run, dataset: Dataset, trust: Sequence[str] = (), process
     return RUNS_TOGETHER if stackable(network, shape) else 1
 
 
+def stack_sizes(
+    kinds: Sequence[Sequence[Run]], trust: Sequence[str] = (), processes: int = 1
+) -> dict[str, int]:
+    """`Run.together` -> `runs_together`, for each kind; every data set is loaded once."""
+    sizes: dict[str, int] = {}
+    for data in dict.fromkeys(kind[0].data for kind in kinds):
+        dataset = load_dataset(data)
+        for kind in kinds:
+            if kind[0].data == data:
+                sizes[kind[0].together] = runs_together(kind[0], dataset, trust, processes)
+    return sizes
+
+
 def measure(logits: Tensor, labels: Tensor, names: Sequence[str] = MEASURED) -> dict[str, float]:
     """Metrics of one run on rows that do not train; cross entropy and entropy in nats.
 
@@ -207,23 +255,41 @@ def _train_kind(kind: list[Run], root: Path, options: Options, tell: _Tell) -> N
         untraced = options.trace and not any((root / run.id / TRACE).exists() for run in ended)
         said = "ended before, without a trace; name another folder" if untraced else ""
         tell(Event("skipped", ended, detail=said))
-    pending = [run for run in kind if run not in ended]
-    if not pending:
+    if len(ended) == len(kind):
         return
     dataset = load_dataset(kind[0].data)
     size = runs_together(kind[0], dataset, options.trust, fabric.world_size)
-    for start in range(0, len(kind), size):
-        group = kind[start : start + size]
-        if not any(run in pending for run in group):
-            continue
-        if not _checkpoint(root, group).exists:  # else they go on as they were
-            group = [run for run in group if run in pending]
+    for group in list(_stacks(kind, root, size)):
         with ExitStack() as locks:
             if fabric.is_global_zero:
                 for run in group:
                     locks.enter_context(RunFolder(root / run.id).locked())
+                if not _begun(group, root):  # their folders were deleted
+                    _checkpoint(root, group).remove()
+            fabric.barrier()
             _Group(group, dataset, root, options, tell, fabric).train()
             fabric.barrier()
+
+
+def _stacks(kind: list[Run], root: Path, size: int) -> Iterator[list[Run]]:
+    """The runs that are trained together: those left to do, or with a checkpoint all as before."""
+    for start in range(0, len(kind), size):
+        group = kind[start : start + size]
+        pending = [run for run in group if not RunFolder(root / run.id).done]
+        if pending:
+            yield group if _checkpoint(root, group).exists else pending
+
+
+def _begun(group: Sequence[Run], root: Path) -> bool:
+    """Whether they have a checkpoint to go on from, and folders: deleted runs begin anew."""
+    folders = any((root / run.id / CONFIG).exists() for run in group)
+    return folders and _checkpoint(root, group).exists
+
+
+def _taught(run: Run, root: Path) -> bool:
+    """Whether its teachers, if it has any, have not diverged."""
+    teacher = run.teacher()
+    return teacher is None or RunFolder(root / teacher.id).status != DIVERGED
 
 
 def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
@@ -231,6 +297,15 @@ def _checkpoint(root: Path, group: Sequence[Run], **options: Any) -> Checkpoint:
     if len(ids) == 1:
         return Checkpoint(root / ids[0] / CHECKPOINT, ids, **options)
     return Checkpoint(root / ".together" / f"{fingerprint(ids)}.pt", ids, **options)
+
+
+def _train_again(root: Path, shorter: Sequence[Run]) -> str:
+    """What to do where longer runs cannot go on from these."""
+    folders = str(root / shorter[0].id)
+    if others := len(shorter) - 1:
+        file = _checkpoint(root, shorter).path
+        folders += f", the folders of the {others} trained with it, and {file}"
+    return f"delete {folders}; the same command then trains what go_on_from names again"
 
 
 def _input_shape(run: Run, dataset: Dataset) -> tuple[int, ...]:
@@ -281,7 +356,9 @@ class _Group:
             on_epoch=self._on_epoch,
             kept=self._kept,
             checkpoint=checkpoint,
-            earlier=self._checkpoint(shorter) if shorter else None,
+            earlier=self._checkpoint(shorter, _train_again(self.root, shorter))
+            if shorter
+            else None,
             trust=self.options.trust,
             trace=trace,
             on_resume=self._on_resume,
@@ -295,12 +372,13 @@ class _Group:
             else:
                 checkpoint.remove()
 
-    def _checkpoint(self, runs: list[Run]) -> Checkpoint:
+    def _checkpoint(self, runs: list[Run], remedy: str | None = None) -> Checkpoint:
         return _checkpoint(
             self.root,
             runs,
             seconds=self.options.checkpoint_seconds,
             warn=lambda sentence: self.tell(Event("damaged", runs[:1], detail=sentence)),
+            remedy=remedy,
         )
 
     def _on_resume(self, resumed: Resumed) -> None:

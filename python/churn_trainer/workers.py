@@ -1,4 +1,4 @@
-"""Who does tasks: processes of this machine, or Ray's on any number of machines."""
+"""Worker backends: local processes or Ray."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ def test_a_diverged_run_has_an_exit_status(tmp_path):
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is there"),
-        (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
+        (OSError("disk full"), 1, "disk full; finished runs are kept; rerun the command to resume"),
         (Busy("it is busy"), 2, "it is busy"),
     ],
 )

@@ -116,6 +116,25 @@ def test_a_study_trains_and_reports_the_data_as_they_are(data, tmp_path):
         report_study(study, tmp_path / "runs")
 
 
+def test_a_study_reads_its_files_once_and_decodes_them_once_a_task(data, tmp_path, monkeypatch):
+    survey, read = images.Pictures._survey, []
+
+    def counting(self, take):
+        read.append("read" if take is None else "decoded")
+        return survey(self, take)
+
+    monkeypatch.setattr(images.Pictures, "_survey", counting)
+    methods, epoch = ("baseline", "skl", "l1"), Optimisation(epochs=1)
+    (study,) = pinned([small_study(methods, splits=1, data=data, optimisation=epoch)])
+    workers = Recording()
+    run_study(study, tmp_path, workers)
+    assert len(workers.tasks) == 3
+    for task in workers.tasks:
+        task.train(tmp_path, Options(), lambda event: None)
+    report_study(study, tmp_path)
+    assert read == ["read", *["decoded"] * (1 + 3)]
+
+
 def test_ids_of_data_that_follow_from_settings_are_unchanged():
     assert pinned([Run()]) == [Run()]
     assert Run(data=Data(train_part="", skip_broken=False)).id == Run().id

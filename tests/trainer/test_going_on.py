@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import math
+import re
+import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from churn_trainer.checkpoint import Checkpoint
 from churn_trainer.config import Data, Model, Optimisation
 from churn_trainer.data import digits
 from churn_trainer.loop import fit
-from churn_trainer.run_folder import TRACE, RunFolder
+from churn_trainer.run_folder import CHECKPOINT, TRACE, RunFolder
+from churn_trainer.tasks import make_tasks
 from churn_trainer.train import Options, train
 from small_study import independent, small_run
 from test_loop import Killed, runs_of, weights_of
@@ -374,6 +378,22 @@ def test_a_run_without_its_checkpoint_cannot_go_on(tmp_path):
     assert RunFolder(tmp_path / run.id).status == "finished"
 
 
+@pytest.mark.parametrize("studied", [False, True])
+def test_a_stack_without_its_checkpoint_is_refused_before_anything_trains(studied, tmp_path):
+    runs = [independent("baseline", number) for number in range(3)]
+    train(runs[:2], tmp_path, Options(keep_checkpoint=True))
+    before, told = sorted(tmp_path.rglob("*")), []
+    going_on = [longer(run, 3, 5) for run in runs]
+    begin = make_tasks if studied else partial(train, tell=told.append)
+    message = r"no such file; pass the --runs that it was trained with, or delete .*/digits-mlp"
+    with pytest.raises(ValueError, match=message):
+        begin(going_on, tmp_path, Options())
+    assert not told
+    assert sorted(tmp_path.rglob("*")) == before
+    train(going_on[:2], tmp_path, tell=told.append)
+    assert sum(event.kind == "finished" for event in told) == 2
+
+
 def test_a_run_goes_on_with_the_trace_of_the_one_before_it(tmp_path):
     run, options = independent("baseline", 0), Options(trace=True, keep_checkpoint=True)
     train([run], tmp_path, options)
@@ -401,6 +421,65 @@ def test_checkpoints_stay_where_they_are_wanted(tmp_path):
     many = [independent("baseline", number) for number in range(2)]
     train(many, tmp_path / "many", Options(keep_checkpoint=True))
     assert len(list(tmp_path.glob("many/.together/*.pt"))) == 1
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_deleting_the_folders_of_runs_trains_them_from_the_start(together, tmp_path):
+    runs = [independent("baseline", number) for number in range(together)]
+    folders = train(runs, tmp_path, Options(keep_checkpoint=True))
+    for folder in folders:
+        shutil.rmtree(folder.path)
+    told = []
+    train(runs, tmp_path, Options(keep_checkpoint=True, trace=True), told.append)
+    assert {event.kind for event in told} == {"started", "epoch", "finished"}
+    assert len(audit.Trace.load(folders[0].path / TRACE).steps) == 1 + 3 * 2
+
+
+def test_deleting_one_of_a_stack_restores_it_from_the_stack(tmp_path):
+    runs, told = [independent("baseline", number) for number in range(2)], []
+    _, folder = train(runs, tmp_path, Options(keep_checkpoint=True))
+    before = folder.logits()[0]
+    shutil.rmtree(folder.path)
+    train(runs, tmp_path, Options(keep_checkpoint=True), told.append)
+    assert "after step 6" in [event.detail for event in told if event.kind == "resumed"]
+    assert torch.equal(folder.logits()[0], before)
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_trace_that_cannot_go_on_names_the_checkpoint_to_delete(together, tmp_path, monkeypatch):
+    runs = [independent("baseline", number) for number in range(together)]
+    with monkeypatch.context() as patch:
+        dies_after(patch, 2)
+        with pytest.raises(Killed):
+            train(runs, tmp_path, Options(checkpoint_seconds=0))
+    checkpoint = next(tmp_path.glob("*/*.pt"))
+    remedy = f"delete {checkpoint} and {checkpoint.name}.earlier to train from the start, or go on"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        train(runs, tmp_path, Options(trace=True))
+    checkpoint.unlink()
+    checkpoint.with_name(checkpoint.name + ".earlier").unlink()
+    folders = train(runs, tmp_path, Options(trace=True))
+    assert len(audit.Trace.load(folders[0].path / TRACE).steps) == 1 + 3 * 2
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_remedy_for_a_damaged_end_of_a_shorter_run_works(together, tmp_path):
+    runs = [independent("baseline", number) for number in range(together)]
+    folders = train(runs, tmp_path, Options(keep_checkpoint=True))
+    checkpoint = next(tmp_path.glob(".together/*.pt"), folders[0].path / CHECKPOINT)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    remedy = f"; delete {folders[0].path}"
+    if together == 2:
+        remedy += f", the folders of the 1 trained with it, and {checkpoint}"
+    remedy += "; the same command then trains what go_on_from names again"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        train([longer(run, 3, 5) for run in runs], tmp_path)
+    for folder in folders:
+        shutil.rmtree(folder.path)
+    checkpoint.unlink(missing_ok=True)
+    told = []
+    train([longer(run, 3, 5) for run in runs], tmp_path, tell=told.append)
+    assert sum(event.kind == "finished" for event in told) == 2 * together
 
 
 def test_names_of_earlier_runs_stay_and_new_settings_have_their_own():

@@ -119,7 +119,7 @@ def test_the_command_writes_beside_the_runs(trained, tmp_path):
         (
             ["nowhere"],
             2,
-            "folder must be one that holds runs, got nowhere, which is none; name",
+            "nowhere is not a run folder; pass the --out folder of churn-train train",
         ),
         (["runs", "--level", "2"], 2, "level must be in (0, 1), got 2.0; 0.95 is customary"),
         (["runs", "--out", "mine"], 2, "which holds other files; name a new folder"),

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from churn_trainer.config import Data, Study, Variant
 from churn_trainer.found import NothingFinished
 from churn_trainer.methods import METHODS as METHOD_TABLE
-from churn_trainer.report import verdicts
+from churn_trainer.report import make_report, verdicts
 from churn_trainer.run_folder import RunFolder
 from churn_trainer.study import STUDY, report_study
 from small_study import SEVEN, local_study, small_study, table
@@ -66,6 +67,29 @@ def test_the_study_lies_beside_its_runs_and_is_reported_from_them(tmp_path):
         for run in part:
             logits, _ = RunFolder(tmp_path / run.id).logits()
             assert torch.equal(logits.argmax(dim=-1), split.predictions[split.runs.index(run)])
+
+
+def test_the_names_of_an_earlier_study_in_the_folder_stay(tmp_path):
+    own = [Variant(METHOD_TABLE[name], name=f"my {name}") for name in ("skl", "l1")]
+    study = small_study(methods=("baseline", *own), splits=1)
+    part = replace(study, methods=study.methods[:2])
+    longer = replace(part, optimisation=replace(part.optimisation, epochs=4))
+    for one in (study, part, longer, part):
+        local_study(one, tmp_path)
+    assert Study.load(tmp_path / STUDY) == part
+    labels = {one.label for one in make_report(tmp_path).outcomes}
+    assert labels == {"baseline", "my skl", "my l1"}
+    assert len(list(tmp_path.glob("study-*.json"))) == 3
+
+
+def test_one_run_s_folder_is_reported_by_the_study_s_name(tmp_path, monkeypatch):
+    own = Variant(METHOD_TABLE["skl"], name="mine")
+    study = small_study(methods=("baseline", own), splits=1)
+    local_study(study, tmp_path)
+    folder = tmp_path / study.run(own, 0, 0).id
+    monkeypatch.chdir(folder)
+    for source in (folder, [folder], [RunFolder(folder)], Path()):
+        assert [one.label for one in make_report(source).outcomes] == ["mine"]
 
 
 def test_curves_are_those_of_the_runs_at_each_epoch(result, tmp_path):

@@ -11,9 +11,12 @@ import tomllib
 import pytest
 from churn_trainer import cli, named_studies, study_cli
 from churn_trainer.config import Study
+from churn_trainer.data import pinned
 from churn_trainer.named_studies import find_study, recipes, study_files
 from churn_trainer.run_folder import read_runs
 from churn_trainer.study import STUDY
+from churn_trainer.train import Event
+from image_files import write_folder
 from small_study import rows_of
 from typer.testing import CliRunner
 
@@ -86,6 +89,30 @@ def test_a_method_of_the_study_keeps_what_the_study_says_of_it(tmp_path):
     assert chosen.methods[1].method.beta == 9
 
 
+def test_progress_shows_a_method_s_own_name_on_images_too(small, tmp_path, monkeypatch):
+    data = write_folder(tmp_path / "images", count=20)
+    small.write_text(
+        SMALL.replace('"skl"', '{name = "mine", method = {name = "skl"}}').replace(
+            "train_rows = 60", f'name = "folder"\npath = "{data}"\nimage_size = 8\ntrain_rows = 20'
+        )
+    )
+    shown = []
+
+    def trains(study, root, workers, options, *, tell, **_):
+        for run in pinned(study.all_runs()):
+            tell(Event("started", [run]))
+
+    def add_task(self, description, total):
+        shown.append(description)
+
+    monkeypatch.setattr(study_cli, "run_study", trains)
+    monkeypatch.setattr(study_cli.Progress, "add_task", add_task)
+    monkeypatch.setattr(study_cli, "_conclude", lambda *_: None)
+    done = run("study", small, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert set(shown) == {"baseline x 1", "mine x 1"}
+
+
 def test_a_method_that_diverges_has_an_exit_status(small, tmp_path):
     wild = '{name = "wild", changes = {optimisation = {learning_rate = 1e30, clip_norm = 0.0}}}'
     small.write_text(SMALL.replace('"skl"', wild))
@@ -150,7 +177,7 @@ def test_a_folder_with_other_files_is_refused_before_training(small, tmp_path, m
     ("error", "status", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; the same command goes on from what is there"),
-        (OSError("disk full"), 1, "disk full; what was finished stays, the same command goes on"),
+        (OSError("disk full"), 1, "disk full; finished runs are kept; rerun the command to resume"),
     ],
 )
 @pytest.mark.parametrize("command", ["study", "sources"])

@@ -91,8 +91,17 @@ def pinned(settings: Iterable[_S]) -> list[_S]:
 
     Raises: ValueError, as `load_dataset`.
     """
+    return _with_content(settings, _content)
+
+
+def filled_in(settings: Iterable[_S]) -> list[_S]:
+    """`pinned`, without reading data whose content is given, which `load_dataset` compares."""
+    return _with_content(settings, lambda data: data.content or _content(data))
+
+
+def _with_content(settings: Iterable[_S], content: Callable[[Data], str | None]) -> list[_S]:
     settings = list(settings)
-    contents = {data: _content(data) for data in dict.fromkeys(one.data for one in settings)}
+    contents = {data: content(data) for data in dict.fromkeys(one.data for one in settings)}
     return [
         dataclasses.replace(  # type: ignore[type-var]
             one, data=dataclasses.replace(one.data, content=contents[one.data])
