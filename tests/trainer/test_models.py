@@ -100,7 +100,7 @@ def test_building_leaves_the_generator_where_it_was():
         (
             {"name": "os:system"},
             (4,),
-            r"'os:system' must be of a package .* got \['mine'\]; to run",
+            r"'os:system' must be of a package .* got mine; to run",
         ),
         ({"name": "mine2:x"}, (4,), "pass --trust mine2"),
         ({"name": "mine.no:x"}, (4,), "must be package.module:Name, got 'mine.no:x': No module"),
