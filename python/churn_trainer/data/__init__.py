@@ -156,22 +156,10 @@ def split_rows(dataset: Dataset, data: Data, seed: int) -> tuple[Tensor, Tensor]
             f"train_rows must be in [{dataset.classes}, {len(pool) - dataset.classes}], got "
             f"{count}; every class needs rows on both sides of the {len(pool)}-row split"
         )
-    from sklearn.model_selection import train_test_split  # takes a second, which most can save
-
-    try:
-        train, rest = train_test_split(
-            pool,
-            train_size=count,
-            stratify=dataset.labels[: len(pool)].numpy(),
-            random_state=derive_seed(seed, Draw.SPLIT) % 2**32,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"train_rows {count} must leave every class rows on both sides, got: {error}; "
-            "remove classes of a single row, or train on all rows with train_rows = 0"
-        ) from None
-    test = np.arange(dataset.test_start, rows) if dataset.test_start else np.sort(rest)
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(test)
+    remedy = "remove classes of a single row, or train on all rows with train_rows = 0"
+    drawn = derive_seed(seed, Draw.SPLIT)
+    train, rest = _by_class(dataset, pool, drawn, f"train_rows {count}", remedy, train_size=count)
+    return train, torch.arange(dataset.test_start, rows) if dataset.test_start else rest
 
 
 def hold_out(dataset: Dataset, rows: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -186,21 +174,27 @@ def hold_out(dataset: Dataset, rows: Tensor, count: int, seed: int) -> tuple[Ten
             f"validation_rows must be 0 or in [{dataset.classes}, {len(rows) - dataset.classes}], "
             f"got {count}; every class needs rows on both sides of the {len(rows)} training rows"
         )
-    from sklearn.model_selection import train_test_split
+    remedy, drawn = "take more training rows", derive_seed(seed, Draw.SPLIT, 1)
+    return _by_class(
+        dataset, rows.numpy(), drawn, f"validation_rows {count}", remedy, test_size=count
+    )
 
+
+def _by_class(
+    dataset: Dataset, rows: np.ndarray, seed: int, setting: str, remedy: str, **size: int
+) -> tuple[Tensor, Tensor]:
+    """Rows split at random, each class in proportion; both parts ascending."""
+    from sklearn.model_selection import train_test_split  # takes a second, which most can save
+
+    labels = dataset.labels[torch.from_numpy(rows)].numpy()
     try:
-        train, held = train_test_split(
-            rows.numpy(),
-            test_size=count,
-            stratify=dataset.labels[rows].numpy(),
-            random_state=derive_seed(seed, Draw.SPLIT, 1) % 2**32,
-        )
+        parts = train_test_split(rows, stratify=labels, random_state=seed % 2**32, **size)
     except ValueError as error:
         raise ValueError(
-            f"validation_rows {count} must leave every class rows on both sides, got: {error}; "
-            "take more training rows"
+            f"{setting} must leave every class rows on both sides, got: {error}; {remedy}"
         ) from None
-    return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(held))
+    first, second = (torch.from_numpy(np.sort(part)) for part in parts)
+    return first, second
 
 
 def digits() -> Dataset:
